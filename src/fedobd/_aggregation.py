@@ -1,0 +1,178 @@
+"""Aggregation: the weighted mean of uploads, the same bits in whatever order they arrive.
+
+Each contribution `difference · n_k` is rounded once to a 64-bit integer in units of 2^-p; integers
+add in any order to the same sum, and subtract exactly, so that an upload with a fault found late
+is taken back without a trace. p is fixed for each tensor before the uploads come: the server's own
+values, with a floor for tensors near zero, say how large a difference may legally be, and `legal
+difference · most examples · 2^p · cohort` stays within 2^62, so the sum cannot overflow.
+
+The mean lies within `cohort · 2^-(p + 1) / Σ n_k` of the exact one, before it is rounded to
+float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError
+from fedobd._payload import DecodedSegment
+from fedobd._schema import ModelSchema, Role, Segment
+from fedobd._state import ModelState
+
+_ROOM_BITS = {Role.PARAMETER: 10, Role.BUFFER: 20}
+"""A legal difference is below 2^room times the largest value of its tensor on the server."""
+
+_FLOOR_EXPONENT = {Role.PARAMETER: -4, Role.BUFFER: 0}
+"""...which is taken to be at least 2^floor, for tensors that start at zero."""
+
+
+class RunningMean:
+    """Streaming weighted mean of what clients upload, relative to the server's values.
+
+    Args:
+        schema: the model's schema.
+        reference: the server's values W, floating tensors in float32; read, never changed.
+        cohort_size: the most uploads that can come.
+        max_examples: the largest weight of one upload.
+        per_element: average each element over the uploads that hold it, and keep the server's
+            value where none does; otherwise what an upload does not hold counts as unchanged.
+    """
+
+    def __init__(
+        self,
+        schema: ModelSchema,
+        reference: Mapping[str, torch.Tensor],
+        *,
+        cohort_size: int,
+        max_examples: int,
+        per_element: bool = False,
+    ) -> None:
+        self._schema = schema
+        self._reference = reference
+        self._per_element = per_element
+        self._num_examples = 0
+        limit_bits = 62 - (cohort_size - 1).bit_length() - (max_examples - 1).bit_length()
+        self._range_exponents: list[int] = []
+        self._scale_exponents: list[int] = []
+        self._sums: list[NDArray[np.int64] | None] = []
+        self._weights: list[NDArray[np.int64] | None] = []
+        self._maxima: dict[int, torch.Tensor] = {}
+        for spec in schema.tensors:
+            averaged = spec.is_floating and spec.role is not Role.FROZEN
+            exponent = 0
+            if averaged:
+                values = reference[spec.name]
+                largest = float(values.abs().max()) if values.numel() else 0.0
+                exponent = max(math.frexp(largest)[1], _FLOOR_EXPONENT[spec.role])
+                exponent += _ROOM_BITS[spec.role]
+            self._range_exponents.append(exponent)
+            self._scale_exponents.append(limit_bits - exponent)
+            self._sums.append(np.zeros(spec.num_elements, np.int64) if averaged else None)
+            counted = averaged and per_element and spec.role is Role.PARAMETER
+            self._weights.append(np.zeros(spec.num_elements, np.int64) if counted else None)
+
+    def fold(
+        self,
+        blocks: Iterable[tuple[int, list[DecodedSegment]]],
+        num_examples: int,
+        *,
+        differences: bool,
+    ) -> None:
+        """Add one upload, wholly or not at all.
+
+        Args:
+            blocks: its decoded blocks; must give the same when iterated again after a fault.
+            num_examples: its weight, n_k.
+            differences: whether parameters are differences; buffers are always values.
+
+        Raises:
+            DecodeError: a block is damaged or a difference is beyond the legal range; the mean is
+                then as before.
+        """
+        maxima: dict[int, torch.Tensor] = {}
+        added: list[tuple[DecodedSegment, NDArray[np.int64]]] = []
+        try:
+            for _, segments in blocks:
+                for decoded in segments:
+                    if not self._schema.tensors[decoded.segment.tensor].is_floating:
+                        maxima[decoded.segment.tensor] = decoded.values
+                        continue
+                    contribution = self._contribution(decoded, num_examples, differences)
+                    self._add(decoded, contribution, num_examples)
+                    added.append((decoded, contribution))
+        except DecodeError:
+            for decoded, contribution in added:
+                self._add(decoded, -contribution, -num_examples)
+            raise
+        for number, values in maxima.items():
+            before = self._maxima.get(number)
+            self._maxima[number] = values if before is None else torch.maximum(before, values)
+        self._num_examples += num_examples
+
+    def _contribution(
+        self, decoded: DecodedSegment, num_examples: int, differences: bool
+    ) -> NDArray[np.int64]:
+        segment = decoded.segment
+        spec = self._schema.tensors[segment.tensor]
+        values = decoded.values.to(torch.float64).numpy()
+        if not (differences and spec.role is Role.PARAMETER):
+            base = self._reference[spec.name].reshape(-1)[segment.start : segment.stop]
+            values = values - (base if decoded.mask is None else base[decoded.mask]).numpy()
+        limit = math.ldexp(1.0, self._range_exponents[segment.tensor])
+        largest = float(np.abs(values).max()) if values.size else 0.0
+        if not largest <= limit:
+            raise DecodeError(
+                DecodeReason.LIMIT,
+                f"tensor {spec.name!r} would change by {largest:.3g} in one round; at most {limit:.3g} is accepted",
+            )
+        scale = math.ldexp(float(num_examples), self._scale_exponents[segment.tensor])
+        return np.rint(values * scale).astype(np.int64)
+
+    def _add(
+        self, decoded: DecodedSegment, contribution: NDArray[np.int64], num_examples: int
+    ) -> None:
+        segment: Segment = decoded.segment
+        where = slice(segment.start, segment.stop)
+        sums, weights = self._sums[segment.tensor], self._weights[segment.tensor]
+        assert sums is not None
+        if decoded.mask is None:
+            sums[where] += contribution
+            if weights is not None:
+                weights[where] += num_examples
+        else:
+            mask = decoded.mask.numpy()
+            sums[where][mask] += contribution
+            if weights is not None:
+                weights[where][mask] += num_examples
+
+    def finish(self) -> ModelState:
+        """Return the new values: reference plus mean difference; integer tensors take the largest
+        value.
+
+        Raises:
+            EmptyRoundError: nothing was folded.
+        """
+        if self._num_examples == 0:
+            raise EmptyRoundError("no upload was accepted in this round, so there is no mean")
+        state: ModelState = {}
+        for number, spec in enumerate(self._schema.tensors):
+            before = self._reference[spec.name]
+            sums, weights = self._sums[number], self._weights[number]
+            if sums is None:
+                largest = self._maxima.get(number)
+                state[spec.name] = (
+                    before
+                    if largest is None
+                    else torch.maximum(before, largest.reshape(before.shape))
+                )
+                continue
+            total = self._num_examples if weights is None else np.maximum(weights, 1)
+            mean = np.ldexp(sums.astype(np.float64), -self._scale_exponents[number]) / total
+            new = (before.reshape(-1).to(torch.float64).numpy() + mean).astype(np.float32)
+            state[spec.name] = torch.from_numpy(new).reshape(before.shape)
+        return state

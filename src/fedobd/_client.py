@@ -1,0 +1,223 @@
+"""ClientSession: one client's side of a round, without any input or output.
+
+A broadcast goes in, the state to train from comes out; the trained state goes in, the upload comes
+out. What a client must keep between rounds is the plain state that `ClientSession.state` gives and
+the constructor takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fedobd._errors import UsageError
+from fedobd._method import Method, UplinkContext
+from fedobd._payload import Payload, encode_payload
+from fedobd._schema import ModelSchema, Role, Segment
+from fedobd._seeds import derive_seed, make_generator
+from fedobd._selection import mean_block_differences
+from fedobd._server import check_addressed
+from fedobd._state import ModelState, check_state, segment_of
+from fedobd._wire import Bytes, Header, Kind, Report
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """A decoded broadcast, which all clients of a round that share a process can share.
+
+    Args:
+        header: what it says.
+        values: tensors by name, in the model's element types; only the segments of held blocks
+            have meaning.
+    """
+
+    header: Header
+    values: ModelState
+
+    @classmethod
+    def decode(
+        cls, payload: Bytes, method: Method, schema: ModelSchema, kind: Kind = Kind.BROADCAST
+    ) -> Broadcast:
+        """Decode a broadcast, opening or delivery.
+
+        Raises:
+            DecodeError: it is cut, altered, or of another kind, method or model.
+        """
+        parsed = Payload.parse(payload, schema)
+        check_addressed(parsed.header, kind, method, None, None)
+        values: ModelState = {spec.name: tensor for spec, tensor in parsed.frozen()}
+        for _, segments in parsed.blocks():
+            for decoded in segments:
+                spec = schema.tensors[decoded.segment.tensor]
+                if spec.name not in values:
+                    values[spec.name] = torch.zeros(spec.shape, dtype=spec.dtype)
+                segment_of(values, spec, decoded.segment).copy_(decoded.values)
+        return cls(parsed.header, values)
+
+
+class ClientSession:
+    """One client's side of a run.
+
+    Args:
+        method: the method with its options, the same as the server's.
+        schema: the model's schema.
+        client: the client's number.
+        seed: the run's seed.
+        state: what the client kept from its last round; None for a client that takes part for the
+            first time.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        schema: ModelSchema,
+        *,
+        client: int,
+        seed: int = 0,
+        state: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.method = method
+        self.schema = schema
+        self.client = client
+        self.seed = seed
+        self._kept: ModelState = dict(state or {})
+        self._received: Header | None = None
+        self._start: ModelState = {}
+
+    @property
+    def state(self) -> ModelState:
+        """What the client must keep for its next round: frozen tensors, and for some methods all
+        it last received.
+        """
+        return dict(self._kept)
+
+    def open(self, payload: Bytes | Broadcast) -> None:
+        """Take in the opening payload that comes before a client's first broadcast.
+
+        Raises:
+            DecodeError: it is cut, altered, or not for this run's model and method.
+        """
+        opening = (
+            payload
+            if isinstance(payload, Broadcast)
+            else Broadcast.decode(payload, self.method, self.schema, Kind.OPENING)
+        )
+        self._kept.update(opening.values)
+
+    def receive(self, payload: Bytes | Broadcast) -> ModelState:
+        """Take in the round's broadcast.
+
+        Args:
+            payload: its bytes, or what `Broadcast.decode` made of them.
+
+        Returns:
+            The state Ŵ to train from, by name, in the model's element types. The tensors are the
+            session's own; train on copies.
+
+        Raises:
+            DecodeError: it is cut, altered, or not for this run's model and method.
+            UsageError: it holds only a part of the model, and the client has not kept the rest.
+        """
+        broadcast = (
+            payload
+            if isinstance(payload, Broadcast)
+            else Broadcast.decode(payload, self.method, self.schema)
+        )
+        header = broadcast.header
+        held = set(header.kept)
+        start = dict(broadcast.values)
+        for number in self.schema.frozen():
+            self._take_kept(start, number)
+        for number, block in enumerate(self.schema.blocks):
+            if number not in held:
+                for segment in block.segments:
+                    self._take_kept(start, segment.tensor, segment)
+        self._start, self._received = start, header
+        if self.method.keeps_client_state:
+            self._kept = dict(start)
+        return dict(start)
+
+    def _take_kept(self, start: ModelState, number: int, segment: Segment | None = None) -> None:
+        spec = self.schema.tensors[number]
+        if spec.name not in self._kept:
+            raise UsageError(
+                f"client {self.client} has not kept tensor {spec.name!r}, which this broadcast does not hold; "
+                "it needs an opening payload"
+            )
+        kept = self._kept[spec.name]
+        if segment is None or segment.num_elements == spec.num_elements:
+            start[spec.name] = kept
+        else:
+            mixed = start.get(spec.name, kept).clone()
+            segment_of(mixed_state := {spec.name: mixed}, spec, segment).copy_(
+                segment_of(self._kept, spec, segment)
+            )
+            start.update(mixed_state)
+
+    def upload(self, trained: Mapping[str, torch.Tensor], report: Report) -> Iterator[bytes]:
+        """Encode the trained state.
+
+        Args:
+            trained: the values after local training, by name, on the CPU.
+            report: examples, losses and validation figures.
+
+        Yields:
+            Chunks of the upload.
+
+        Raises:
+            UsageError: nothing was received in this round, a tensor is missing or holds NaN, or no
+                example was trained on.
+        """
+        received = self._received
+        if received is None:
+            raise UsageError(
+                f"client {self.client} cannot upload before it has received a broadcast"
+            )
+        if report.num_examples < 1:
+            raise UsageError(f"client {self.client} trained on no examples; at least 1 is wanted")
+        check_state(self.schema, trained)
+        schema, start = self.schema, self._start
+
+        def value(segment: Segment) -> torch.Tensor:
+            return segment_of(trained, schema.tensors[segment.tensor], segment)
+
+        def difference(segment: Segment) -> torch.Tensor:
+            before = segment_of(start, schema.tensors[segment.tensor], segment)
+            return value(segment).to(torch.float32) - before.to(torch.float32)
+
+        def source(segment: Segment) -> torch.Tensor:
+            is_parameter = schema.tensors[segment.tensor].role is Role.PARAMETER
+            differs = self.method.sends_differences and is_parameter
+            return difference(segment) if differs else value(segment)
+
+        shipment = self.method.uplink(
+            UplinkContext(
+                schema=schema,
+                round=received.round,
+                stage=received.stage,
+                received=received.kept,
+                seed=derive_seed(self.seed, "uplink", received.round, self.client),
+                block_differences=lambda: mean_block_differences(schema, difference),
+            )
+        )
+        header = Header(
+            kind=Kind.UPLOAD,
+            method=self.method.wire_id,
+            round=received.round,
+            stage=received.stage,
+            kept=shipment.kept,
+            is_difference=self.method.sends_differences,
+            client=self.client,
+            report=report,
+            mask=shipment.mask,
+            block_differences=shipment.block_differences,
+        )
+        return encode_payload(
+            schema,
+            header,
+            source,
+            shipment.quantizer,
+            generator=make_generator(self.seed, "rounding", received.round, self.client),
+        )

@@ -1,0 +1,58 @@
+"""Masks that travel as a seed: a counter-based generator that the payload format itself defines.
+
+Element number i (counted over all trainable elements in tensor order) is kept when SplitMix64's
+output number i is at least a threshold. No library's generator is involved, so any reader can make
+the same mask.
+
+References:
+    Guy L. Steele Jr., Doug Lea, Christine H. Flood. Fast Splittable Pseudorandom Number
+    Generators. OOPSLA 2014, doi 10.1145/2660193.2660195, figure 17 with the constants of variant
+    13.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """A random mask over the trainable elements.
+
+    Args:
+        seed: the generator's seed, in [0, 2^64).
+        threshold: an element is dropped when its random number is below this, in [0, 2^64).
+    """
+
+    seed: int
+    threshold: int
+
+    @classmethod
+    def of_rate(cls, seed: int, dropout_rate: float) -> Mask:
+        """Return the mask that drops each element with probability `dropout_rate`, in [0, 1)."""
+        return cls(seed, int(Fraction(str(dropout_rate)) * 2**64))
+
+    def kept(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return which of the elements number `start` to `stop - 1` are kept, shape (stop -
+        start,).
+
+        Example:
+            >>> mask = Mask.of_rate(seed=7, dropout_rate=0.5)
+            >>> bool((mask.kept(0, 100)[40:60] == mask.kept(40, 60)).all())
+            True
+        """
+        counter = np.arange(start + 1, stop + 1, dtype=np.uint64)
+        mixed = counter * _GAMMA + np.uint64(self.seed)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * _FIRST
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * _SECOND
+        mixed ^= mixed >> np.uint64(31)
+        kept: NDArray[np.bool_] = mixed >= np.uint64(self.threshold)
+        return kept

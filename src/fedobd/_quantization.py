@@ -1,0 +1,240 @@
+"""Quantizers: float32 values to integer levels and back, with the arithmetic fixed to the last
+bit.
+
+Every operation on elements is one IEEE 754 float32 operation in the order written (no fused
+multiply-add), so that levels decode to the same values on every machine. Decoding is one rule for
+all quantizers: `value = level * (range / num_levels) + offset`.
+
+References:
+    FedOBD (arXiv 2208.05174), section 3.3: NNADQ, adaptive deterministic quantization.
+    Dan Alistarh, Demjan Grubic, Jerry Li, Ryota Tomioka, Milan Vojnovic. QSGD:
+    Communication-Efficient SGD via Gradient Quantization and Encoding. NeurIPS 2017, arXiv
+    1610.02132, section 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedobd._errors import UsageError
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+MAX_LEVELS = 1 << 22
+"""Largest number of levels on one side of the offset; float32 still tells such levels apart."""
+
+MAX_RANGE = 2.0**126
+"""Above this range, `level * (range / num_levels)` could round past the largest float32; such
+tensors travel raw."""
+
+MIN_DIVISIBLE_RANGE = 2.0**-104
+"""Below this range, `range / num_levels` could be subnormal and lose precision; one level is used,
+which is exact."""
+
+
+class Coding(IntEnum):
+    """How the elements of a segment travel."""
+
+    CONSTANT = 0
+    LEVELS = 1
+    RAW = 2
+    MASKED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentCode:
+    """What the header of a payload says of one segment.
+
+    Args:
+        coding: how its elements travel.
+        num_levels: s, levels from -s to s; 0 where there are none.
+        offset: a, a float32; 0 where there is none.
+        range: d, a float32 above 0 for levels; else 0.
+    """
+
+    coding: Coding
+    num_levels: int = 0
+    offset: float = 0.0
+    range: float = 0.0
+
+    def nominal_bits(self, num_elements: int, wire_bits: int) -> int:
+        """Bits by the papers' count: fixed-width levels with their sign, or plain values; no
+        headers.
+        """
+        if self.coding is Coding.LEVELS:
+            return num_elements * level_bits(self.num_levels)
+        return 0 if self.coding is Coding.CONSTANT else num_elements * wire_bits
+
+
+def level_bits(num_levels: int) -> int:
+    """Nominal bits of one level from -s to s: ⌈log2(s + 1)⌉ + 1."""
+    return num_levels.bit_length() + 1
+
+
+class Quantizer(Protocol):
+    """Turns values into levels in two steps, so that ranges are known before the first level is
+    made.
+    """
+
+    def measure(self, values: Float32, repr_bits: int) -> SegmentCode:
+        """Choose the coding, number of levels, offset and range.
+
+        Args:
+            values: float32, shape (n,), all finite.
+            repr_bits: bits of the type that the values have in the model.
+        """
+        ...
+
+    def quantize(
+        self, values: Float32, code: SegmentCode, generator: torch.Generator | None
+    ) -> Int32:
+        """Return the levels, int32, shape (n,), for a code whose coding is LEVELS."""
+        ...
+
+
+def _code(offset: np.float32, span: np.float32, num_levels: int) -> SegmentCode:
+    if span == 0:
+        return SegmentCode(Coding.CONSTANT, offset=float(offset))
+    if span > MAX_RANGE or abs(float(offset)) > MAX_RANGE:
+        return SegmentCode(Coding.RAW)
+    if span < MIN_DIVISIBLE_RANGE:
+        num_levels = 1
+    return SegmentCode(Coding.LEVELS, num_levels, float(offset), float(span))
+
+
+@dataclass(frozen=True, slots=True)
+class NNADQ:
+    """Adaptive deterministic quantization for neural networks.
+
+    Centres the values, `a = max/2 + min/2`, takes `d = max(max - a, a - min)` and
+    `s = max(1, ⌊√(ln 4 · REPR · d / β)⌋)`, where `β · log2(s) / REPR + d / s²` is smallest. The
+    error of each element is at most `d / (2 s) + 5 ulp(max |v|)`. d = 0 gives a constant; more
+    nominal bits than REPR - 1 give raw values.
+
+    Args:
+        weight: β > 0, the weight of bits against error; smaller is finer.
+
+    Raises:
+        UsageError: the weight is not a finite number above 0.
+
+    Departs from the paper:
+        The levels are limited to 2^22, and the arithmetic is fixed as described in the module.
+    """
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        check_positive("the quantization weight β", self.weight)
+
+    def measure(self, values: Float32, repr_bits: int) -> SegmentCode:
+        """See `Quantizer.measure`."""
+        if values.size == 0:
+            return SegmentCode(Coding.RAW)
+        low, high = values.min(), values.max()
+        half = np.float32(0.5)
+        offset = np.float32(high * half + low * half)
+        span = np.float32(max(high - offset, offset - low))
+        squared = math.log(4) * repr_bits * float(span) / self.weight
+        num_levels = max(1, math.floor(math.sqrt(min(squared, float(MAX_LEVELS) ** 2))))
+        if level_bits(num_levels) >= repr_bits:
+            return SegmentCode(Coding.RAW)
+        return _code(offset, span, num_levels)
+
+    def quantize(
+        self, values: Float32, code: SegmentCode, generator: torch.Generator | None
+    ) -> Int32:
+        """See `Quantizer.quantize`; the generator is not used."""
+        span, num_levels = np.float32(code.range), np.float32(code.num_levels)
+        scaled = values - np.float32(code.offset)
+        scaled /= span
+        scaled *= num_levels
+        np.rint(scaled, out=scaled)
+        np.clip(scaled, -num_levels, num_levels, out=scaled)
+        return scaled.astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Stochastic:
+    """QSGD's unbiased stochastic quantization by the largest magnitude.
+
+    `y = |v| / max|v| · s` is rounded up with probability `y - ⌊y⌋`, else down; the sign is kept.
+
+    Args:
+        num_levels: s, from 1 to 2^22.
+
+    Raises:
+        UsageError: the number of levels is out of range.
+    """
+
+    num_levels: int = 255
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_levels <= MAX_LEVELS:
+            raise UsageError(f"num_levels is {self.num_levels}; allowed are 1 to {MAX_LEVELS}")
+
+    def measure(self, values: Float32, repr_bits: int) -> SegmentCode:
+        """See `Quantizer.measure`."""
+        if values.size == 0 or level_bits(self.num_levels) >= repr_bits:
+            return SegmentCode(Coding.RAW)
+        span = np.float32(max(values.max(), -values.min()))
+        return _code(np.float32(0), span, self.num_levels)
+
+    def quantize(
+        self, values: Float32, code: SegmentCode, generator: torch.Generator | None
+    ) -> Int32:
+        """See `Quantizer.quantize`.
+
+        Raises:
+            UsageError: there is no generator.
+        """
+        if generator is None:
+            raise UsageError("stochastic quantization needs a torch.Generator")
+        scaled = np.abs(values)
+        scaled /= np.float32(code.range)
+        scaled *= np.float32(code.num_levels)
+        floor = np.floor(scaled)
+        draws = torch.rand(values.size, generator=generator).numpy()
+        floor += draws < scaled - floor
+        levels = np.minimum(floor, np.float32(code.num_levels)).astype(np.int32)
+        return np.where(np.signbit(values), -levels, levels)
+
+
+@dataclass(frozen=True, slots=True)
+class Unquantized:
+    """Leaves values as they are: every segment travels raw."""
+
+    def measure(self, values: Float32, repr_bits: int) -> SegmentCode:
+        """See `Quantizer.measure`."""
+        return SegmentCode(Coding.RAW)
+
+    def quantize(
+        self, values: Float32, code: SegmentCode, generator: torch.Generator | None
+    ) -> Int32:
+        """Never called by the codec, since no segment is coded in levels.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError("values that are not quantized have no levels")
+
+
+def dequantize(levels: Int32, code: SegmentCode) -> Float32:
+    """Return `level * (range / num_levels) + offset`, float32, the same on every machine."""
+    values = levels.astype(np.float32)
+    values *= np.float32(code.range) / np.float32(code.num_levels)
+    values += np.float32(code.offset)
+    return values
+
+
+def check_positive(what: str, value: float) -> None:
+    """Raise UsageError unless the value is a finite number above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"{what} is {value}; allowed are finite numbers above 0")

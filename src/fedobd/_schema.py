@@ -1,0 +1,246 @@
+"""ModelSchema: what both ends know of a model, so that payloads carry neither names nor shapes.
+
+Rules kept here:
+- every element of a trainable parameter lies in exactly one segment of exactly one block;
+- every buffer lies whole in exactly one block; a frozen parameter lies in none;
+- two schemas are interchangeable exactly when their fingerprints are equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from fedobd._errors import UsageError
+
+
+class Role(StrEnum):
+    """What a tensor of the model is to federated training."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    FROZEN = "frozen"
+
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
+"""The element types that a schema admits, by name."""
+
+_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of the model.
+
+    Args:
+        name: its name in the model's state.
+        shape: its shape; `()` for a 0-dim tensor.
+        dtype: its element type in the model.
+        role: trainable parameter, buffer, or frozen parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    role: Role
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES.values():
+            raise UsageError(
+                f"tensor {self.name!r} has element type {self.dtype}; supported are {', '.join(DTYPES)}"
+            )
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether the elements are floating-point numbers."""
+        return self.dtype.is_floating_point
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """The type in which plain values travel.
+
+        A 16-bit parameter travels in its own type, any other floating tensor in float32 (buffers
+        always, and float64 narrowed), integers and booleans as they are.
+        """
+        if not self.is_floating:
+            return self.dtype
+        if self.role is not Role.BUFFER and self.dtype in _SIXTEEN_BIT:
+            return self.dtype
+        return torch.float32
+
+    @property
+    def repr_bits(self) -> int:
+        """REPR of NNADQ: bits of the type in which plain values travel."""
+        return self.wire_dtype.itemsize * 8
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of elements of one tensor in row-major order: `[start, stop)` of tensor number
+    `tensor`.
+    """
+
+    tensor: int
+    start: int
+    stop: int
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A semantic block: the unit that is uploaded or dropped.
+
+    Args:
+        name: name of the module, or of its first layer, with `[i/n]` for part i of n.
+        kind: what made it a block: a class name, or a pattern such as `Conv2d+BatchNorm2d`.
+        layers: names of the modules that hold its tensors.
+        segments: its elements, parameters and buffers in module order.
+        num_parameters: its trainable elements; buffers do not count.
+    """
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    segments: tuple[Segment, ...]
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class ModelSchema:
+    """The tensors of a model and their blocks, bottom layer first.
+
+    Args:
+        tensors: every tensor of the model's state, tied ones once.
+        blocks: the semantic blocks.
+
+    Raises:
+        UsageError: the blocks do not cover the tensors as the rules of this module want, or there
+            is nothing to train.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+    blocks: tuple[Block, ...]
+    num_parameters: int = field(init=False)
+    fingerprint: bytes = field(init=False, repr=False)
+    _offsets: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check_cover()
+        object.__setattr__(self, "num_parameters", sum(b.num_parameters for b in self.blocks))
+        if self.num_parameters == 0:
+            raise UsageError(
+                "the model has no trainable parameters; at least one tensor must have requires_grad=True"
+            )
+        canonical = json.dumps(self.to_json(), separators=(",", ":"), sort_keys=True)
+        digest = hashlib.blake2b(canonical.encode(), digest_size=16).digest()
+        object.__setattr__(self, "fingerprint", digest)
+        offsets, total = [], 0
+        for spec in self.tensors:
+            offsets.append(total)
+            total += spec.num_elements if spec.role is Role.PARAMETER else 0
+        object.__setattr__(self, "_offsets", tuple(offsets))
+
+    def _check_cover(self) -> None:
+        covered: list[list[tuple[int, int]]] = [[] for _ in self.tensors]
+        for block in self.blocks:
+            counted = 0
+            for segment in block.segments:
+                if not 0 <= segment.tensor < len(self.tensors):
+                    raise UsageError(f"block {block.name!r} names tensor number {segment.tensor}")
+                covered[segment.tensor].append((segment.start, segment.stop))
+                if self.tensors[segment.tensor].role is Role.PARAMETER:
+                    counted += segment.num_elements
+            if counted != block.num_parameters:
+                raise UsageError(
+                    f"block {block.name!r} says {block.num_parameters} parameters and holds {counted}"
+                )
+        for spec, spans in zip(self.tensors, covered, strict=True):
+            spans.sort()
+            position = 0
+            for start, stop in spans:
+                if start != position or stop < start:
+                    raise UsageError(f"blocks do not tile tensor {spec.name!r} at element {start}")
+                position = stop
+            wanted = 0 if spec.role is Role.FROZEN else spec.num_elements
+            pieces_wanted = spec.role is not Role.FROZEN
+            if position != wanted or bool(spans) is not pieces_wanted:
+                raise UsageError(
+                    f"blocks cover {position} of {wanted} elements of {spec.role} {spec.name!r}"
+                )
+            if spec.role is Role.BUFFER and len(spans) > 1:
+                raise UsageError(f"buffer {spec.name!r} is split between blocks")
+
+    def mask_offset(self, segment: Segment) -> int:
+        """Number of the segment's first element among all trainable elements, in tensor order."""
+        return self._offsets[segment.tensor] + segment.start
+
+    def frozen(self) -> tuple[int, ...]:
+        """Numbers of the frozen tensors."""
+        return tuple(i for i, spec in enumerate(self.tensors) if spec.role is Role.FROZEN)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the schema as plain JSON values."""
+        return {
+            "tensors": [
+                [t.name, list(t.shape), str(t.dtype).removeprefix("torch."), t.role.value]
+                for t in self.tensors
+            ],
+            "blocks": [
+                [b.name, b.kind, list(b.layers), [[s.tensor, s.start, s.stop] for s in b.segments]]
+                for b in self.blocks
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> ModelSchema:
+        """Rebuild a schema from `to_json`.
+
+        Raises:
+            UsageError: the value is not such a schema.
+        """
+        try:
+            tensors = tuple(
+                TensorSpec(str(name), tuple(int(n) for n in shape), DTYPES[dtype], Role(role))
+                for name, shape, dtype, role in value["tensors"]
+            )
+            blocks = []
+            for name, kind, layers, spans in value["blocks"]:
+                segments = tuple(Segment(int(t), int(a), int(b)) for t, a, b in spans)
+                count = sum(
+                    s.num_elements for s in segments if tensors[s.tensor].role is Role.PARAMETER
+                )
+                blocks.append(
+                    Block(str(name), str(kind), tuple(map(str, layers)), segments, count)
+                )
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UsageError(f"this is not a model schema: {error!r}") from error
+        return cls(tensors, tuple(blocks))

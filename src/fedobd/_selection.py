@@ -1,0 +1,98 @@
+"""Selection: which blocks a client uploads.
+
+References:
+    FedOBD (arXiv 2208.05174), section 3.2 and algorithm 2: mean block difference, opportunistic
+    block dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedobd._schema import ModelSchema, Role, Segment
+
+
+def squared_norm(values: NDArray[np.float32]) -> float:
+    """Return the sum of squares in float64, added in a fixed order.
+
+    The order is a tree of element-wise additions of halves, so that the sum has the same bits on
+    every machine, which a library's reduction does not promise.
+
+    Args:
+        values: float32, shape (n,).
+    """
+    squares = np.square(values, dtype=np.float64)
+    while squares.size > 1:
+        half = (squares.size + 1) // 2
+        folded = squares[:half].copy()
+        folded[: squares.size - half] += squares[half:]
+        squares = folded
+    return float(squares[0]) if squares.size else 0.0
+
+
+def mean_block_differences(
+    schema: ModelSchema, difference: Callable[[Segment], torch.Tensor]
+) -> tuple[float, ...]:
+    """Return the mean block difference ‖vec(Ŵ[b]) - vec(W_k[b])‖₂ / |b| of each block.
+
+    Args:
+        schema: the model's schema.
+        difference: gives the float32 difference of a segment of a parameter, 1-D.
+
+    Returns:
+        One number for each block, 0 for a block of buffers alone.
+    """
+    result = []
+    for block in schema.blocks:
+        total = 0.0
+        for segment in block.segments:
+            if schema.tensors[segment.tensor].role is Role.PARAMETER:
+                total += squared_norm(difference(segment).numpy())
+        result.append(math.sqrt(total) / block.num_parameters if block.num_parameters else 0.0)
+    return tuple(result)
+
+
+def parameter_budget(num_parameters: int, dropout_rate: float) -> int:
+    """Return the largest whole number of parameters within (1 - λ)·|W|, for λ as it is written in
+    decimal.
+    """
+    return math.floor((1 - Fraction(str(dropout_rate))) * num_parameters)
+
+
+def fill_budget(schema: ModelSchema, order: Sequence[int], budget: int) -> tuple[int, ...]:
+    """Keep blocks in the given order while they fit; one that does not fit is skipped and the scan
+    goes on.
+
+    Args:
+        schema: the model's schema.
+        order: block numbers, most wanted first.
+        budget: the most parameters to keep.
+
+    Returns:
+        The kept block numbers, ascending. Blocks without parameters are always kept.
+    """
+    kept, used = [], 0
+    for number in order:
+        size = schema.blocks[number].num_parameters
+        if used + size <= budget:
+            kept.append(number)
+            used += size
+    return tuple(sorted(kept))
+
+
+def order_by_difference(differences: Sequence[float]) -> list[int]:
+    """Return block numbers by mean block difference, largest first; of equal ones the lower number
+    first.
+    """
+    return sorted(range(len(differences)), key=lambda number: (-differences[number], number))
+
+
+def random_order(num_blocks: int, generator: torch.Generator) -> list[int]:
+    """Return block numbers in random order, the ablation without mean block differences."""
+    return list(map(int, torch.randperm(num_blocks, generator=generator)))

@@ -1,0 +1,480 @@
+"""ServerSession: the server's side of a run, without any input or output.
+
+Bytes of uploads go in, bytes of broadcasts come out; who carries them is the engine's business.
+Between two rounds the whole state can be saved and restored, and the run goes on with the same
+bytes.
+
+The server keeps its own values W in float32 and adds mean differences to them; what clients hold
+after a quantized broadcast, Ŵ, never enters W, so the broadcast's error does not pile up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fedobd._aggregation import RunningMean
+from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError, UsageError
+from fedobd._method import Method, Shipment, all_blocks
+from fedobd._payload import Payload, encode_payload
+from fedobd._rounds import (
+    Progress,
+    Refusal,
+    RoundPlan,
+    RoundRecord,
+    StopWatch,
+    UploadRecord,
+    sample_cohort,
+    weighted_mean,
+)
+from fedobd._schema import ModelSchema
+from fedobd._seeds import derive_seed, make_generator
+from fedobd._state import ModelState, cast_state, master_state, segment_of
+from fedobd._wire import ByteCount, Bytes, Header, Kind
+
+MAX_EXAMPLES = 10_000_000
+"""Largest number of examples that an upload may claim, unless the operator says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSession:
+    """A server session between two rounds, as plain data.
+
+    Args:
+        tensors: the server's values by name.
+        values: everything else, as JSON values.
+    """
+
+    tensors: ModelState
+    values: dict[str, Any]
+
+
+@dataclass(slots=True)
+class _OpenRound:
+    """A round between its begin and its end."""
+
+    plan: RoundPlan
+    shipment: Shipment
+    mean: RunningMean
+    broadcast: ByteCount | None = None
+    opening: ByteCount | None = None
+    uploads: dict[int, UploadRecord] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+    opened: set[int] = field(default_factory=set)
+
+
+class ServerSession:
+    """The server's side of a run.
+
+    Args:
+        method: the method with its options.
+        schema: the model's schema.
+        state: the initial values by name; copied.
+        num_clients: how many clients there are; they are known by the numbers 0 to num_clients -
+            1.
+        seed: the run's seed.
+        max_examples: the largest number of examples that an upload may claim.
+
+    Raises:
+        UsageError: the state does not fit the schema, or there are fewer clients than a cohort
+            wants.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        schema: ModelSchema,
+        state: Mapping[str, torch.Tensor],
+        *,
+        num_clients: int,
+        seed: int = 0,
+        max_examples: int = MAX_EXAMPLES,
+    ) -> None:
+        if num_clients < 1:
+            raise UsageError(f"num_clients is {num_clients}; allowed are numbers from 1")
+        if not 1 <= max_examples < 2**40:
+            raise UsageError(f"max_examples is {max_examples}; allowed are 1 to 2^40 - 1")
+        self.method = method
+        self.schema = schema
+        self.num_clients = num_clients
+        self.seed = seed
+        self.max_examples = max_examples
+        self._stages = method.stages()
+        for stage in self._stages:
+            sample_cohort(stage.cohort, num_clients, seed, 0)
+        self._state = master_state(schema, state)
+        self._progress = Progress(uploads_by_block=[0] * len(schema.blocks))
+        self._open: _OpenRound | None = None
+
+    @property
+    def state(self) -> ModelState:
+        """The server's values W in the model's own element types."""
+        return cast_state(self.schema, self._state)
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds that were ended."""
+        return self._progress.rounds
+
+    @property
+    def planned_rounds(self) -> int:
+        """Number of rounds of all stages, if none is left early."""
+        return sum(stage.rounds for stage in self._stages)
+
+    def begin_round(self) -> RoundPlan | None:
+        """Begin the next round.
+
+        Returns:
+            The plan, or None when the last stage is over.
+
+        Raises:
+            UsageError: a round is open.
+        """
+        if self._open is not None:
+            raise UsageError(f"round {self._open.plan.round} has not been ended")
+        progress = self._progress
+        if progress.stage >= len(self._stages):
+            return None
+        stage = self._stages[progress.stage]
+        number = progress.rounds + 1
+        epochs_before = sum(s.rounds * s.epochs for s in self._stages[: progress.stage])
+        plan = RoundPlan(
+            round=number,
+            stage=stage.number,
+            cohort=sample_cohort(stage.cohort, self.num_clients, self.seed, number),
+            epochs=stage.epochs,
+            schedule_start=progress.stage_rounds * stage.epochs if stage.one_schedule else 0,
+            schedule_epochs=stage.epochs * (stage.rounds if stage.one_schedule else 1),
+            run_start=epochs_before + progress.stage_rounds * stage.epochs,
+            run_epochs=sum(s.rounds * s.epochs for s in self._stages),
+        )
+        seed = derive_seed(self.seed, "server", number)
+        memory = self.method.begin(dict(progress.memory), self.schema, seed)
+        progress.memory = memory
+        mean = RunningMean(
+            self.schema,
+            self._state,
+            cohort_size=len(plan.cohort),
+            max_examples=self.max_examples,
+            per_element=self.method.per_element_mean,
+        )
+        self._open = _OpenRound(plan, self.method.downlink(memory, self.schema), mean)
+        return plan
+
+    def broadcast(self) -> Iterator[bytes]:
+        """Encode the round's shared broadcast.
+
+        Yields:
+            Chunks; their concatenation is the payload for every client of the cohort, the same
+            each time.
+
+        Raises:
+            UsageError: no round is open, or the model holds NaN.
+        """
+        current = self._current()
+        chunks = self._encode(Kind.BROADCAST, current.shipment, current.plan.round)
+        if current.broadcast is None:
+            payload = b"".join(chunks)
+            current.broadcast = Payload.parse(payload, self.schema).num_bytes
+            yield payload
+        else:
+            yield from chunks
+
+    def needs_opening(self, client: int) -> bool:
+        """Whether a client of the round must be sent an opening payload before the broadcast."""
+        self._check_member(client)
+        has_content = self.method.keeps_client_state or bool(self.schema.frozen())
+        return has_content and client not in self._progress.opened
+
+    def opening(self, client: int) -> Iterator[bytes]:
+        """Encode the opening payload of a client and note that it was sent.
+
+        Its bytes are the same for all clients of the round.
+
+        Yields:
+            Chunks: frozen parameters, and the whole model for a method whose clients keep a state.
+        """
+        current = self._current()
+        self._check_member(client)
+        payload = self._opening(current)
+        current.opened.add(client)
+        yield payload
+
+    def _opening(self, current: _OpenRound) -> bytes:
+        kept = all_blocks(self.schema) if self.method.keeps_client_state else ()
+        payload = b"".join(self._encode(Kind.OPENING, Shipment(kept=kept), current.plan.round))
+        current.opening = Payload.parse(payload, self.schema).num_bytes
+        return payload
+
+    def delivery(self) -> Iterator[bytes]:
+        """Encode the trained model's delivery to one client: all blocks, as the method's
+        broadcasts are coded.
+
+        Yields:
+            Chunks. No method's traffic counts them; they are recorded apart.
+        """
+        shipment = self.method.downlink(self._progress.memory, self.schema)
+        whole = dataclasses.replace(shipment, kept=all_blocks(self.schema))
+        yield from self._encode(Kind.DELIVERY, whole, self._progress.rounds)
+
+    def _encode(self, kind: Kind, shipment: Shipment, number: int) -> Iterator[bytes]:
+        schema, state = self.schema, self._state
+        header = Header(
+            kind=kind,
+            method=self.method.wire_id,
+            round=number,
+            stage=self._stages[min(self._progress.stage, len(self._stages) - 1)].number,
+            kept=shipment.kept,
+        )
+        return encode_payload(
+            schema,
+            header,
+            lambda segment: segment_of(state, schema.tensors[segment.tensor], segment),
+            shipment.quantizer,
+            generator=make_generator(self.seed, "downlink", number),
+            frozen=lambda spec: state[spec.name],
+        )
+
+    def receive(self, client: int, upload: Bytes) -> UploadRecord:
+        """Take in one upload, in any order of clients.
+
+        Args:
+            client: whose connection it came on.
+            upload: the payload.
+
+        Returns:
+            What it held.
+
+        Raises:
+            DecodeError: it is refused; nothing of it is used, the refusal is recorded, and the
+                round goes on.
+            UsageError: no round is open.
+        """
+        current = self._current()
+        try:
+            return self._accept(current, client, upload)
+        except DecodeError as error:
+            current.refusals.append(
+                Refusal(
+                    client=client,
+                    reason=error.reason.value,
+                    message=str(error),
+                    uplink_bytes=memoryview(upload).nbytes,
+                )
+            )
+            raise
+
+    def _accept(self, current: _OpenRound, client: int, upload: Bytes) -> UploadRecord:
+        plan = current.plan
+        if client not in plan.cohort:
+            raise DecodeError(
+                DecodeReason.CLIENT, f"client {client} takes no part in round {plan.round}"
+            )
+        if client in current.uploads:
+            raise DecodeError(
+                DecodeReason.DUPLICATE,
+                f"client {client} has uploaded in round {plan.round} already",
+            )
+        payload = Payload.parse(upload, self.schema)
+        header, report = payload.header, payload.header.report
+        check_addressed(header, Kind.UPLOAD, self.method, plan.round, plan.stage)
+        assert report is not None
+        if header.client != client:
+            raise DecodeError(
+                DecodeReason.CLIENT, f"client {client} sent an upload of client {header.client}"
+            )
+        if not 1 <= report.num_examples <= self.max_examples:
+            raise DecodeError(
+                DecodeReason.LIMIT,
+                f"client {client} claims {report.num_examples} examples; allowed are 1 to {self.max_examples}",
+            )
+        if report.num_validation_examples > self.max_examples:
+            raise DecodeError(
+                DecodeReason.LIMIT,
+                f"client {client} claims {report.num_validation_examples} validation examples; "
+                f"at most {self.max_examples} are allowed",
+            )
+        if header.is_difference is not self.method.sends_differences:
+            raise DecodeError(
+                DecodeReason.METHOD,
+                f"the upload holds {'differences' if header.is_difference else 'values'}; "
+                f"{self.method.name} sends the other",
+            )
+        self.method.check_upload(header, self.schema, current.shipment.kept)
+        current.mean.fold(payload.blocks(), report.num_examples, differences=header.is_difference)
+        record = UploadRecord(
+            client=client,
+            num_examples=report.num_examples,
+            train_loss=report.train_loss,
+            num_validation_examples=report.num_validation_examples,
+            validation_loss=report.validation_loss,
+            validation_metric=report.validation_metric,
+            blocks_kept=header.kept,
+            block_differences=header.block_differences,
+            uplink=payload.num_bytes,
+        )
+        current.uploads[client] = record
+        return record
+
+    def abort_round(self) -> None:
+        """Forget the open round, as if it had not begun; its clients' openings count as not
+        sent.
+        """
+        self._current()
+        self._open = None
+
+    def end_round(self) -> RoundRecord:
+        """End the round: the mean becomes the new state.
+
+        Raises:
+            EmptyRoundError: no upload was accepted; the round stays open, to be repeated or
+                aborted.
+        """
+        current = self._current()
+        if not current.uploads:
+            refused = "; ".join(f"client {r.client}: {r.message}" for r in current.refusals)
+            raise EmptyRoundError(
+                f"round {current.plan.round}: no upload was accepted from {len(current.plan.cohort)} clients"
+                + (f" ({refused})" if refused else "")
+            )
+        self._state = current.mean.finish()
+        record = self._record(current)
+        progress = self._progress
+        progress.memory = self.method.end(dict(progress.memory), record)
+        progress.opened |= current.opened
+        progress.rounds += 1
+        progress.stage_rounds += 1
+        if current.plan.stage == 1:
+            for upload in record.uploads:
+                for number in upload.blocks_kept:
+                    progress.uploads_by_block[number] += 1
+        self._open = None
+        rule = self.method.stop
+        metric = record.validation_metric if rule.source == "validation" else None
+        self._advance(metric)
+        return record
+
+    def observe_test_metric(self, metric: float) -> None:
+        """Take in the new state's metric on the test set, which counts only for a method that
+        stops on it.
+        """
+        if self.method.stop.source == "test" and self._progress.stage_rounds > 0:
+            self._advance(metric)
+
+    def _advance(self, metric: float | None) -> None:
+        progress = self._progress
+        stage = self._stages[progress.stage]
+        stop = progress.watch.observe(metric, self.method.stop)
+        if stop or progress.stage_rounds >= stage.rounds:
+            progress.stage += 1
+            progress.stage_rounds = 0
+            progress.watch = StopWatch()
+
+    def _record(self, current: _OpenRound) -> RoundRecord:
+        uploads = tuple(current.uploads[c] for c in sorted(current.uploads))
+        if current.broadcast is None:
+            raise UsageError(f"round {current.plan.round} was ended before its broadcast was made")
+        broadcasts = len(current.plan.cohort)
+        opening = current.opening or ByteCount()
+        train_loss = weighted_mean(
+            [u.train_loss for u in uploads], [u.num_examples for u in uploads]
+        )
+        assert train_loss is not None
+        validation = [u.num_validation_examples for u in uploads]
+        return RoundRecord(
+            round=current.plan.round,
+            stage=current.plan.stage,
+            cohort=current.plan.cohort,
+            uploads=uploads,
+            refusals=tuple(sorted(current.refusals, key=lambda r: (r.client, r.message))),
+            train_loss=train_loss,
+            validation_loss=weighted_mean([u.validation_loss for u in uploads], validation),
+            validation_metric=weighted_mean([u.validation_metric for u in uploads], validation),
+            uplink_bytes=sum(u.uplink.total for u in uploads)
+            + sum(r.uplink_bytes for r in current.refusals),
+            downlink_bytes=current.broadcast.total * broadcasts
+            + opening.total * len(current.opened),
+            uplink_nominal_bits=sum(u.uplink.nominal_bits for u in uploads),
+            downlink_nominal_bits=current.broadcast.nominal_bits * broadcasts
+            + opening.nominal_bits * len(current.opened),
+            broadcast=current.broadcast,
+            opening_bytes=opening.total * len(current.opened),
+            opened=tuple(sorted(current.opened)),
+        )
+
+    def never_uploaded(self) -> tuple[int, ...]:
+        """Return the blocks with parameters that no client has uploaded in stage 1 so far."""
+        return tuple(
+            number
+            for number, count in enumerate(self._progress.uploads_by_block)
+            if count == 0 and self.schema.blocks[number].num_parameters > 0
+        )
+
+    def save(self) -> SavedSession:
+        """Return the session's state between two rounds.
+
+        Raises:
+            UsageError: a round is open.
+        """
+        if self._open is not None:
+            raise UsageError(
+                f"round {self._open.plan.round} is open; a session is saved between rounds"
+            )
+        values = dataclasses.asdict(self._progress)
+        values["opened"] = sorted(self._progress.opened)
+        return SavedSession(dict(self._state), values)
+
+    def restore(self, saved: SavedSession) -> None:
+        """Put the session where a saved one was; method, schema, clients and seed must be the
+        same.
+
+        Raises:
+            UsageError: the saved state does not fit the schema.
+        """
+        self._state = master_state(self.schema, saved.tensors)
+        values = dict(saved.values)
+        values["watch"] = StopWatch(**values["watch"])
+        values["opened"] = set(values["opened"])
+        self._progress = Progress(**values)
+        self._open = None
+
+    def _current(self) -> _OpenRound:
+        if self._open is None:
+            raise UsageError("no round is open; call begin_round first")
+        return self._open
+
+    def _check_member(self, client: int) -> None:
+        if client not in self._current().plan.cohort:
+            raise UsageError(
+                f"client {client} takes no part in round {self._current().plan.round}"
+            )
+
+
+def check_addressed(
+    header: Header, kind: Kind, method: Method, number: int | None, stage: int | None
+) -> None:
+    """Raise DecodeError unless a payload is of this kind and method, and of this round and stage
+    where given.
+    """
+    if header.kind is not kind:
+        raise DecodeError(
+            DecodeReason.KIND, f"a payload of kind {header.kind.name} came; wanted {kind.name}"
+        )
+    if header.method != method.wire_id:
+        raise DecodeError(
+            DecodeReason.METHOD,
+            f"a payload of method number {header.method} came; "
+            f"wanted {method.wire_id} ({method.name})",
+        )
+    if number is not None and (header.round, header.stage) != (number, stage):
+        raise DecodeError(
+            DecodeReason.ROUND,
+            f"a payload of round {header.round}, stage {header.stage} came; "
+            f"wanted round {number}, stage {stage}",
+        )
+    if kind is not Kind.UPLOAD and (header.is_difference or header.mask is not None):
+        raise DecodeError(DecodeReason.FIELD, "what a server sends must be whole values")

@@ -1,0 +1,103 @@
+"""ModelState: the values of a model's tensors by name, tied ones once, and the way in and out of a
+module.
+
+A state is a plain dict. Nothing here changes a tensor in place, apart from `load_state`, whose
+purpose it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from fedobd._errors import UsageError
+from fedobd._schema import ModelSchema, Role, Segment, TensorSpec
+
+ModelState = dict[str, torch.Tensor]
+"""Values by tensor name, each with its spec's shape."""
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Role]]:
+    """Yield the parameters and persistent buffers of a module, each object once, under its first
+    name.
+    """
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                role = Role.PARAMETER if parameter.requires_grad else Role.FROZEN
+                yield prefix + name, parameter, role
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield prefix + name, buffer, Role.BUFFER
+
+
+def get_state(model: nn.Module) -> ModelState:
+    """Return copies of the tensors of a module on the CPU, in the module's own element types."""
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor, _ in named_tensors(model)
+    }
+
+
+def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy a state into a module, casting to the module's element types.
+
+    Raises:
+        UsageError: a tensor of the module is missing in the state or has another shape there.
+    """
+    with torch.no_grad():
+        for name, tensor, _ in named_tensors(model):
+            if name not in state:
+                raise UsageError(f"the state holds no value for tensor {name!r} of the model")
+            value = state[name]
+            if value.shape != tensor.shape:
+                raise UsageError(
+                    f"tensor {name!r} has shape {tuple(tensor.shape)} in the model and "
+                    f"{tuple(value.shape)} in the state"
+                )
+            tensor.copy_(value)
+
+
+def master_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> ModelState:
+    """Return the server's copy of a state: floating tensors that are trained or averaged in
+    float32.
+
+    Raises:
+        UsageError: a tensor of the schema is missing, or has another shape.
+    """
+    check_state(schema, state)
+    master: ModelState = {}
+    for spec in schema.tensors:
+        value = state[spec.name].detach().to("cpu")
+        average = spec.is_floating and spec.role is not Role.FROZEN
+        master[spec.name] = value.to(torch.float32 if average else spec.dtype, copy=True)
+    return master
+
+
+def check_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise UsageError where a state does not hold every tensor of the schema in its shape."""
+    for spec in schema.tensors:
+        if spec.name not in state:
+            raise UsageError(f"the state holds no value for tensor {spec.name!r}")
+        if tuple(state[spec.name].shape) != spec.shape:
+            raise UsageError(
+                f"tensor {spec.name!r} has shape {tuple(state[spec.name].shape)}; wanted {spec.shape}"
+            )
+
+
+def cast_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> ModelState:
+    """Return the state in the model's own element types."""
+    return {spec.name: state[spec.name].to(spec.dtype) for spec in schema.tensors}
+
+
+def segment_of(
+    state: Mapping[str, torch.Tensor], spec: TensorSpec, segment: Segment
+) -> torch.Tensor:
+    """Return a segment's elements as a 1-D view of the tensor where it is contiguous."""
+    return state[spec.name].detach().reshape(-1)[segment.start : segment.stop]

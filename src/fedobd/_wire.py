@@ -1,0 +1,398 @@
+"""The layout of a payload, format version 1, and its header.
+
+A payload is, in this order, all numbers little endian:
+
+1. the fixed fields of `HEADER_FIELDS`;
+2. if `Flag.UPLOAD`: the fields of `UPLOAD_FIELDS`; if `Flag.MASK`: those of `MASK_FIELDS`;
+3. if `Flag.BLOCK_DIFFERENCES`: one float32 for each block of the schema;
+4. a bitmap of the blocks that it holds, block 0 in the lowest bit of the first byte, unused bits
+   0;
+5. for each segment of each held block a coding (u8) with its fields: CONSTANT offset f32; LEVELS
+   number of levels u32, offset f32, range f32; RAW and MASKED none;
+6. frames, each with its length (u64) before it: in an opening payload first one with the frozen
+   tensors, if the model has any; then for each held block one with its levels, if a segment has
+   levels, and one with its plain values, if a segment has those;
+7. CRC-32 (the one of zlib and PNG) of all bytes before it, u32.
+
+Names and shapes do not travel: the fingerprint of the schema does.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Any
+
+import numpy as np
+
+from fedobd._errors import DecodeError, DecodeReason, UsageError
+from fedobd._masks import Mask
+from fedobd._quantization import MAX_LEVELS, MAX_RANGE, Coding, SegmentCode
+from fedobd._schema import ModelSchema, Role, Segment
+
+MAGIC = b"FOBD"
+VERSION = 1
+
+HEADER_FIELDS = (
+    ("magic", "4s"),
+    ("version", "B"),
+    ("kind", "B"),
+    ("method", "B"),
+    ("flags", "B"),
+    ("round", "I"),
+    ("stage", "B"),
+    ("fingerprint", "16s"),
+)
+"""Name and `struct` code of the fields that open every payload."""
+
+UPLOAD_FIELDS = (
+    ("client", "I"),
+    ("num_examples", "Q"),
+    ("train_loss", "f"),
+    ("num_validation_examples", "Q"),
+    ("validation_loss", "f"),
+    ("validation_metric", "f"),
+)
+"""Fields that only an upload has."""
+
+MASK_FIELDS = (("seed", "Q"), ("threshold", "Q"))
+"""Fields of a payload whose parameters are masked."""
+
+_HEADER = struct.Struct("<" + "".join(code for _, code in HEADER_FIELDS))
+_UPLOAD = struct.Struct("<" + "".join(code for _, code in UPLOAD_FIELDS))
+_MASK = struct.Struct("<" + "".join(code for _, code in MASK_FIELDS))
+_OFFSET = struct.Struct("<f")
+_LEVELS = struct.Struct("<Iff")
+LENGTH = struct.Struct("<Q")
+"""A frame's length, before it."""
+
+CHECKSUM = struct.Struct("<I")
+"""The CRC-32 that ends a payload."""
+
+_NEEDS_ELEMENTS = (Coding.CONSTANT, Coding.LEVELS)
+
+Bytes = bytes | bytearray | memoryview
+
+
+class Kind(IntEnum):
+    """What a payload is for."""
+
+    OPENING = 0
+    BROADCAST = 1
+    UPLOAD = 2
+    DELIVERY = 3
+
+
+class Flag(IntFlag):
+    """Which optional parts a payload has, and what its parameters are."""
+
+    UPLOAD = 1
+    MASK = 2
+    BLOCK_DIFFERENCES = 4
+    DIFFERENCES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a client says of its local training.
+
+    Args:
+        num_examples: training examples, the client's weight in the mean; at least 1.
+        train_loss: mean training loss of the last local epoch.
+        num_validation_examples: examples on which the received model was validated; 0 for none.
+        validation_loss: mean loss of the received model on them.
+        validation_metric: its metric, such as accuracy in [0, 1].
+    """
+
+    num_examples: int
+    train_loss: float
+    num_validation_examples: int = 0
+    validation_loss: float = 0.0
+    validation_metric: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_examples", "num_validation_examples"):
+            value = getattr(self, name)
+            if not 0 <= value < 2**63:
+                raise UsageError(f"{name} is {value}; allowed are 0 to 2^63 - 1")
+        for name in ("train_loss", "validation_loss", "validation_metric"):
+            if not math.isfinite(getattr(self, name)):
+                raise UsageError(f"{name} is {getattr(self, name)}; wanted a finite number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a payload says before its values.
+
+    Args:
+        kind: opening, broadcast, upload or delivery.
+        method: the method's number in the format.
+        round: round number, from 1; 0 in an opening payload that belongs to none.
+        stage: stage number, from 1.
+        kept: numbers of the blocks that it holds, ascending.
+        is_difference: whether parameters are differences to the round's broadcast; else they are
+            values.
+        client: the uploading client; None in other payloads.
+        report: the client's report; None in other payloads.
+        mask: the mask over parameters, if they are masked.
+        block_differences: mean block difference of each block, if the method sends it.
+    """
+
+    kind: Kind
+    method: int
+    round: int
+    stage: int
+    kept: tuple[int, ...]
+    is_difference: bool = False
+    client: int | None = None
+    report: Report | None = None
+    mask: Mask | None = None
+    block_differences: tuple[float, ...] | None = None
+
+
+@dataclass(slots=True)
+class ByteCount:
+    """Bytes of a payload by what they are for; `total` is the length of the payload.
+
+    Args:
+        header: header, lengths and checksum.
+        levels: compressed levels.
+        raw: plain parameter values, frozen ones included.
+        buffers: buffers.
+        nominal_bits: bits by the papers' formula, which counts levels and plain values only.
+    """
+
+    header: int = 0
+    levels: int = 0
+    raw: int = 0
+    buffers: int = 0
+    nominal_bits: int = 0
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.header + self.levels + self.raw + self.buffers
+
+
+def pack_header(
+    schema: ModelSchema, header: Header, codes: Iterable[Iterable[SegmentCode]]
+) -> bytes:
+    """Return the bytes of a header with the codes of its segments, block by block."""
+    flags = Flag(0)
+    parts = []
+    if header.report is not None and header.client is not None:
+        flags |= Flag.UPLOAD
+        report = header.report
+        parts.append(
+            _UPLOAD.pack(
+                header.client,
+                report.num_examples,
+                report.train_loss,
+                report.num_validation_examples,
+                report.validation_loss,
+                report.validation_metric,
+            )
+        )
+    if header.mask is not None:
+        flags |= Flag.MASK
+        parts.append(_MASK.pack(header.mask.seed, header.mask.threshold))
+    if header.block_differences is not None:
+        flags |= Flag.BLOCK_DIFFERENCES
+        parts.append(np.asarray(header.block_differences, "<f4").tobytes())
+    if header.is_difference:
+        flags |= Flag.DIFFERENCES
+    bitmap = np.zeros(len(schema.blocks), bool)
+    bitmap[list(header.kept)] = True
+    parts.append(np.packbits(bitmap, bitorder="little").tobytes())
+    for code in (code for block_codes in codes for code in block_codes):
+        parts.append(bytes([code.coding]))
+        if code.coding is Coding.CONSTANT:
+            parts.append(_OFFSET.pack(code.offset))
+        elif code.coding is Coding.LEVELS:
+            parts.append(_LEVELS.pack(code.num_levels, code.offset, code.range))
+    fixed = _HEADER.pack(
+        MAGIC,
+        VERSION,
+        header.kind,
+        header.method,
+        flags,
+        header.round,
+        header.stage,
+        schema.fingerprint,
+    )
+    return b"".join([fixed, *parts])
+
+
+class Cursor:
+    """Reads a buffer from front to back, never past its end.
+
+    Args:
+        buffer: the bytes.
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer = buffer
+        self.position = 0
+
+    def take(self, count: int, what: str) -> memoryview:
+        """Return the next bytes; DecodeError where fewer are left."""
+        left = len(self._buffer) - self.position
+        if count > left:
+            raise DecodeError(
+                DecodeReason.TRUNCATED,
+                f"the payload ends inside {what}: {count} bytes wanted at offset {self.position}, {left} left",
+            )
+        part = self._buffer[self.position : self.position + count]
+        self.position += count
+        return part
+
+    def unpack(self, layout: struct.Struct, what: str) -> tuple[Any, ...]:
+        """Return the fields of the next bytes; DecodeError where too few are left."""
+        return layout.unpack(self.take(layout.size, what))
+
+
+def check_envelope(buffer: memoryview) -> None:
+    """Refuse what is no payload of this version, or was damaged on its way.
+
+    Raises:
+        DecodeError: length, magic, version or checksum are wrong.
+    """
+    if len(buffer) < _HEADER.size + CHECKSUM.size:
+        raise DecodeError(
+            DecodeReason.TRUNCATED,
+            f"{len(buffer)} bytes came; the shortest payload has {_HEADER.size + CHECKSUM.size}",
+        )
+    if buffer[:4] != MAGIC:
+        raise DecodeError(
+            DecodeReason.VERSION,
+            f"this is no payload of fedobd: it starts with {bytes(buffer[:4])!r}, wanted {MAGIC!r}",
+        )
+    if buffer[4] != VERSION:
+        raise DecodeError(
+            DecodeReason.VERSION, f"format version {buffer[4]} came; this side reads {VERSION}"
+        )
+    (wanted,) = CHECKSUM.unpack(buffer[-CHECKSUM.size :])
+    came = zlib.crc32(buffer[: -CHECKSUM.size])
+    if came != wanted:
+        raise DecodeError(
+            DecodeReason.CHECKSUM,
+            f"the payload was cut or altered: its checksum is {came:08x}, it says {wanted:08x}",
+        )
+
+
+def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
+    """Read all of the header before the codes.
+
+    Raises:
+        DecodeError: a field is illegal, or the payload is for another model.
+    """
+    _, _, kind, method, flag_bits, number, stage, fingerprint = cursor.unpack(
+        _HEADER, "the header"
+    )
+    if kind not in Kind.__members__.values():
+        raise DecodeError(DecodeReason.KIND, f"payload kind {kind} is not known")
+    if flag_bits & ~sum(Flag):
+        raise DecodeError(DecodeReason.FIELD, f"flags {flag_bits:#x} hold an unknown bit")
+    flags = Flag(flag_bits)
+    if fingerprint != schema.fingerprint:
+        raise DecodeError(
+            DecodeReason.SCHEMA,
+            f"the payload is for another model or other blocks: its schema has fingerprint "
+            f"{fingerprint.hex()}, wanted {schema.fingerprint.hex()}",
+        )
+    if (Kind(kind) is Kind.UPLOAD) is not (Flag.UPLOAD in flags):
+        raise DecodeError(
+            DecodeReason.FIELD, "a client's report stands where none belongs, or lacks"
+        )
+    client, report = _read_report(cursor) if Flag.UPLOAD in flags else (None, None)
+    mask = Mask(*cursor.unpack(_MASK, "the mask")) if Flag.MASK in flags else None
+    differences = None
+    if Flag.BLOCK_DIFFERENCES in flags:
+        part = cursor.take(4 * len(schema.blocks), "the block differences")
+        as_array = np.frombuffer(part, "<f4")
+        if not bool((np.isfinite(as_array) & (as_array >= 0)).all()):
+            raise DecodeError(
+                DecodeReason.FIELD, "a mean block difference is negative or not finite"
+            )
+        differences = tuple(map(float, as_array))
+    return Header(
+        kind=Kind(kind),
+        method=method,
+        round=number,
+        stage=stage,
+        kept=_read_bitmap(cursor, len(schema.blocks)),
+        is_difference=Flag.DIFFERENCES in flags,
+        client=client,
+        report=report,
+        mask=mask,
+        block_differences=differences,
+    )
+
+
+def _read_report(cursor: Cursor) -> tuple[int, Report]:
+    fields = dict(
+        zip((n for n, _ in UPLOAD_FIELDS), cursor.unpack(_UPLOAD, "the report"), strict=True)
+    )
+    client = fields.pop("client")
+    try:
+        return client, Report(**fields)
+    except UsageError as error:
+        raise DecodeError(DecodeReason.FIELD, f"client {client}: {error}") from error
+
+
+def _read_bitmap(cursor: Cursor, num_blocks: int) -> tuple[int, ...]:
+    part = cursor.take((num_blocks + 7) // 8, "the block bitmap")
+    bits = np.unpackbits(np.frombuffer(part, np.uint8), bitorder="little")
+    if bits[num_blocks:].any():
+        raise DecodeError(DecodeReason.FIELD, "the block bitmap names a block past the last")
+    return tuple(map(int, np.flatnonzero(bits)))
+
+
+def read_code(
+    cursor: Cursor, schema: ModelSchema, header: Header, segment: Segment
+) -> SegmentCode:
+    """Read the code of a segment.
+
+    Raises:
+        DecodeError: it is one that no encoder makes for this tensor.
+    """
+    spec = schema.tensors[segment.tensor]
+    where = f"of tensor {spec.name!r} at offset {cursor.position}"
+    (coding,) = cursor.take(1, f"the coding {where}")
+    if coding not in Coding.__members__.values():
+        raise DecodeError(
+            DecodeReason.FIELD, f"the coding {where} is {coding}, which is not known"
+        )
+    if spec.role is Role.BUFFER:
+        allowed: tuple[Coding, ...] = (Coding.RAW,)
+    elif header.mask is not None:
+        allowed = (Coding.MASKED,)
+    else:
+        allowed = (Coding.CONSTANT, Coding.LEVELS, Coding.RAW)
+    if coding not in allowed or (segment.num_elements == 0 and coding in _NEEDS_ELEMENTS):
+        raise DecodeError(
+            DecodeReason.FIELD, f"coding {Coding(coding).name} {where} is not allowed there"
+        )
+    if coding == Coding.CONSTANT:
+        (offset,) = cursor.unpack(_OFFSET, f"the offset {where}")
+        code = SegmentCode(Coding.CONSTANT, offset=offset)
+    elif coding == Coding.LEVELS:
+        num_levels, offset, span = cursor.unpack(_LEVELS, f"the levels {where}")
+        if not 1 <= num_levels <= MAX_LEVELS:
+            raise DecodeError(
+                DecodeReason.LIMIT, f"{num_levels} levels {where}; allowed are 1 to {MAX_LEVELS}"
+            )
+        if not 0 < span <= MAX_RANGE or not abs(offset) <= MAX_RANGE:
+            raise DecodeError(
+                DecodeReason.FIELD, f"range {span} and offset {offset} {where} are out of range"
+            )
+        code = SegmentCode(Coding.LEVELS, num_levels, offset, span)
+    else:
+        code = SegmentCode(Coding(coding))
+    if not math.isfinite(code.offset):
+        raise DecodeError(DecodeReason.NOT_FINITE, f"the offset {where} is {code.offset}")
+    return code

@@ -53,3 +53,7 @@ class DecodeError(FedOBDError):
     def __init__(self, reason: DecodeReason, message: str) -> None:
         super().__init__(f"{message} [{reason}]")
         self.reason = reason
+        self._message = message
+
+    def __reduce__(self) -> tuple[type[DecodeError], tuple[DecodeReason, str]]:
+        return type(self), (self.reason, self._message)

@@ -125,6 +125,11 @@ class ServerSession:
         """Number of rounds of all stages, if none is left early."""
         return sum(stage.rounds for stage in self._stages)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last stage is over."""
+        return self._progress.stage >= len(self._stages)
+
     def begin_round(self) -> RoundPlan | None:
         """Begin the next round.
 
@@ -137,7 +142,7 @@ class ServerSession:
         if self._open is not None:
             raise UsageError(f"round {self._open.plan.round} has not been ended")
         progress = self._progress
-        if progress.stage >= len(self._stages):
+        if self.is_finished:
             return None
         stage = self._stages[progress.stage]
         number = progress.rounds + 1

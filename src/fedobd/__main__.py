@@ -1,0 +1,5 @@
+"""`python -m fedobd` is the `fedobd` command."""
+
+from fedobd.cli import main
+
+main()

@@ -1,0 +1,262 @@
+"""The command line: `fedobd run | compare | blocks | inspect | presets`.
+
+A mistake of the user ends with exit status 2 and one message, never a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedobd import __version__
+from fedobd._blocks import BlockRules, BlockStyle, decompose
+from fedobd._codec import check_dropout_rate
+from fedobd._errors import FedOBDError, UsageError
+from fedobd._payload import Payload
+from fedobd._schema import ModelSchema
+from fedobd.display import (
+    Display,
+    block_table,
+    comparison_table,
+    never_fitting,
+    payload_tables,
+    summary_table,
+)
+from fedobd.experiments import RunConfig, compare, list_presets, load_config, run
+from fedobd.models import build_model
+
+app = typer.Typer(
+    name="fedobd",
+    help="Federated training of large networks with little traffic.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+Source = Annotated[str, typer.Argument(help="A preset's name or the path of a TOML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one key, such as federation.clients=20; repeatable."),
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="The run folder.")]
+Workers = Annotated[
+    int, typer.Option(help="Worker processes; 0 for none. Results do not depend on it.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+DropoutRate = Annotated[float, typer.Option(help="λ, for the (1 - λ) budget.")]
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `fedobd` command."""
+    sys.path.append(os.getcwd())  # noqa: PTH109 - so that a user's own modules are found here
+    try:
+        app()
+    except FedOBDError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def _interruptible(folder: Path) -> Iterator[None]:
+    """Say on Ctrl-C how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(
+            f"interrupted; the same command with --output {folder} --resume goes on from the "
+            "last round",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        console.print(f"fedobd {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.command("run")
+def run_command(
+    source: Source,
+    output: Output = None,
+    method: Annotated[str | None, typer.Option(help="The method to run.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The run's seed.")] = None,
+    overrides: Overrides = None,
+    workers: Workers = 0,
+    resume: Resume = False,
+) -> None:
+    """Run one method with one seed."""
+    config = load_config(source, overrides=overrides or [])
+    chosen = method or config.method
+    single = config.for_method(chosen, config.federation.seed if seed is None else seed)
+    folder = _folder(output, source, chosen, resume)
+    with _interruptible(folder), Display(console) as display:
+        summary = run(single, folder, workers=workers, resume=resume, observer=display)
+    console.print(summary_table(summary))
+    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command("compare")
+def compare_command(
+    source: Source,
+    output: Output = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2; else the config's.")] = "",
+    methods: Annotated[str, typer.Option(help="Methods, such as fedobd,fedavg; else all.")] = "",
+    overrides: Overrides = None,
+    workers: Workers = 0,
+    resume: Resume = False,
+) -> None:
+    """Run several methods, with several seeds, and compare them."""
+    config = load_config(source, overrides=overrides or [])
+    folder = _folder(output, source, "compare", resume)
+    with _interruptible(folder), Display(console) as display:
+        comparison = compare(
+            config,
+            folder,
+            seeds=_seeds(seeds, config),
+            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            workers=workers,
+            resume=resume,
+            observer=display,
+        )
+    console.print(comparison_table(comparison))
+    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+
+
+def _seeds(text: str, config: RunConfig) -> list[int]:
+    if not text:
+        return [config.federation.seed]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--seeds {text!r}: wanted whole numbers with commas, such as 0,1,2"
+        ) from None
+
+
+def _folder(output: Path | None, source: str, what: str, resume: bool) -> Path:
+    if output is not None:
+        return output
+    if resume:
+        raise UsageError("--resume needs --output, the folder of the run to go on with")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{Path(source).stem}-{what}-{stamp}"
+
+
+@app.command("blocks")
+def blocks_command(
+    model: Annotated[str, typer.Argument(help="A built-in model or package.module:factory.")],
+    options: Annotated[
+        str, typer.Option(help="The factory's keyword arguments as JSON: '{\"num_classes\": 5}'.")
+    ] = "{}",
+    style: Annotated[str, typer.Option(help="semantic, layer or tensor.")] = "semantic",
+    max_block_fraction: Annotated[
+        float | None, typer.Option(help="Split blocks with a larger share of the parameters.")
+    ] = None,
+    unit_class: Annotated[
+        list[str] | None, typer.Option(help="A further class name that is one block; repeatable.")
+    ] = None,
+    unit_name: Annotated[
+        list[str] | None, typer.Option(help="A pattern on module names; repeatable.")
+    ] = None,
+    dropout_rate: DropoutRate = 0.3,
+) -> None:
+    """Show the semantic blocks of a model."""
+    check_dropout_rate(dropout_rate)
+    try:
+        keywords = json.loads(options)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--options {options!r} is not JSON: {error}") from error
+    if not isinstance(keywords, dict):
+        raise UsageError(f"--options {options!r}: wanted a JSON object of keyword arguments")
+    rules = BlockRules(
+        style=_style(style),
+        unit_classes=tuple(unit_class or ()),
+        unit_names=tuple(unit_name or ()),
+        max_block_fraction=max_block_fraction,
+    )
+    schema = decompose(build_model(model, **keywords), rules)
+    console.print(block_table(schema, dropout_rate))
+    never = never_fitting(schema, dropout_rate)
+    if never:
+        console.print(
+            f"warning: {', '.join(never)}: larger than (1 - λ) of the parameters, so never "
+            "uploaded in stage 1; split with --max-block-fraction, or lower λ",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _style(name: str) -> BlockStyle:
+    rules: dict[str, BlockStyle] = {"semantic": "semantic", "layer": "layer", "tensor": "tensor"}
+    if name not in rules:
+        raise UsageError(f"--style {name!r}: allowed are {', '.join(rules)}")
+    return rules[name]
+
+
+@app.command("inspect")
+def inspect_command(
+    file: Annotated[Path, typer.Argument(help="A payload, such as output.keep_payloads keeps.")],
+    schema: Annotated[
+        Path | None,
+        typer.Option(help="The model's schema.json; else the one of the run folder around it."),
+    ] = None,
+) -> None:
+    """Show what a payload holds."""
+    data = _read(file)
+    found = schema or next(
+        (p / "schema.json" for p in file.resolve().parents if (p / "schema.json").is_file()), None
+    )
+    if found is None:
+        raise UsageError(
+            f"{str(file)!r} lies in no run folder, so its model is not known; "
+            "give the schema.json of its run with --schema"
+        )
+    try:
+        values = json.loads(_read(found))
+    except ValueError as error:
+        raise UsageError(f"schema {str(found)!r} is not JSON: {error}") from error
+    payload = Payload.parse(data, ModelSchema.from_json(values))
+    for _ in payload.blocks():
+        pass  # decodes every block, so that a damaged one is found
+    for table in payload_tables(payload):
+        console.print(table)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{str(file)!r} cannot be read: {error.strerror}") from error
+
+
+@app.command("presets")
+def presets_command(
+    show: Annotated[str | None, typer.Argument(help="Print this preset as TOML.")] = None,
+) -> None:
+    """List the presets, or print one."""
+    if show is not None:
+        console.print(
+            load_config(show).to_toml(), markup=False, highlight=False, soft_wrap=True, end=""
+        )
+        return
+    table = Table("preset", "what it is")
+    for name, text in list_presets().items():
+        table.add_row(name, text)
+    console.print(table)

@@ -1,0 +1,302 @@
+"""RunConfig: everything that a run's results depend on, as one typed value.
+
+It is read from TOML (a preset or a file), changed key by key from the command line, and written
+whole into the run folder, from where it runs again. A key that does not exist, a value of the
+wrong type or out of range is refused with the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from fedobd._blocks import BlockRules
+from fedobd._errors import UsageError
+from fedobd._imports import nearest
+from fedobd._method import Method
+from fedobd._server import MAX_EXAMPLES
+from fedobd.experiments.presets import preset_text
+from fedobd.methods import METHODS
+from fedobd.training import TrainingOptions
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(_Section):
+    """What is learned from, and who has it."""
+
+    name: str = Field(
+        "digits",
+        description="`digits`, or `package.module:function` that is called with num_clients, seed "
+        "and the options and returns a FederatedData.",
+    )
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="Share of the examples to test on.")
+    validation_fraction: float = Field(
+        0.1, ge=0, lt=1, description="Share of each client's examples to validate on."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the user's own function."
+    )
+
+
+class ModelConfig(_Section):
+    """What is trained."""
+
+    name: str = Field("digits-cnn", description="A built-in model, or `package.module:factory`.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the factory."
+    )
+    batch_norm_statistics: Literal["running", "batch"] = Field(
+        "running",
+        description="Whether batch normalization keeps running statistics, which travel, or uses "
+        "those of the batch in training and testing alike, the published setting.",
+    )
+    blocks: BlockRules = Field(
+        default_factory=BlockRules, description="How the model is cut into blocks."
+    )
+
+
+class FederationConfig(_Section):
+    """Who takes part."""
+
+    clients: int = Field(10, ge=1, description="Number of clients.")
+    seed: int = Field(0, description="The run's seed; all randomness follows from it.")
+    max_examples: int = Field(
+        MAX_EXAMPLES, ge=1, lt=2**40, description="The most examples that an upload may claim."
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig(TrainingOptions):
+    """How clients train: `TrainingOptions`, and what they minimize.
+
+    Args:
+        loss: `cross-entropy`, `binary-cross-entropy`, or `package.module:function`.
+        metric: `accuracy`, or `package.module:function`.
+        function: `package.module:function` that replaces local training as a whole; None for the
+            built-in one.
+        device: where to train: `cpu`, `cuda`, `cuda:1`, or `auto` for CUDA where it is there.
+    """
+
+    loss: str = "cross-entropy"
+    metric: str = "accuracy"
+    function: str | None = None
+    device: str = "cpu"
+
+
+class OutputConfig(_Section):
+    """What is measured and kept beside the results."""
+
+    evaluate_every: int = Field(
+        1, ge=1, description="Test every so many rounds; the last round always."
+    )
+    keep_payloads: bool = Field(
+        False, description="Keep every payload as a file, for `fedobd inspect`."
+    )
+
+
+class RunConfig(_Section):
+    """Everything that a run's results depend on."""
+
+    method: str = Field("fedobd", description="The method to run, one of `methods`.")
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    federation: FederationConfig = Field(default_factory=FederationConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
+    methods: dict[str, Any] = Field(
+        default_factory=dict, description="Options of each method by its name."
+    )
+
+    @model_validator(mode="after")
+    def _check_methods(self) -> RunConfig:
+        checked = {name: _make_method(name, options) for name, options in self.methods.items()}
+        if self.method not in METHODS:
+            raise UsageError(
+                f"method: unknown method {self.method!r}{nearest(self.method, METHODS)}; "
+                f"allowed are {', '.join(METHODS)}"
+            )
+        checked.setdefault(self.method, METHODS[self.method]())
+        object.__setattr__(self, "methods", checked)
+        return self
+
+    @property
+    def chosen(self) -> Method:
+        """The method to run, with its options."""
+        method: Method = self.methods[self.method]
+        return method
+
+    def for_method(self, name: str, seed: int) -> RunConfig:
+        """Return the configuration of a single run: one method, one seed.
+
+        Raises:
+            UsageError: there is no such method.
+        """
+        changed = self.to_dict()
+        changed["method"] = name
+        changed["methods"] = {name: changed["methods"].get(name, {})}
+        changed["federation"]["seed"] = seed
+        return parse_config(changed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, every key present that has a value."""
+        plain = _plain(self)
+        assert isinstance(plain, dict)
+        return plain
+
+    def to_toml(self) -> str:
+        """Return TOML that `parse_config` reads back to an equal configuration."""
+        return tomli_w.dumps(self.to_dict())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return _plain({name: getattr(value, name) for name in type(value).model_fields})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _make_method(name: str, options: Any) -> Method:
+    if isinstance(options, Method):
+        return options
+    if name not in METHODS:
+        raise UsageError(
+            f"methods.{name}: unknown method{nearest(name, METHODS)}; "
+            f"allowed are {', '.join(METHODS)}"
+        )
+    method = _validate(METHODS[name], options, f"methods.{name}")
+    assert isinstance(method, Method)
+    return method
+
+
+def _validate(kind: type[Any], value: Any, path: str) -> Any:
+    """Turn plain values into a dataclass or model, or raise UsageError that names each wrong
+    key.
+    """
+    _check_keys(kind, value, path)
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            key = ".".join([*filter(None, [path]), *map(str, _without_types(fault["loc"]))])
+            lines.append(f"{key}: {fault['input']!r} is not allowed: {fault['msg']}")
+        raise UsageError("; ".join(dict.fromkeys(lines))) from error
+    except UsageError as error:
+        if path and not str(error).startswith(path):
+            raise UsageError(f"{path}: {error}") from error
+        raise
+
+
+def _without_types(place: Iterable[int | str]) -> list[int | str]:
+    """Leave out what pydantic adds for the members of a union."""
+    return [
+        p for p in place if p not in ("int", "float", "str", "literal['1/n']", "constrained-str")
+    ]
+
+
+def _check_keys(kind: Any, value: Any, path: str) -> None:
+    """Refuse keys that do not exist, with the nearest that does."""
+    kind = _section_of(kind)
+    if kind is None:
+        return
+    if not isinstance(value, Mapping):
+        if isinstance(value, kind):
+            return
+        raise UsageError(f"{path}: {value!r} is not allowed: a table is wanted")
+    hints = typing.get_type_hints(kind)
+    if issubclass(kind, BaseModel):
+        names = list(kind.model_fields)
+    else:
+        names = [field.name for field in dataclasses.fields(kind)]
+    for key, inner in value.items():
+        place = f"{path}.{key}" if path else str(key)
+        if key not in names:
+            raise UsageError(
+                f"unknown key {place!r}{nearest(str(key), names)}; allowed here are {', '.join(names)}"
+            )
+        section = _section_of(hints[key])
+        if section is not None:
+            _validate(section, inner, place)  # so that an error names the innermost section
+
+
+def _section_of(kind: Any) -> type[Any] | None:
+    """Return the dataclass or model that a type stands for, None for a plain value."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        members = [m for m in typing.get_args(kind) if m is not type(None)]
+        kind = members[0] if len(members) == 1 else None
+    if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, BaseModel)):
+        return kind
+    return None
+
+
+def parse_config(values: Mapping[str, Any]) -> RunConfig:
+    """Turn plain values into a configuration.
+
+    Raises:
+        UsageError: a key does not exist, or a value is not allowed.
+    """
+    config = _validate(RunConfig, values, "")
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def load_config(source: str, *, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a preset or a TOML file, and change single keys.
+
+    Args:
+        source: a preset's name, or the path of a TOML file.
+        overrides: `key=value` with a dotted key, such as `methods.fedobd.codec.dropout_rate=0.5`;
+            the value as in TOML, or else taken as text.
+
+    Raises:
+        UsageError: there is no such preset or file, it is no TOML, or a key or value is not
+            allowed.
+    """
+    path = Path(source)
+    if path.suffix == ".toml" or path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"configuration file {source!r} cannot be read: {error}") from error
+    else:
+        text = preset_text(source)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"configuration file {source!r} is not TOML: {error}") from error
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {override!r}: wanted key=value, such as federation.clients=20")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"--set {override!r}: {section!r} is a value, not a table")
+        values = inner
+    values[last] = value

@@ -1,0 +1,245 @@
+"""RunFolder: what a run leaves on disk, so that it can be read, resumed and run again.
+
+    config.toml         complete; `fedobd run config.toml` runs it again
+    environment.json    versions and machine
+    schema.json         tensors and blocks of the model
+    rounds.jsonl        one line a round, written as it goes
+    checkpoint/         the server after the last round, and client states; none of it is pickled
+    payloads/           every payload, if that was asked for
+    model.safetensors   the trained model
+    summary.json        written last
+
+A file that must be whole is written beside its place and moved there, so a kill at any moment
+leaves the old or the new one. The checkpoint names the client states that belong to it by round; a
+record is written before the checkpoint of its round, and records beyond the checkpoint are cut off
+when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+from fedobd._errors import UsageError
+from fedobd._server import SavedSession
+from fedobd._state import ModelState
+from fedobd.experiments.config import RunConfig
+
+CONFIG = "config.toml"
+SUMMARY = "summary.json"
+ROUNDS = "rounds.jsonl"
+MODEL = "model.safetensors"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put a whole file in its place, or leave what was there."""
+    draft = path.with_name(path.name + ".part")
+    with draft.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON for people and programs."""
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def claim_folder(path: Path, marker: str, *, resume: bool) -> None:
+    """Make a folder for a new run, or check that it holds one to resume.
+
+    Args:
+        path: the folder.
+        marker: the file that tells what it holds.
+        resume: whether to go on with what it holds.
+
+    Raises:
+        UsageError: it is a file, holds something else, or holds a run that was not asked to be
+            resumed.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"output {str(path)!r} is a file; wanted a folder")
+    if path.is_dir() and any(path.iterdir()) and not resume:
+        what = "another run" if (path / marker).exists() else "other files"
+        raise UsageError(
+            f"output folder {str(path)!r} holds {what}; choose another, or --resume to go on with it"
+        )
+    if resume and path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
+        raise UsageError(f"output folder {str(path)!r} holds no run to resume")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output folder {str(path)!r} cannot be made: {error}") from error
+
+
+class RunFolder:
+    """A run's folder.
+
+    Args:
+        path: where it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._states = path / "checkpoint" / "clients"
+        self._state_rounds: dict[int, int] = {}
+
+    def start(self, config: RunConfig, *, resume: bool) -> None:
+        """Claim the folder and write, or compare, the configuration.
+
+        Raises:
+            UsageError: the folder cannot be had, or holds a run of another configuration.
+        """
+        claim_folder(self.path, CONFIG, resume=resume)
+        file = self.path / CONFIG
+        if file.exists():
+            with file.open("rb") as stream:
+                before = tomllib.load(stream)
+            changed = sorted(_differences(before, config.to_dict()))
+            if changed:
+                raise UsageError(
+                    f"the run in {str(self.path)!r} has another configuration and cannot be resumed: "
+                    + "; ".join(changed)
+                )
+        else:
+            write_atomically(file, config.to_toml().encode())
+        self._states.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended."""
+        return (self.path / SUMMARY).exists()
+
+    # ------------------------------------------------------------------------------------------------------ records
+
+    def append_record(self, record: dict[str, Any]) -> None:
+        """Add a round's record."""
+        with (self.path / ROUNDS).open("ab") as file:
+            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the records of all rounds, without a last line that was cut."""
+        return list(_whole_lines(self.path / ROUNDS))
+
+    def cut_records(self, rounds: int) -> None:
+        """Keep the records of the first rounds, drop later ones."""
+        file = self.path / ROUNDS
+        if file.exists():
+            kept = [record for record in _whole_lines(file) if record["round"] <= rounds]
+            lines = [json.dumps(record, allow_nan=False).encode() + b"\n" for record in kept]
+            write_atomically(file, b"".join(lines))
+
+    # --------------------------------------------------------------------------------------------------- checkpoint
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.path / "checkpoint" / "server.safetensors"
+
+    def save_checkpoint(self, saved: SavedSession) -> None:
+        """Put the server's state after a round, and which client states belong to it, in place of
+        the last.
+        """
+        metadata = {
+            "session": json.dumps(saved.values),
+            "client_states": json.dumps(self._state_rounds),
+        }
+        tensors = {name: value.contiguous() for name, value in saved.tensors.items()}
+        write_atomically(self._checkpoint, save(tensors, metadata))
+        self._drop_stale_states()
+
+    def load_checkpoint(self) -> SavedSession | None:
+        """Return the last checkpoint, None before the first.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        if not self._checkpoint.exists():
+            return None
+        try:
+            with safe_open(self._checkpoint, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            values = json.loads(metadata["session"])
+            rounds = json.loads(metadata["client_states"])
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise UsageError(
+                f"checkpoint {str(self._checkpoint)!r} is damaged: {error}"
+            ) from error
+        self._state_rounds = {int(client): number for client, number in rounds.items()}
+        self._drop_stale_states()
+        return SavedSession(tensors, values)
+
+    def _state_file(self, client: int, round_number: int) -> Path:
+        return self._states / f"{client}@{round_number}.safetensors"
+
+    def _drop_stale_states(self) -> None:
+        current = {self._state_file(c, r) for c, r in self._state_rounds.items()}
+        for file in self._states.iterdir():
+            if file not in current:
+                file.unlink()
+
+    def load(self, client: int) -> ModelState | None:
+        """Return what a client kept, None if it has nothing; with `store` the engine's
+        `ClientStates`.
+        """
+        if client not in self._state_rounds:
+            return None
+        return dict(load_file(self._state_file(client, self._state_rounds[client])))
+
+    def store(self, client: int, round_number: int, state: ModelState) -> None:
+        """Keep a client's state after a round; it counts from the next checkpoint on."""
+        tensors = {name: value.contiguous() for name, value in state.items()}
+        write_atomically(self._state_file(client, round_number), save(tensors))
+        self._state_rounds[client] = round_number
+
+    # ------------------------------------------------------------------------------------------------------ results
+
+    def write_payload(self, round_number: int, name: str, payload: bytes) -> None:
+        """Keep a payload as a file."""
+        folder = self.path / "payloads" / f"round-{round_number:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{name}.fobd", payload)
+
+    def write_model(self, state: ModelState) -> None:
+        """Write the trained model."""
+        tensors = {name: value.contiguous() for name, value in state.items()}
+        write_atomically(self.path / MODEL, save(tensors, {"format": "pt"}))
+
+    def read_model(self) -> dict[str, torch.Tensor]:
+        """Return the trained model."""
+        return dict(load_file(self.path / MODEL))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one of the folder's JSON files."""
+        write_json(self.path / name, value)
+
+    def read_json(self, name: str) -> Any:
+        """Read one of the folder's JSON files."""
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+    if file.exists():
+        for line in file.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in before.keys() | after.keys():
+            place = f"{path}.{key}" if path else str(key)
+            yield from _differences(before.get(key), after.get(key), place)
+    elif before != after:
+        yield f"{path} was {before!r}, is {after!r}"

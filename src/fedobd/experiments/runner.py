@@ -1,0 +1,293 @@
+"""Runner: one run of one method with one seed, from configuration to summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fedobd._client import Broadcast
+from fedobd._rounds import RoundPlan
+from fedobd._server import ServerSession
+from fedobd._wire import Kind
+from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.experiments.config import RunConfig
+from fedobd.experiments.folder import SUMMARY, RunFolder
+from fedobd.simulation import SimulatedRound, Watcher, check_workers, open_pool, simulate
+
+OVERHEAD_PHASES = ("broadcast", "fold", "mean", "decode", "encode")
+"""Phases of a round that are the core's own work, in the seconds of a record."""
+
+
+class Observer(Protocol):
+    """Sees a run as it goes."""
+
+    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
+        """A run begins or goes on."""
+        ...
+
+    def client_done(self, plan: RoundPlan, done: int) -> None:
+        """A client of the round has uploaded."""
+        ...
+
+    def end_round(self, record: dict[str, Any]) -> None:
+        """A round has ended, or was read from the run folder."""
+        ...
+
+    def end_run(self, summary: Summary) -> None:
+        """The run has ended."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What came of a run.
+
+    Args:
+        method: the method's name.
+        seed: the run's seed.
+        rounds: rounds that were run.
+        final_metric: the server's W on the test set after the last round.
+        best_metric: the best of all rounds in which W was tested.
+        broadcast_metric: Ŵ, what clients hold after the last delivery, on the test set.
+        uplink_bytes: all uploads.
+        downlink_bytes: all broadcasts and openings.
+        total_bytes: both.
+        uplink_nominal_bits: accepted uploads by the papers' formula.
+        downlink_nominal_bits: broadcasts and openings by it.
+        shares: of all bytes but refused uploads', what headers, levels, raw values and buffers
+            take, by direction.
+        delivery_bytes: the trained model's delivery to all clients, counted in no total.
+        never_uploaded: blocks that no client uploaded in stage 1: name, parameters, share of the
+            parameters.
+        refusals: refused uploads.
+        stops_on_test: whether the test set decided when to stop, which flatters the result.
+        seconds: wall-clock seconds by phase over all rounds; clients' phases overlap where there
+            are workers.
+        overhead: share of a round's time that the core's own work took; None with workers.
+    """
+
+    method: str
+    seed: int
+    rounds: int
+    final_metric: float
+    best_metric: float
+    broadcast_metric: float
+    uplink_bytes: int
+    downlink_bytes: int
+    total_bytes: int
+    uplink_nominal_bits: int
+    downlink_nominal_bits: int
+    shares: dict[str, dict[str, float]]
+    delivery_bytes: int
+    never_uploaded: tuple[dict[str, Any], ...]
+    refusals: int
+    stops_on_test: bool
+    seconds: dict[str, float]
+    overhead: float | None
+
+
+def run(
+    config: RunConfig,
+    path: Path,
+    *,
+    workers: int = 0,
+    resume: bool = False,
+    observer: Observer | None = None,
+) -> Summary:
+    """Run a configuration to its end, or go on with a run that was cut off.
+
+    Args:
+        config: what to run.
+        path: the run folder.
+        workers: worker processes; 0 for none. The results do not depend on it.
+        resume: go on from the folder's checkpoint.
+        observer: sees the run as it goes.
+
+    Raises:
+        UsageError: the configuration cannot be run, or the folder holds another run.
+        EmptyRoundError: no upload of a round was accepted.
+    """
+    check_workers(workers)
+    experiment = build_experiment(config)
+    server = ServerSession(
+        experiment.method,
+        experiment.schema,
+        experiment.initial,
+        num_clients=config.federation.clients,
+        seed=config.federation.seed,
+        max_examples=config.federation.max_examples,
+    )
+    folder = RunFolder(path)
+    folder.start(config, resume=resume)
+    if observer is not None:
+        observer.begin_run(config, server.planned_rounds, path)
+    if folder.is_finished:
+        summary = Summary(**folder.read_json(SUMMARY))
+    else:
+        saved = folder.load_checkpoint()
+        if saved is not None:
+            server.restore(saved)
+        folder.cut_records(server.rounds)
+        folder.write_json("schema.json", experiment.schema.to_json())
+        folder.write_json("environment.json", _environment(workers))
+        if observer is not None:
+            for record in folder.records():
+                observer.end_round(record)
+        _play(config, experiment, server, folder, workers, observer)
+        summary = _finish(config, experiment, server, folder, workers)
+    if observer is not None:
+        observer.end_run(summary)
+    return summary
+
+
+def _play(
+    config: RunConfig,
+    experiment: Experiment,
+    server: ServerSession,
+    folder: RunFolder,
+    workers: int,
+    observer: Observer | None,
+) -> None:
+    every = config.output.evaluate_every
+    watcher = Watcher(
+        on_payload=folder.write_payload if config.output.keep_payloads else None,
+        on_client=observer.client_done if observer is not None else None,
+    )
+    if server.is_finished:
+        return
+    with open_pool(experiment.setup, workers) as pool:
+        rounds = simulate(
+            server,
+            pool,
+            evaluate=experiment.evaluate,
+            should_evaluate=lambda plan: plan.round % every == 0,
+            states=folder,
+            watcher=watcher,
+        )
+        for simulated in rounds:
+            record = make_record(simulated)
+            folder.append_record(record)
+            folder.save_checkpoint(server.save())
+            if observer is not None:
+                observer.end_round(record)
+
+
+def make_record(simulated: SimulatedRound) -> dict[str, Any]:
+    """Return a round's line of rounds.jsonl; only `seconds` depends on the clock."""
+    record = simulated.record
+    values = dataclasses.asdict(record)
+    uploads = values.pop("uploads")
+    seconds = {phase: round(spent, 6) for phase, spent in sorted(simulated.seconds.items())}
+    clients = []
+    for upload in uploads:
+        opening = record.opening_bytes // len(record.opened) if record.opened else 0
+        was_opened = upload["client"] in record.opened
+        clients.append(
+            {
+                **upload,
+                "uplink_bytes": sum(upload["uplink"][part] for part in BYTE_PARTS),
+                "downlink_bytes": record.broadcast.total + (opening if was_opened else 0),
+            }
+        )
+    return {
+        **values,
+        "test_loss": simulated.test.loss if simulated.test else None,
+        "test_metric": simulated.test.metric if simulated.test else None,
+        "clients": clients,
+        "seconds": seconds,
+    }
+
+
+BYTE_PARTS = ("header", "levels", "raw", "buffers")
+"""What the bytes of a payload are for."""
+
+
+def _finish(
+    config: RunConfig,
+    experiment: Experiment,
+    server: ServerSession,
+    folder: RunFolder,
+    workers: int,
+) -> Summary:
+    final = experiment.evaluate(server.state)
+    delivery = b"".join(server.delivery())
+    received = Broadcast.decode(delivery, experiment.method, experiment.schema, Kind.DELIVERY)
+    held = {**server.state, **received.values}
+    records = folder.records()
+    total = experiment.schema.num_parameters
+    blocks = experiment.schema.blocks
+    never = server.never_uploaded()
+    metrics = [r["test_metric"] for r in records if r["test_metric"] is not None]
+    uplink_bytes = sum(r["uplink_bytes"] for r in records)
+    downlink_bytes = sum(r["downlink_bytes"] for r in records)
+    seconds: dict[str, float] = defaultdict(float)
+    for record in records:
+        for phase, spent in record["seconds"].items():
+            seconds[phase] += spent
+    overhead = sum(seconds[phase] for phase in OVERHEAD_PHASES) / seconds["round"]
+    summary = Summary(
+        method=config.method,
+        seed=config.federation.seed,
+        rounds=server.rounds,
+        final_metric=final.metric,
+        best_metric=max([*metrics, final.metric]),
+        broadcast_metric=experiment.evaluate(held).metric,
+        uplink_bytes=uplink_bytes,
+        downlink_bytes=downlink_bytes,
+        total_bytes=uplink_bytes + downlink_bytes,
+        uplink_nominal_bits=sum(r["uplink_nominal_bits"] for r in records),
+        downlink_nominal_bits=sum(r["downlink_nominal_bits"] for r in records),
+        shares={
+            "uplink": _shares(c["uplink"] for r in records for c in r["clients"]),
+            "downlink": _shares(r["broadcast"] for r in records for _ in r["cohort"]),
+        },
+        delivery_bytes=len(delivery) * config.federation.clients,
+        never_uploaded=tuple(
+            {
+                "block": blocks[number].name,
+                "parameters": blocks[number].num_parameters,
+                "share": blocks[number].num_parameters / total,
+            }
+            for number in never
+        ),
+        refusals=sum(len(r["refusals"]) for r in records),
+        stops_on_test=experiment.method.stop.source == "test",
+        seconds={phase: round(spent, 3) for phase, spent in sorted(seconds.items())},
+        overhead=None if workers else overhead,
+    )
+    folder.write_model(server.state)
+    folder.write_json(SUMMARY, dataclasses.asdict(summary))
+    return summary
+
+
+def _shares(counts: Iterable[dict[str, int]]) -> dict[str, float]:
+    totals: dict[str, int] = defaultdict(int)
+    for count in counts:
+        for part in BYTE_PARTS:
+            totals[part] += count[part]
+    whole = sum(totals.values())
+    return {part: totals[part] / whole for part in BYTE_PARTS} if whole else {}
+
+
+def _environment(workers: int) -> dict[str, Any]:
+    packages = ("fedobd", "torch", "numpy", "zstandard", "safetensors", "pydantic")
+    return {
+        "python": sys.version.split()[0],
+        "packages": {name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "workers": workers,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

@@ -1,0 +1,30 @@
+"""Simulation: all clients of a run on one machine, one after another or in worker processes."""
+
+from __future__ import annotations
+
+from fedobd.simulation._client import ClientResult, ClientSetup, ClientTask, LocalClient
+from fedobd.simulation._engine import ClientStates, MemoryStates, SimulatedRound, Watcher, simulate
+from fedobd.simulation._pool import (
+    ClientPool,
+    ProcessPool,
+    SequentialPool,
+    check_workers,
+    open_pool,
+)
+
+__all__ = [
+    "ClientPool",
+    "ClientResult",
+    "ClientSetup",
+    "ClientStates",
+    "ClientTask",
+    "LocalClient",
+    "MemoryStates",
+    "ProcessPool",
+    "SequentialPool",
+    "SimulatedRound",
+    "Watcher",
+    "check_workers",
+    "open_pool",
+    "simulate",
+]

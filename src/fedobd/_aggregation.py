@@ -68,7 +68,8 @@ class RunningMean:
             if averaged:
                 values = reference[spec.name]
                 largest = float(values.abs().max()) if values.numel() else 0.0
-                exponent = max(math.frexp(largest)[1], _FLOOR_EXPONENT[spec.role])
+                floor = _FLOOR_EXPONENT[spec.role]
+                exponent = max(math.frexp(largest)[1], floor) if largest > 0 else floor
                 exponent += _ROOM_BITS[spec.role]
             self._range_exponents.append(exponent)
             self._scale_exponents.append(limit_bits - exponent)
@@ -86,7 +87,7 @@ class RunningMean:
         """Add one upload, wholly or not at all.
 
         Args:
-            blocks: its decoded blocks; must give the same when iterated again after a fault.
+            blocks: its decoded blocks.
             num_examples: its weight, n_k.
             differences: whether parameters are differences; buffers are always values.
 
@@ -105,7 +106,7 @@ class RunningMean:
                     contribution = self._contribution(decoded, num_examples, differences)
                     self._add(decoded, contribution, num_examples)
                     added.append((decoded, contribution))
-        except DecodeError:
+        except BaseException:
             for decoded, contribution in added:
                 self._add(decoded, -contribution, -num_examples)
             raise
@@ -128,7 +129,8 @@ class RunningMean:
         if not largest <= limit:
             raise DecodeError(
                 DecodeReason.LIMIT,
-                f"tensor {spec.name!r} would change by {largest:.3g} in one round; at most {limit:.3g} is accepted",
+                f"tensor {spec.name!r} would change by {largest:.3g} in one round; at most "
+                f"{limit:.3g} is accepted",
             )
         scale = math.ldexp(float(num_examples), self._scale_exponents[segment.tensor])
         return np.rint(values * scale).astype(np.int64)

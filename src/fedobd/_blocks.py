@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from fedobd._errors import UsageError
 from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
@@ -30,21 +32,20 @@ BlockStyle = Literal["semantic", "layer", "tensor"]
 
 UNIT_CLASSES = (
     r"\w*Embeddings?",
-    r"\w*(Encoder|Decoder)Layer",
-    r"(?!\w*Dense)\w*Block",
-    r"\w*Bottleneck",
-    r"\w*DenseLayer",
-    r"(?!Lazy)[A-Z]\w+Layer",
+    r"\w*Layer",
+    r"(?!\w*Dense)\w*Block([123]D)?",
+    r"\w*Bottle[nN]eck",
+    r"\w*Residual(Unit)?",
+    r"\w*MBConv",
     r"AlbertTransformer",
     r"MultiheadAttention",
 )
 """Class names (whole, as regular expressions) whose modules are units. A `DenseBlock` holds units
 and is none."""
 
+_LONGEST_RUN = 16  # layers that are looked at for one run
 _CONVOLUTION = re.compile(r"(Lazy)?Conv(Transpose)?[123]d")
-_NORMALIZATION = re.compile(
-    r"(Lazy)?(BatchNorm|InstanceNorm)[123]d|SyncBatchNorm|GroupNorm|LayerNorm|RMSNorm|\w*FrozenBatchNorm2d"
-)
+_NORMALIZATION = re.compile(r"\w*(Batch|Instance|Group|Layer|RMS)Norm([123]d)?")
 _ACTIVATION = re.compile(
     r"(Leaky|P|R)?ReLU6?|ELU|SELU|CELU|GELU|SiLU|Mish|Hard(swish|tanh|sigmoid)|Sigmoid|Tanh"
     r"|Soft(plus|sign)|Dropout[123]?d?|Identity"
@@ -123,8 +124,7 @@ def decompose(model: nn.Module, rules: BlockRules | None = None) -> ModelSchema:
             averaged.
 
     Example:
-        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
-        nn.Linear(8, 2))
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2))
         >>> [(block.kind, block.num_parameters) for block in decompose(model).blocks]
         [('Conv2d+BatchNorm2d', 96), ('Linear', 18)]
     """
@@ -132,6 +132,10 @@ def decompose(model: nn.Module, rules: BlockRules | None = None) -> ModelSchema:
     specs: list[TensorSpec] = []
     by_module: dict[str, list[int]] = {}
     for number, (name, tensor, role) in enumerate(named_tensors(model)):
+        if is_lazy(tensor):
+            raise UsageError(
+                f"tensor {name!r} has no shape yet; run a lazy model once before it is cut"
+            )
         spec = TensorSpec(name, tuple(tensor.shape), tensor.dtype, role)
         if role is Role.PARAMETER and not spec.is_floating:
             raise UsageError(f"parameter {name!r} has element type {spec.dtype}; wanted a float")
@@ -157,11 +161,23 @@ def _groups(model: nn.Module, rules: BlockRules) -> Iterator[_Group]:
     extra = [re.compile(pattern) for pattern in (*UNIT_CLASSES, *rules.unit_classes)]
 
     def is_unit(path: str, module: nn.Module) -> bool:
-        if any(fnmatch.fnmatchcase(path, pattern) for pattern in rules.unit_names):
+        if path and any(fnmatch.fnmatchcase(path, pattern) for pattern in rules.unit_names):
             return True
         return path != "" and any(p.fullmatch(type(module).__name__) for p in extra)
 
+    _check_patterns(model, rules)
     yield from _walk(model, "", is_unit, set())
+
+
+def _check_patterns(model: nn.Module, rules: BlockRules) -> None:
+    """Raise UsageError where a pattern of the rules matches no module below the model."""
+    modules = [(path, type(m).__name__) for path, m in model.named_modules() if path]
+    for pattern in rules.unit_names:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in modules):
+            raise UsageError(f"unit_names: {pattern!r} matches no module of the model")
+    for pattern in rules.unit_classes:
+        if not any(re.fullmatch(pattern, kind) for _, kind in modules):
+            raise UsageError(f"unit_classes: {pattern!r} matches no module of the model")
 
 
 def _walk(
@@ -169,48 +185,61 @@ def _walk(
 ) -> Iterator[_Group]:
     if id(module) in seen:
         return
-    if is_unit(path, module):
-        names = []
-        for name, inner in module.named_modules(prefix=path):
-            if id(inner) not in seen:
-                seen.add(id(inner))
-                names.append(name)
-        yield _Group(path, type(module).__name__, names)
+    if is_unit(path, module) or is_parametrized(module):
+        yield _Group(path, type(module).__name__, _claim(module, path, seen))
         return
     seen.add(id(module))
     yield _Group(path, type(module).__name__, [path])
     children = [(f"{path}.{n}" if path else n, child) for n, child in module.named_children()]
     position = 0
     while position < len(children):
-        length = _run_length([child for _, child in children[position:]])
+        length = _run_length(children[position : position + _LONGEST_RUN], is_unit, seen)
         if length > 1:
             run = children[position : position + length]
-            seen.update(id(child) for _, child in run)
             kind = "+".join(type(child).__name__ for _, child in run if _holds_tensors(child))
-            yield _Group(run[0][0], kind, [name for name, _ in run])
+            claimed = [inner for name, child in run for inner in _claim(child, name, seen)]
+            yield _Group(run[0][0], kind, claimed)
         else:
             name, child = children[position]
             yield from _walk(child, name, is_unit, seen)
         position += length
 
 
+def _claim(module: nn.Module, path: str, seen: set[int]) -> list[str]:
+    """Mark a module and all below it as seen; return the names of those that were not."""
+    names = []
+    for name, inner in module.named_modules(prefix=path):
+        if id(inner) not in seen:
+            seen.add(id(inner))
+            names.append(name)
+    return names
+
+
 def _holds_tensors(module: nn.Module) -> bool:
     return next(named_tensors(module), None) is not None
 
 
-def _run_length(modules: Sequence[nn.Module]) -> int:
+def _run_length(
+    children: Sequence[tuple[str, nn.Module]],
+    is_unit: Callable[[str, nn.Module], bool],
+    seen: set[int],
+) -> int:
     """Length of the run of normalization, activation and convolution that starts the list; 1 where
-    there is none.
+    there is none. A unit, and a layer that belongs to an earlier block, ends it.
     """
 
-    def role(module: nn.Module) -> str:
+    def role(path: str, module: nn.Module) -> str:
         name = type(module).__name__
+        if is_parametrized(module):
+            name = name.removeprefix("Parametrized")
+        if is_unit(path, module) or (id(module) in seen and _holds_tensors(module)):
+            return "-"
         for letter, pattern in (("c", _CONVOLUTION), ("n", _NORMALIZATION), ("a", _ACTIVATION)):
             if pattern.fullmatch(name):
                 return letter
         return "-"
 
-    letters = "".join(role(module) for module in modules[:16])
+    letters = "".join(role(path, module) for path, module in children)
     match = re.match(r"ca*na*|na*c(?!a*n)a*|na*c", letters)
     return match.end() if match else 1
 
@@ -270,9 +299,10 @@ def _split(block: Block, specs: Sequence[TensorSpec], limit: int) -> list[Block]
     """Split a block between rows into parts of at most `limit` parameters and of like size."""
     if block.num_parameters <= limit:
         return [block]
-    target = math.ceil(block.num_parameters / math.ceil(block.num_parameters / limit))
+    fewest = _fewest_parts(block, specs, limit)
     parts: list[list[Segment]] = [[]]
-    used = 0
+    used, left = 0, block.num_parameters
+    target = math.ceil(left / fewest)
     for segment in block.segments:
         spec = specs[segment.tensor]
         if spec.role is Role.BUFFER or segment.num_elements == 0:
@@ -283,14 +313,36 @@ def _split(block: Block, specs: Sequence[TensorSpec], limit: int) -> list[Block]
         while start < segment.stop:
             rows = min(math.ceil((target - used) / row), (limit - used) // row)
             if rows < 1 and used > 0:
+                # Aimed anew for each part, so that what whole rows add is shared by the rest.
+                used, target = 0, math.ceil(left / max(1, fewest - len(parts)))
                 parts.append([])
-                used = 0
                 continue
             stop = min(segment.stop, start + max(1, rows) * row)
             parts[-1].append(Segment(segment.tensor, start, stop))
             used += stop - start
+            left -= stop - start
             start = stop
+    if len(parts) == 1:
+        return [block]
     return [
         _block_of(f"{block.name}[{i}/{len(parts)}]", block.kind, tuple(part), specs)
         for i, part in enumerate(parts, start=1)
     ]
+
+
+def _fewest_parts(block: Block, specs: Sequence[TensorSpec], limit: int) -> int:
+    """Number of parts of a block when each takes as many rows as fit."""
+    parts, used = 1, 0
+    for segment in block.segments:
+        spec = specs[segment.tensor]
+        left = segment.num_elements if spec.role is Role.PARAMETER else 0
+        row = left // spec.shape[0] if left and spec.shape else 1
+        while left:
+            rows = (limit - used) // row
+            if rows < 1 and used > 0:
+                parts, used = parts + 1, 0
+                continue
+            taken = min(left, max(1, rows) * row)
+            left -= taken
+            used += taken
+    return parts

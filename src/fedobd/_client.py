@@ -14,7 +14,7 @@ import torch
 
 from fedobd._errors import UsageError
 from fedobd._method import Method, UplinkContext
-from fedobd._payload import Payload, encode_payload
+from fedobd._payload import Payload, check_finite, encode_payload, refuse_not_finite
 from fedobd._schema import ModelSchema, Role, Segment
 from fedobd._seeds import derive_seed, make_generator
 from fedobd._selection import mean_block_differences
@@ -53,7 +53,10 @@ class Broadcast:
                 spec = schema.tensors[decoded.segment.tensor]
                 if spec.name not in values:
                     values[spec.name] = torch.zeros(spec.shape, dtype=spec.dtype)
-                segment_of(values, spec, decoded.segment).copy_(decoded.values)
+                target = segment_of(values, spec, decoded.segment)
+                target.copy_(decoded.values)
+                if target.dtype != decoded.values.dtype:
+                    refuse_not_finite(spec, target)
         return cls(parsed.header, values)
 
 
@@ -143,7 +146,8 @@ class ClientSession:
         spec = self.schema.tensors[number]
         if spec.name not in self._kept:
             raise UsageError(
-                f"client {self.client} has not kept tensor {spec.name!r}, which this broadcast does not hold; "
+                f"client {self.client} has not kept tensor {spec.name!r}, which this broadcast "
+                f"does not hold; "
                 "it needs an opening payload"
             )
         kept = self._kept[spec.name]
@@ -178,6 +182,8 @@ class ClientSession:
         if report.num_examples < 1:
             raise UsageError(f"client {self.client} trained on no examples; at least 1 is wanted")
         check_state(self.schema, trained)
+        for spec in self.schema.tensors:
+            check_finite(spec.name, trained[spec.name])
         schema, start = self.schema, self._start
 
         def value(segment: Segment) -> torch.Tensor:

@@ -54,7 +54,8 @@ class Codec:
         for name in ("uplink_quantizer", "downlink_quantizer"):
             if getattr(self, name) not in ("nnadq", "stochastic", "none"):
                 raise UsageError(
-                    f"{name} is {getattr(self, name)!r}; allowed are 'nnadq', 'stochastic' and 'none'"
+                    f"{name} is {getattr(self, name)!r}; allowed are 'nnadq', 'stochastic' and "
+                    f"'none'"
                 )
         check_positive("uplink_weight", self.uplink_weight)
         check_positive("downlink_weight", self.downlink_weight)

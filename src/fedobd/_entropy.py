@@ -65,6 +65,8 @@ def decode_levels(stream: memoryview, segments: Sequence[tuple[int, int]]) -> li
         )
     except zstandard.ZstdError as error:
         raise DecodeError(DecodeReason.STREAM, f"a level stream is damaged: {error}") from error
+    if wanted == 0 and bytes(stream) != encode_levels([]):
+        raise DecodeError(DecodeReason.STREAM, "bytes follow an empty level stream")
     if len(planes) != wanted:
         raise DecodeError(
             DecodeReason.STREAM, f"a level stream holds {len(planes)} bytes; wanted {wanted}"

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from fedobd._errors import UsageError
 
-T = TypeVar("T")
-
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` for the name that is most like a mistyped one, or nothing."""
+    """Return `; did you mean 'x'?` for the name most like a mistyped one, or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def find_object(name: str, what: str, known: Mapping[str, T]) -> T:
-    """Return a known object by its name, or a user's own by `package.module:object`.
+def find_object(name: str, what: str, known: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return a known function or class by its name, or a user's own by `package.module:object`.
 
     Args:
         name: a key of `known`, or a module's path, a colon, and a name in the module.
@@ -27,20 +25,40 @@ def find_object(name: str, what: str, known: Mapping[str, T]) -> T:
         known: the objects that have a name of their own.
 
     Raises:
-        UsageError: the name is not known, or the module or the object in it is not there.
+        UsageError: the name is not known, or the module or the object in it is not there or
+            cannot be called.
     """
     if name in known:
-        return known[name]
+        found: Any = known[name]
+        return found  # type: ignore[no-any-return]
     module_name, colon, attribute = name.partition(":")
-    if not (colon and module_name and attribute):
+    if not colon:
+        wanted = f"one of {', '.join(known)}, or " if known else ""
         raise UsageError(
-            f"unknown {what} {name!r}{nearest(name, known)}; known are "
-            f"{', '.join(known)}, or 'package.module:name' for one of your own"
+            f"{what} {name!r} is unknown; wanted {wanted}'package.module:name' for your own"
+            f"{nearest(name, known)}"
         )
+    parts = attribute.split(".")
+    if not all(part.isidentifier() for part in [*module_name.split("."), *parts]):
+        raise UsageError(f"{what} {name!r} does not have the form 'package.module:name'")
     try:
-        found: object = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{what} {name!r} cannot be imported: {error}") from error
-    return found  # type: ignore[return-value]
+        found = importlib.import_module(module_name)
+    except Exception as error:  # whatever a user's module raises when it is imported
+        raise UsageError(
+            f"{what} {name!r}: module {module_name!r} cannot be imported: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    for part in parts:
+        if not hasattr(found, part):
+            public = [n for n in vars(found) if not n.startswith("_")]
+            raise UsageError(
+                f"{what} {name!r}: module {module_name!r} has no {attribute!r}"
+                f"{nearest(part, public)}"
+            )
+        found = getattr(found, part)
+    if not callable(found):
+        raise UsageError(
+            f"{what} {name!r}: {attribute!r} is of type {type(found).__name__}; "
+            "wanted a class or function"
+        )
+    return found  # type: ignore[no-any-return]

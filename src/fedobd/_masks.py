@@ -18,6 +18,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from fedobd._errors import UsageError
+
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
@@ -34,6 +36,11 @@ class Mask:
 
     seed: int
     threshold: int
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "threshold"):
+            if not 0 <= getattr(self, name) < 2**64:
+                raise UsageError(f"{name} is {getattr(self, name)}; allowed are 0 to 2^64 - 1")
 
     @classmethod
     def of_rate(cls, seed: int, dropout_rate: float) -> Mask:

@@ -77,7 +77,7 @@ def _measure(
         for segment in schema.blocks[number].segments:
             spec = schema.tensors[segment.tensor]
             values = source(segment)
-            check_finite(spec.name, values)
+            check_finite(spec.name, values.to(_plain_dtype(schema, header, segment)))
             if spec.role is not Role.PARAMETER:
                 code = SegmentCode(Coding.RAW)
             elif header.mask is not None:
@@ -91,11 +91,12 @@ def _measure(
 def check_finite(name: str, values: torch.Tensor) -> None:
     """Raise UsageError where a floating tensor holds NaN or an infinity."""
     if values.is_floating_point() and values.numel():
-        extremes = torch.stack(torch.aminmax(values.to(torch.float32)))
+        extremes = torch.stack(torch.aminmax(values))
         if not bool(torch.isfinite(extremes).all()):
-            kind = "NaN" if bool(torch.isnan(values).any()) else "an infinity"
+            kind = "NaN" if bool(torch.isnan(extremes).any()) else "an infinity"
             raise UsageError(
-                f"tensor {name!r} holds {kind}; training has diverged or the model was wrong at the start"
+                f"tensor {name!r} holds {kind} as {values.dtype}; "
+                "training has diverged, or the model was wrong at the start"
             )
 
 
@@ -113,6 +114,8 @@ def _chunks(
         if frozen is None:
             raise UsageError("an opening payload needs the values of the frozen tensors")
         specs = [schema.tensors[i] for i in schema.frozen()]
+        for spec in specs:
+            check_finite(spec.name, frozen(spec))
         yield LENGTH.pack(sum(_frozen_bytes(spec) for spec in specs))
         for spec in specs:
             yield _to_bytes(frozen(spec).reshape(-1), spec.dtype)
@@ -157,7 +160,11 @@ def _frozen_bytes(spec: TensorSpec) -> int:
 
 def _to_bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:
     """Return the little-endian bytes of a 1-D tensor in an element type."""
-    return bytes(values.to(dtype).contiguous().view(torch.uint8).numpy().data)
+    dense = torch.empty(
+        values.numel(), dtype=dtype
+    )  # `contiguous` leaves odd strides of 1 element
+    dense.copy_(values)
+    return dense.view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +246,7 @@ class Payload:
             spec = self.schema.tensors[number]
             stop = position + _frozen_bytes(spec)
             values = _from_bytes(self._frozen[position:stop], spec.dtype)
-            _refuse_not_finite(spec, values)
+            refuse_not_finite(spec, values)
             yield spec, values.reshape(spec.shape)
             position = stop
 
@@ -303,7 +310,7 @@ class Payload:
                 count = segment.num_elements if mask is None else int(mask.sum())
                 stop = position + count * dtype.itemsize
                 values = _from_bytes(frames.plain[position:stop], dtype)
-                _refuse_not_finite(spec, values)
+                refuse_not_finite(spec, values)
                 position = stop
             result.append(DecodedSegment(segment, values, mask))
         return result
@@ -376,7 +383,8 @@ def _from_bytes(part: memoryview, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(bytearray(part), dtype=dtype)
 
 
-def _refuse_not_finite(spec: TensorSpec, values: torch.Tensor) -> None:
+def refuse_not_finite(spec: TensorSpec, values: torch.Tensor) -> None:
+    """Raise DecodeError where what came for a tensor holds NaN or an infinity."""
     try:
         check_finite(spec.name, values)
     except UsageError as error:

@@ -140,7 +140,7 @@ class NNADQ:
             return SegmentCode(Coding.RAW)
         low, high = values.min(), values.max()
         half = np.float32(0.5)
-        offset = np.float32(high * half + low * half)
+        offset = np.float32(high * half + low * half) + np.float32(0)  # never -0
         span = np.float32(max(high - offset, offset - low))
         squared = math.log(4) * repr_bits * float(span) / self.weight
         num_levels = max(1, math.floor(math.sqrt(min(squared, float(MAX_LEVELS) ** 2))))
@@ -177,7 +177,7 @@ class Stochastic:
     num_levels: int = 255
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_levels <= MAX_LEVELS:
+        if not (isinstance(self.num_levels, int) and 1 <= self.num_levels <= MAX_LEVELS):
             raise UsageError(f"num_levels is {self.num_levels}; allowed are 1 to {MAX_LEVELS}")
 
     def measure(self, values: Float32, repr_bits: int) -> SegmentCode:

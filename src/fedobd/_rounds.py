@@ -40,7 +40,8 @@ def check_cohort(cohort: int | float) -> None:
     legal = 0 < cohort <= 1 if isinstance(cohort, float) else cohort >= 1
     if not legal:
         raise UsageError(
-            f"cohort is {cohort}; allowed are a count of at least 1 (5) or a fraction above 0 and up to 1 (0.5)"
+            f"cohort is {cohort}; allowed are a count of at least 1 (5) or a fraction above 0 "
+            f"and up to 1 (0.5)"
         )
 
 
@@ -78,7 +79,8 @@ class Stage:
         for name in ("rounds", "epochs"):
             if getattr(self, name) < 1:
                 raise UsageError(
-                    f"{name} of stage {self.number} is {getattr(self, name)}; allowed are numbers from 1"
+                    f"{name} of stage {self.number} is {getattr(self, name)}; allowed are "
+                    f"numbers from 1"
                 )
         check_cohort(self.cohort)
 

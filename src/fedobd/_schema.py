@@ -65,9 +65,12 @@ class TensorSpec:
     role: Role
 
     def __post_init__(self) -> None:
+        if any(length < 0 for length in self.shape):
+            raise UsageError(f"tensor {self.name!r} has shape {self.shape}; lengths start at 0")
         if self.dtype not in DTYPES.values():
             raise UsageError(
-                f"tensor {self.name!r} has element type {self.dtype}; supported are {', '.join(DTYPES)}"
+                f"tensor {self.name!r} has element type {self.dtype}; supported are "
+                f"{', '.join(DTYPES)}"
             )
 
     @property
@@ -154,12 +157,14 @@ class ModelSchema:
     _offsets: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        # First, since buffers without a parameter are in no block.
+        if not any(t.role is Role.PARAMETER and t.num_elements for t in self.tensors):
+            raise UsageError(
+                "the model has no trainable parameters; at least one tensor must have "
+                "requires_grad=True"
+            )
         self._check_cover()
         object.__setattr__(self, "num_parameters", sum(b.num_parameters for b in self.blocks))
-        if self.num_parameters == 0:
-            raise UsageError(
-                "the model has no trainable parameters; at least one tensor must have requires_grad=True"
-            )
         canonical = json.dumps(self.to_json(), separators=(",", ":"), sort_keys=True)
         digest = hashlib.blake2b(canonical.encode(), digest_size=16).digest()
         object.__setattr__(self, "fingerprint", digest)
@@ -170,6 +175,10 @@ class ModelSchema:
         object.__setattr__(self, "_offsets", tuple(offsets))
 
     def _check_cover(self) -> None:
+        names = [spec.name for spec in self.tensors]
+        if len(set(names)) < len(names):
+            double = next(name for name in names if names.count(name) > 1)
+            raise UsageError(f"two tensors have the name {double!r}")
         covered: list[list[tuple[int, int]]] = [[] for _ in self.tensors]
         for block in self.blocks:
             counted = 0
@@ -181,7 +190,8 @@ class ModelSchema:
                     counted += segment.num_elements
             if counted != block.num_parameters:
                 raise UsageError(
-                    f"block {block.name!r} says {block.num_parameters} parameters and holds {counted}"
+                    f"block {block.name!r} says {block.num_parameters} parameters and holds "
+                    f"{counted}"
                 )
         for spec, spans in zip(self.tensors, covered, strict=True):
             spans.sort()
@@ -229,12 +239,12 @@ class ModelSchema:
         """
         try:
             tensors = tuple(
-                TensorSpec(str(name), tuple(int(n) for n in shape), DTYPES[dtype], Role(role))
+                TensorSpec(str(name), tuple(map(_whole, shape)), DTYPES[dtype], Role(role))
                 for name, shape, dtype, role in value["tensors"]
             )
             blocks = []
             for name, kind, layers, spans in value["blocks"]:
-                segments = tuple(Segment(int(t), int(a), int(b)) for t, a, b in spans)
+                segments = tuple(Segment(_whole(t), _whole(a), _whole(b)) for t, a, b in spans)
                 count = sum(
                     s.num_elements for s in segments if tensors[s.tensor].role is Role.PARAMETER
                 )
@@ -244,3 +254,9 @@ class ModelSchema:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UsageError(f"this is not a model schema: {error!r}") from error
         return cls(tensors, tuple(blocks))
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no whole number")
+    return value

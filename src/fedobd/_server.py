@@ -295,7 +295,8 @@ class ServerSession:
         if not 1 <= report.num_examples <= self.max_examples:
             raise DecodeError(
                 DecodeReason.LIMIT,
-                f"client {client} claims {report.num_examples} examples; allowed are 1 to {self.max_examples}",
+                f"client {client} claims {report.num_examples} examples; allowed are 1 to "
+                f"{self.max_examples}",
             )
         if report.num_validation_examples > self.max_examples:
             raise DecodeError(
@@ -343,8 +344,8 @@ class ServerSession:
         if not current.uploads:
             refused = "; ".join(f"client {r.client}: {r.message}" for r in current.refusals)
             raise EmptyRoundError(
-                f"round {current.plan.round}: no upload was accepted from {len(current.plan.cohort)} clients"
-                + (f" ({refused})" if refused else "")
+                f"round {current.plan.round}: no upload was accepted from "
+                f"{len(current.plan.cohort)} clients" + (f" ({refused})" if refused else "")
             )
         self._state = current.mean.finish()
         record = self._record(current)

@@ -51,17 +51,18 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     Raises:
         UsageError: a tensor of the module is missing in the state or has another shape there.
     """
+    tensors = list(named_tensors(model))
+    for name, tensor, _ in tensors:
+        if name not in state:
+            raise UsageError(f"the state holds no value for tensor {name!r} of the model")
+        if state[name].shape != tensor.shape:
+            raise UsageError(
+                f"tensor {name!r} has shape {tuple(tensor.shape)} in the model and "
+                f"{tuple(state[name].shape)} in the state"
+            )
     with torch.no_grad():
-        for name, tensor, _ in named_tensors(model):
-            if name not in state:
-                raise UsageError(f"the state holds no value for tensor {name!r} of the model")
-            value = state[name]
-            if value.shape != tensor.shape:
-                raise UsageError(
-                    f"tensor {name!r} has shape {tuple(tensor.shape)} in the model and "
-                    f"{tuple(value.shape)} in the state"
-                )
-            tensor.copy_(value)
+        for name, tensor, _ in tensors:
+            tensor.copy_(state[name])
 
 
 def master_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> ModelState:
@@ -87,7 +88,8 @@ def check_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> None:
             raise UsageError(f"the state holds no value for tensor {spec.name!r}")
         if tuple(state[spec.name].shape) != spec.shape:
             raise UsageError(
-                f"tensor {spec.name!r} has shape {tuple(state[spec.name].shape)}; wanted {spec.shape}"
+                f"tensor {spec.name!r} has shape {tuple(state[spec.name].shape)}; wanted "
+                f"{spec.shape}"
             )
 
 

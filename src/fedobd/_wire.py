@@ -73,6 +73,7 @@ LENGTH = struct.Struct("<Q")
 CHECKSUM = struct.Struct("<I")
 """The CRC-32 that ends a payload."""
 
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _NEEDS_ELEMENTS = (Coding.CONSTANT, Coding.LEVELS)
 
 Bytes = bytes | bytearray | memoryview
@@ -120,8 +121,8 @@ class Report:
             if not 0 <= value < 2**63:
                 raise UsageError(f"{name} is {value}; allowed are 0 to 2^63 - 1")
         for name in ("train_loss", "validation_loss", "validation_metric"):
-            if not math.isfinite(getattr(self, name)):
-                raise UsageError(f"{name} is {getattr(self, name)}; wanted a finite number")
+            if not abs(getattr(self, name)) <= _MAX_FLOAT32:
+                raise UsageError(f"{name} is {getattr(self, name)}; wanted a finite float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +153,13 @@ class Header:
     report: Report | None = None
     mask: Mask | None = None
     block_differences: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        limits = {"method": 2**8, "round": 2**32, "stage": 2**8, "client": 2**32}
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < limit:
+                raise UsageError(f"{name} is {value}; allowed are 0 to {limit - 1}")
 
 
 @dataclass(slots=True)
@@ -244,7 +252,8 @@ class Cursor:
         if count > left:
             raise DecodeError(
                 DecodeReason.TRUNCATED,
-                f"the payload ends inside {what}: {count} bytes wanted at offset {self.position}, {left} left",
+                f"the payload ends inside {what}: {count} bytes wanted at offset "
+                f"{self.position}, {left} left",
             )
         part = self._buffer[self.position : self.position + count]
         self.position += count
@@ -269,7 +278,8 @@ def check_envelope(buffer: memoryview) -> None:
     if buffer[:4] != MAGIC:
         raise DecodeError(
             DecodeReason.VERSION,
-            f"this is no payload of fedobd: it starts with {bytes(buffer[:4])!r}, wanted {MAGIC!r}",
+            f"this is no payload of fedobd: it starts with {bytes(buffer[:4])!r}, wanted "
+            f"{MAGIC!r}",
         )
     if buffer[4] != VERSION:
         raise DecodeError(

@@ -123,8 +123,8 @@ class RunConfig(_Section):
         checked = {name: _make_method(name, options) for name, options in self.methods.items()}
         if self.method not in METHODS:
             raise UsageError(
-                f"method: unknown method {self.method!r}{nearest(self.method, METHODS)}; "
-                f"allowed are {', '.join(METHODS)}"
+                f"method {self.method!r} is unknown; allowed are {', '.join(METHODS)}"
+                f"{nearest(self.method, METHODS)}"
             )
         checked.setdefault(self.method, METHODS[self.method]())
         object.__setattr__(self, "methods", checked)
@@ -176,8 +176,7 @@ def _make_method(name: str, options: Any) -> Method:
         return options
     if name not in METHODS:
         raise UsageError(
-            f"methods.{name}: unknown method{nearest(name, METHODS)}; "
-            f"allowed are {', '.join(METHODS)}"
+            f"method {name!r} is unknown; allowed are {', '.join(METHODS)}{nearest(name, METHODS)}"
         )
     method = _validate(METHODS[name], options, f"methods.{name}")
     assert isinstance(method, Method)
@@ -228,7 +227,8 @@ def _check_keys(kind: Any, value: Any, path: str) -> None:
         place = f"{path}.{key}" if path else str(key)
         if key not in names:
             raise UsageError(
-                f"unknown key {place!r}{nearest(str(key), names)}; allowed here are {', '.join(names)}"
+                f"key {place!r} is unknown; allowed here are {', '.join(names)}"
+                f"{nearest(str(key), names)}"
             )
         section = _section_of(hints[key])
         if section is not None:

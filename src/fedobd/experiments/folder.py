@@ -71,7 +71,8 @@ def claim_folder(path: Path, marker: str, *, resume: bool) -> None:
     if path.is_dir() and any(path.iterdir()) and not resume:
         what = "another run" if (path / marker).exists() else "other files"
         raise UsageError(
-            f"output folder {str(path)!r} holds {what}; choose another, or --resume to go on with it"
+            f"output folder {str(path)!r} holds {what}; choose another, or --resume to go on "
+            f"with it"
         )
     if resume and path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
         raise UsageError(f"output folder {str(path)!r} holds no run to resume")
@@ -107,8 +108,8 @@ class RunFolder:
             changed = sorted(_differences(before, config.to_dict()))
             if changed:
                 raise UsageError(
-                    f"the run in {str(self.path)!r} has another configuration and cannot be resumed: "
-                    + "; ".join(changed)
+                    f"the run in {str(self.path)!r} has another configuration and cannot be "
+                    f"resumed: " + "; ".join(changed)
                 )
         else:
             write_atomically(file, config.to_toml().encode())
@@ -119,7 +120,7 @@ class RunFolder:
         """Whether the run has ended."""
         return (self.path / SUMMARY).exists()
 
-    # ------------------------------------------------------------------------------------------------------ records
+    # --- records
 
     def append_record(self, record: dict[str, Any]) -> None:
         """Add a round's record."""
@@ -140,7 +141,7 @@ class RunFolder:
             lines = [json.dumps(record, allow_nan=False).encode() + b"\n" for record in kept]
             write_atomically(file, b"".join(lines))
 
-    # --------------------------------------------------------------------------------------------------- checkpoint
+    # --- checkpoint
 
     @property
     def _checkpoint(self) -> Path:
@@ -203,7 +204,7 @@ class RunFolder:
         write_atomically(self._state_file(client, round_number), save(tensors))
         self._state_rounds[client] = round_number
 
-    # ------------------------------------------------------------------------------------------------------ results
+    # --- results
 
     def write_payload(self, round_number: int, name: str, payload: bytes) -> None:
         """Keep a payload as a file."""

@@ -56,5 +56,6 @@ class FedDropoutAvg(SingleStage):
         if header.kept != received or header.mask is None or header.mask.threshold != wanted:
             raise DecodeError(
                 DecodeReason.METHOD,
-                f"an upload of {self.name} must hold every block under a mask of λ = {self.dropout_rate}",
+                f"an upload of {self.name} must hold every block under a mask of λ = "
+                f"{self.dropout_rate}",
             )

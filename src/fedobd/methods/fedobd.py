@@ -91,7 +91,8 @@ class FedOBD(Method):
     def check_upload(self, header: Header, schema: ModelSchema, received: tuple[int, ...]) -> None:
         """See `Method.check_upload`: within the budget in stage 1, all blocks in stage 2."""
         if header.stage != 1:
-            return super(FedOBD, self).check_upload(header, schema, received)
+            super(FedOBD, self).check_upload(header, schema, received)
+            return
         if header.mask is not None:
             raise DecodeError(DecodeReason.METHOD, f"an upload of {self.name} has no mask")
         held = sum(schema.blocks[number].num_parameters for number in header.kept)

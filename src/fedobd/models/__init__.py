@@ -39,8 +39,7 @@ def build_model(name: str, **options: Any) -> nn.Module:
     """Build a model by name.
 
     Args:
-        name: a key of `MODELS`, or `package.module:factory` for a class or function of your own;
-            its module may lie in the current directory.
+        name: a key of `MODELS`, or `package.module:factory` for a class or function of your own.
         **options: keyword arguments of the factory.
 
     Returns:

@@ -27,7 +27,7 @@ def preset_text(name: str) -> str:
     known = list_presets()
     if name not in known:
         raise UsageError(
-            f"unknown preset {name!r}{nearest(name, known)}; there are {', '.join(known)}, "
-            "or give the path of a .toml file"
+            f"preset {name!r} is unknown; there are {', '.join(known)}, or give the path of a "
+            f".toml file{nearest(name, known)}"
         )
     return (files(__package__) / f"{name}.toml").read_text(encoding="utf-8")

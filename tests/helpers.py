@@ -1,0 +1,201 @@
+"""Small builders that the tests share: schemas, states, headers and payloads of tiny models."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from hypothesis import settings
+from numpy.typing import NDArray
+from torch import nn
+
+from fedobd._masks import Mask
+from fedobd._payload import Payload, Source, encode_payload
+from fedobd._quantization import Quantizer, Unquantized
+from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
+from fedobd._state import ModelState, segment_of
+from fedobd._wire import Header, Kind, Report
+
+Piece = int | tuple[int, int, int]
+"""A whole tensor by its number, or tensor number, first and past-the-last element."""
+
+
+def law(max_examples: int) -> settings:
+    """Settings of a Hypothesis test: the same examples on every run, no clock."""
+    return settings(max_examples=max_examples, deadline=None, derandomize=True)
+
+
+def with_checksum(data: bytes) -> bytes:
+    """Return the bytes with their last four replaced by the CRC-32 of those before."""
+    body = data[:-4]
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def parameter(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> TensorSpec:
+    return TensorSpec(name, shape, dtype, Role.PARAMETER)
+
+
+def buffer(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> TensorSpec:
+    return TensorSpec(name, shape, dtype, Role.BUFFER)
+
+
+def frozen(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> TensorSpec:
+    return TensorSpec(name, shape, dtype, Role.FROZEN)
+
+
+def make_schema(specs: Sequence[TensorSpec], *blocks: Sequence[Piece]) -> ModelSchema:
+    """Build a schema; without blocks, each tensor that is not frozen is a block of its own."""
+    if not blocks:
+        blocks = tuple([i] for i, spec in enumerate(specs) if spec.role is not Role.FROZEN)
+    built = []
+    for number, pieces in enumerate(blocks):
+        segments = tuple(
+            Segment(piece, 0, specs[piece].num_elements)
+            if isinstance(piece, int)
+            else Segment(*piece)
+            for piece in pieces
+        )
+        count = sum(s.num_elements for s in segments if specs[s.tensor].role is Role.PARAMETER)
+        built.append(Block(f"b{number}", "Test", (f"b{number}",), segments, count))
+    return ModelSchema(tuple(specs), tuple(built))
+
+
+def random_tensor(
+    spec: TensorSpec, rng: np.random.Generator, scale: float = 1.0, offset: float = 0.0
+) -> torch.Tensor:
+    if spec.is_floating:
+        values = np.asarray(rng.standard_normal(spec.shape) * scale + offset)
+    else:
+        values = np.asarray(rng.integers(0, 2 if spec.dtype is torch.bool else 100, spec.shape))
+    # a copy, since an empty tensor that is made from NumPy has a stride of 0
+    return torch.zeros(spec.shape, dtype=spec.dtype).copy_(torch.from_numpy(values))
+
+
+def random_state(
+    schema: ModelSchema, seed: int, scale: float = 1.0, offset: float = 0.0
+) -> ModelState:
+    rng = np.random.default_rng(seed)
+    return {spec.name: random_tensor(spec, rng, scale, offset) for spec in schema.tensors}
+
+
+def source_of(
+    schema: ModelSchema,
+    state: Mapping[str, torch.Tensor],
+    start: Mapping[str, torch.Tensor] | None = None,
+) -> Source:
+    """Give segments of a state; with a start, float32 differences to it for parameters."""
+
+    def source(segment: Segment) -> torch.Tensor:
+        spec = schema.tensors[segment.tensor]
+        values = segment_of(state, spec, segment)
+        if start is None or spec.role is not Role.PARAMETER:
+            return values
+        return values.to(torch.float32) - segment_of(start, spec, segment).to(torch.float32)
+
+    return source
+
+
+def header_of(
+    schema: ModelSchema,
+    kind: Kind = Kind.BROADCAST,
+    *,
+    kept: Sequence[int] | None = None,
+    is_difference: bool = False,
+    mask: Mask | None = None,
+    block_differences: tuple[float, ...] | None = None,
+    report: Report | None = None,
+) -> Header:
+    is_upload = kind is Kind.UPLOAD
+    return Header(
+        kind=kind,
+        method=1,
+        round=3,
+        stage=1,
+        kept=tuple(range(len(schema.blocks)) if kept is None else kept),
+        is_difference=is_difference,
+        client=7 if is_upload else None,
+        report=(report or Report(num_examples=5, train_loss=0.5)) if is_upload else None,
+        mask=mask,
+        block_differences=block_differences,
+    )
+
+
+def encode_chunks(
+    schema: ModelSchema,
+    state: Mapping[str, torch.Tensor],
+    header: Header | None = None,
+    quantizer: Quantizer | None = None,
+    *,
+    start: Mapping[str, torch.Tensor] | None = None,
+    seed: int = 0,
+) -> Iterator[bytes]:
+    return encode_payload(
+        schema,
+        header or header_of(schema),
+        source_of(schema, state, start),
+        quantizer or Unquantized(),
+        generator=torch.Generator().manual_seed(seed),
+        frozen=lambda spec: state[spec.name],
+    )
+
+
+def encode(
+    schema: ModelSchema,
+    state: Mapping[str, torch.Tensor],
+    header: Header | None = None,
+    quantizer: Quantizer | None = None,
+    *,
+    start: Mapping[str, torch.Tensor] | None = None,
+    seed: int = 0,
+) -> bytes:
+    return b"".join(encode_chunks(schema, state, header, quantizer, start=start, seed=seed))
+
+
+def read_all(data: bytes, schema: ModelSchema) -> Payload:
+    """Parse a payload and decode all that it holds."""
+    payload = Payload.parse(data, schema)
+    for _ in payload.frozen():
+        pass
+    for _ in payload.blocks():
+        pass
+    return payload
+
+
+def as_float32(values: torch.Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = values.detach().reshape(-1).to(torch.float32).numpy()
+    return array
+
+
+def ulp_of(value: float) -> float:
+    """Distance between float32 numbers of the value's magnitude."""
+    return math.ldexp(1.0, max(math.frexp(value)[1] - 24, -149)) if value else 2.0**-149
+
+
+def error_bound(values: NDArray[np.float32], span: float, num_levels: int) -> float:
+    """NNADQ's bound on the error of an element: d / (2 s) + 5 ulp(max |v|)."""
+    ulp = ulp_of(float(np.abs(values).max()))
+    return span / (2 * num_levels) + 5 * ulp
+
+
+class TinyModel(nn.Module):
+    """Convolution, batch normalization with buffers, a frozen layer, and tied output weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.norm = nn.BatchNorm2d(2)
+        self.table = nn.Embedding(5, 3)
+        self.fixed = nn.Linear(3, 3)
+        self.fixed.requires_grad_(False)
+        self.out = nn.Linear(3, 5, bias=False)
+        self.out.weight = self.table.weight
+
+
+def tiny_model(seed: int = 0) -> TinyModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TinyModel()

@@ -1,0 +1,225 @@
+"""The command line as a user meets it: what it shows, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedobd import cli
+from tests.toy import CONFIG
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy.toml").write_text(CONFIG, encoding="utf-8")
+
+
+class Outcome:
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+def fedobd(capsys: pytest.CaptureFixture[str], *words: str) -> Outcome:
+    """Run the command in this process, as its entry point does."""
+    before, path = sys.argv, list(sys.path)
+    sys.argv = ["fedobd", *words]
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    finally:
+        sys.argv, sys.path[:] = before, path
+    out, err = capsys.readouterr()
+    return Outcome(status, out, err)
+
+
+def test_run_shows_progress_a_summary_and_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    done = fedobd(capsys, "run", "toy.toml", "--method", "fedpaq", "--seed", "3")
+    assert done.status == 0, done.err
+    assert "fedpaq: seed 3, 3 rounds" in done.out
+    assert re.search(r"fedpaq: round 3/3 stage 1 accuracy 0\.\d{4} loss \d\.\d{4} sent", done.out)
+    (folder,) = Path("runs").iterdir()
+    assert f"run folder: {folder}" in done.out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"{summary['final_metric']:.4f}" in done.out
+    assert (summary["method"], summary["seed"]) == ("fedpaq", 3)
+
+
+def test_compare_ends_with_one_table_that_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = fedobd(capsys, "compare", "toy.toml", "--seeds", "0,1", "-o", "all")
+    assert done.status == 0, done.err
+    table = done.out[done.out.index("5 methods, seeds 0, 1") :]
+    assert all(len(line) <= 80 for line in table.splitlines())
+    assert "…" not in table
+    comparison = json.loads(Path("all/comparison.json").read_text())
+    for row in comparison["rows"]:
+        (line,) = [text for text in table.splitlines() if text.startswith(row["method"] + " ")]
+        words = line.split()
+        assert words[1] == f"{row['final_metric']:.4f}"
+        assert words[3:6] == [
+            f"{row[key] / 1e6:.2f}" for key in ("uplink_bytes", "downlink_bytes", "total_bytes")
+        ]
+    assert f"* {comparison['best_baseline']}, the baseline" in table
+    assert "run folder: all" in done.out
+    again = fedobd(capsys, "compare", "toy.toml", "--seeds", "0,1", "-o", "all", "--resume")
+    assert again.status == 0
+    assert again.out[again.out.index("5 methods") :] == table
+
+
+def test_the_warning_of_a_block_that_is_never_uploaded(capsys: pytest.CaptureFixture[str]) -> None:
+    done = fedobd(capsys, "run", "toy.toml", "--set", "model.options.width=8", "-o", "run")
+    assert done.status == 0, done.err
+    assert re.search(
+        r"warning: fedobd: no client uploaded these blocks in stage 1: 4 \(8\d\.\d %\)", done.out
+    )
+    assert "max_block_fraction" in done.out
+
+
+def test_blocks_shows_the_table_and_marks_what_cannot_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    done = fedobd(capsys, "blocks", "digits-cnn", "--dropout-rate", "0.7")
+    assert done.status == 0, done.err
+    assert "5 blocks, 90,250 parameters; budget at λ = 0.7: 27,075" in done.out
+    lines = [line for line in done.out.splitlines() if "│" in line]
+    assert [("never" in line) for line in lines] == [False, False, True, True, False]
+    assert "warning: features.7, classifier.1: larger than (1 - λ)" in done.out
+    split = fedobd(capsys, "blocks", "digits-cnn", "--max-block-fraction", "0.2")
+    assert "9 blocks" in split.out
+    assert "warning" not in split.out
+    tensors = fedobd(capsys, "blocks", "digits-cnn", "--style", "tensor")
+    assert "17 blocks" in tensors.out
+    own = fedobd(capsys, "blocks", "tests.toy:make_model", "--options", '{"width": 2}')
+    assert own.status == 0, own.err
+    assert "3 blocks" in own.out
+
+
+def test_a_users_own_module_in_the_current_folder_is_found(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("mine_xyz.py").write_text(
+        "from torch import nn\ndef make(n=3):\n    return nn.Linear(n, 2)\n", encoding="utf-8"
+    )
+    done = fedobd(capsys, "blocks", "mine_xyz:make")
+    assert done.status == 0, done.err
+    assert "8 parameters" in done.out
+
+
+def test_inspect_shows_what_a_payload_holds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    fedobd(capsys, "run", "toy.toml", "-o", "run", "--set", "output.keep_payloads=true")
+    record = json.loads(Path("run/rounds.jsonl").read_text().splitlines()[0])
+    client = record["clients"][0]
+    file = f"run/payloads/round-0001/upload-{client['client']}.fobd"
+    done = fedobd(capsys, "inspect", file)
+    assert done.status == 0, done.err
+    for fact in (
+        "upload payload", "fedobd", "differences", f"{client['uplink_bytes']:,}",
+        f"{len(client['blocks_kept'])} of 3", str(client["num_examples"]),
+    ):  # fmt: skip
+        assert fact in done.out
+    broadcast = fedobd(capsys, "inspect", "run/payloads/round-0005/broadcast.fobd")
+    assert "3 of 3" in broadcast.out
+    stage = next(line for line in broadcast.out.splitlines() if "stage" in line)
+    assert "2" in stage
+    Path("alone.fobd").write_bytes(Path(file).read_bytes())
+    alone = fedobd(capsys, "inspect", "alone.fobd")
+    assert (alone.status, "lies in no run folder" in alone.err) == (2, True)
+    given = fedobd(capsys, "inspect", "alone.fobd", "--schema", "run/schema.json")
+    assert given.status == 0
+    damaged = bytearray(Path(file).read_bytes())
+    damaged[-20] ^= 1
+    Path("alone.fobd").write_bytes(damaged)
+    for words, message in (
+        (("alone.fobd", "--schema", "run/schema.json"), r"cut or altered.*\[checksum\]"),
+        (("missing.fobd",), r"'missing.fobd' cannot be read: No such file"),
+        (("toy.toml", "--schema", "run/schema.json"), r"this is no payload of fedobd"),
+        (("alone.fobd", "--schema", "toy.toml"), r"'toy.toml' is not JSON"),
+        (("alone.fobd", "--schema", "run/summary.json"), r"this is not a model schema"),
+    ):
+        refused = fedobd(capsys, "inspect", *words)
+        assert refused.status == 2
+        assert re.search(message, refused.err), refused.err
+
+
+def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "digits" in fedobd(capsys, "presets").out
+    printed = fedobd(capsys, "presets", "digits")
+    Path("copy.toml").write_text(printed.out, encoding="utf-8")
+    copied = fedobd(capsys, "run", "copy.toml", "--set", "federation.clients=2000")
+    assert (copied.status, "cannot be shared among 2000 clients" in copied.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "digts"], r"preset 'digts' is unknown.*did you mean 'digits'\?"),
+        (
+            ["run", "toy.toml", "--method", "fedob"],
+            r"method 'fedob' is unknown.*did you mean 'fedobd'",
+        ),
+        (["run", "toy.toml", "--resume"], r"--resume needs --output"),
+        (["run", "toy.toml", "--workers", "-1"], r"workers is -1"),
+        (["compare", "toy.toml", "--seeds", "a"], r"--seeds 'a': wanted whole numbers"),
+        (["compare", "toy.toml", "--methods", "fedavg,fedx"], r"method 'fedx' is unknown"),
+        (["blocks", "digits-cn"], r"digits-cnn"),
+        (["blocks", "torch.nn:ReLU"], r"no trainable parameters"),
+        (["blocks", "digits-cnn", "--options", "{"], r"is not JSON"),
+        (["blocks", "digits-cnn", "--options", "[1]"], r"wanted a JSON object"),
+        (["blocks", "digits-cnn", "--style", "paper"], r"--style 'paper': allowed are semantic"),
+        (["blocks", "digits-cnn", "--dropout-rate", "1"], r"dropout_rate λ is 1.0"),
+        (["blocks", "digits-cnn", "--unit-class", "("], r"is no regular expression"),
+        (["presets", "mnist"], r"preset 'mnist' is unknown"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_one_message(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = fedobd(capsys, *words)
+    assert done.status == 2
+    assert done.err.startswith("error: ")
+    assert re.search(message, done.err), done.err
+    assert "Traceback" not in done.err
+    assert not Path("runs").exists()
+
+
+def test_wrong_words_and_no_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fedobd(capsys, "fly").status == 2
+    assert fedobd(capsys, "run").status == 2
+    assert "fedobd 0." in fedobd(capsys, "--version").out
+    shown = fedobd(capsys, "--help").out
+    for command in ("run", "compare", "blocks", "inspect", "presets"):
+        assert command in shown
+
+
+def test_ctrl_c_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*words: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupt)
+    done = fedobd(capsys, "run", "toy.toml", "-o", "run")
+    assert done.status == 130
+    assert "--resume goes on" in done.err
+
+
+def test_the_working_folder_does_not_stay_on_the_path(capsys: pytest.CaptureFixture[str]) -> None:
+    here = os.getcwd()  # noqa: PTH109 - compared with an entry of sys.path
+    fedobd(capsys, "presets")
+    assert here not in sys.path

@@ -1,0 +1,764 @@
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedobd._blocks import decompose
+from fedobd._errors import DecodeError, DecodeReason, UsageError
+from fedobd._masks import Mask
+from fedobd._payload import Payload, encode_payload
+from fedobd._quantization import NNADQ, Coding, Quantizer, Stochastic, Unquantized
+from fedobd._schema import ModelSchema, Role, Segment
+from fedobd._state import ModelState, get_state
+from fedobd._wire import Header, Kind, Report
+from tests.helpers import (
+    Piece,
+    as_float32,
+    buffer,
+    encode,
+    encode_chunks,
+    error_bound,
+    frozen,
+    header_of,
+    law,
+    make_schema,
+    parameter,
+    random_state,
+    read_all,
+    source_of,
+    tiny_model,
+    ulp_of,
+    with_checksum,
+)
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is encoded; the same table drives the encoder and the decoder."""
+
+    schema: ModelSchema
+    header: Header
+    state: ModelState
+    quantizer: Quantizer
+    start: ModelState | None = None
+
+    def encode(self) -> bytes:
+        return encode(self.schema, self.state, self.header, self.quantizer, start=self.start)
+
+    def check(self, data: bytes) -> None:
+        """Compare all that a payload holds with what went in."""
+        payload = Payload.parse(data, self.schema)
+        assert payload.header == self.header
+        assert payload.num_bytes.total == len(data)
+        source = source_of(self.schema, self.state, self.start)
+        codes = payload.codes()
+        numbers = []
+        for number, segments in payload.blocks():
+            numbers.append(number)
+            assert tuple(d.segment for d in segments) == self.schema.blocks[number].segments
+            for decoded in segments:
+                came_number, came_segment, code = next(codes)
+                assert (came_number, came_segment) == (number, decoded.segment)
+                self._check_segment(
+                    decoded.segment, code.coding, decoded.values, decoded.mask, source
+                )
+                if code.coding in (Coding.LEVELS, Coding.CONSTANT):
+                    wanted = as_float32(source(decoded.segment))
+                    error = np.abs(wanted.astype(np.float64) - as_float32(decoded.values))
+                    if isinstance(self.quantizer, NNADQ):
+                        bound = error_bound(wanted, code.range, max(1, code.num_levels))
+                    else:
+                        bound = code.range / max(1, code.num_levels) + 5 * ulp_of(code.range)
+                    assert float(error.max()) <= bound
+        assert next(codes, None) is None
+        assert tuple(numbers) == self.header.kept
+        self._check_frozen(payload)
+        self._check_bytes(payload)
+
+    def _check_segment(
+        self,
+        segment: Segment,
+        coding: Coding,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        source: object,
+    ) -> None:
+        spec = self.schema.tensors[segment.tensor]
+        wanted = source_of(self.schema, self.state, self.start)(segment)
+        is_parameter = spec.role is Role.PARAMETER
+        assert (mask is not None) is (is_parameter and self.header.mask is not None)
+        if mask is not None:
+            assert self.header.mask is not None
+            # offsets count the trainable elements of the tensors before, in tensor order
+            first = segment.start + sum(
+                t.num_elements
+                for t in self.schema.tensors[: segment.tensor]
+                if t.role is Role.PARAMETER
+            )
+            kept = self.header.mask.kept(0, first + segment.num_elements)[first:]
+            assert mask.tolist() == kept.tolist()
+            wanted = wanted[mask]
+        assert values.shape == wanted.shape
+        if coding in (Coding.RAW, Coding.MASKED):
+            narrow = torch.float32 if self.start is not None and is_parameter else spec.wire_dtype
+            assert values.dtype == narrow
+            assert torch.equal(values, wanted.to(narrow))
+        else:
+            assert values.dtype == torch.float32
+            assert is_parameter
+
+    def _check_frozen(self, payload: Payload) -> None:
+        came = dict(payload.frozen())
+        if self.header.kind is not Kind.OPENING:
+            assert came == {}
+            return
+        assert list(came) == [t for t in self.schema.tensors if t.role is Role.FROZEN]
+        for spec, values in came.items():
+            assert values.dtype == spec.dtype
+            assert torch.equal(values, self.state[spec.name])
+
+    def _check_bytes(self, payload: Payload) -> None:
+        raw = buffers = lengths = 0
+        if self.header.kind is Kind.OPENING and self.schema.frozen():
+            raw = sum(self.state[t.name].nbytes for t, _ in payload.frozen())
+            lengths = 8
+        in_frames = raw + lengths
+        for _, segments in payload.blocks():
+            for decoded in segments:
+                if self.schema.tensors[decoded.segment.tensor].role is Role.BUFFER:
+                    buffers += decoded.values.nbytes
+        for (_, segment, code), values in zip(
+            payload.codes(), [d.values for _, ds in payload.blocks() for d in ds], strict=True
+        ):
+            is_buffer = self.schema.tensors[segment.tensor].role is Role.BUFFER
+            if code.coding in (Coding.RAW, Coding.MASKED) and not is_buffer:
+                raw += values.nbytes
+        count = payload.num_bytes
+        assert (count.raw, count.buffers) == (raw, buffers)
+        in_blocks = payload.block_bytes()
+        assert tuple(in_blocks) == self.header.kept
+        without_frames = count.total - in_frames - sum(in_blocks.values())
+        assert 29 + 4 <= without_frames <= count.header
+
+
+def table() -> dict[str, Case]:
+    mixed = make_schema(
+        [
+            parameter("w", 3, 4),
+            parameter("b", 4),
+            buffer("mean", 2),
+            buffer("seen", dtype=torch.int64),
+            parameter("scalar"),
+            parameter("none", 0, 3),
+            parameter("big", 6, 2),
+        ],
+        [0, 1],
+        [2, 3, 4, 5],
+        [(6, 0, 4)],
+        [(6, 4, 12)],
+    )
+    mixed_state, mixed_start = random_state(mixed, 1), random_state(mixed, 2)
+    mixed_state["b"] = torch.full((4,), 0.25)
+    types = make_schema(
+        [
+            *(parameter(f"p{i}", 2, 3, dtype=dtype) for i, dtype in enumerate(FLOATS)),
+            *(buffer(f"f{i}", 2, dtype=dtype) for i, dtype in enumerate(FLOATS)),
+            buffer("i8", 3, dtype=torch.int8),
+            buffer("u8", 3, dtype=torch.uint8),
+            buffer("i16", 3, dtype=torch.int16),
+            buffer("i32", 3, dtype=torch.int32),
+            buffer("flags", 5, dtype=torch.bool),
+        ],
+        [0, 4, 8, 9],
+        [1, 5, 10],
+        [2, 6, 11],
+        [3, 7, 12],
+    )
+    types_state, types_start = random_state(types, 3), random_state(types, 4)
+    ice = make_schema(
+        [
+            parameter("w", 3),
+            frozen("f32", 2, 2),
+            frozen("f64", 1, dtype=torch.float64),
+            frozen("bf16", 3, dtype=torch.bfloat16),
+            frozen("ids", 2, dtype=torch.int64),
+            frozen("nothing", 0),
+        ]
+    )
+    model = tiny_model()
+    tied = decompose(model)
+    upload = Kind.UPLOAD
+    report = Report(
+        num_examples=2**40,
+        train_loss=0.25,
+        num_validation_examples=9,
+        validation_loss=1.5,
+        validation_metric=0.75,
+    )
+    return {
+        "broadcast nnadq": Case(mixed, header_of(mixed), mixed_state, NNADQ(1e-3)),
+        "upload nnadq of differences": Case(
+            mixed,
+            header_of(
+                mixed,
+                upload,
+                kept=(0, 1, 3),
+                is_difference=True,
+                block_differences=(0.5, 0.0, 0.125, 2.0),
+                report=report,
+            ),
+            mixed_state,
+            NNADQ(1e-3),
+            mixed_start,
+        ),
+        "upload stochastic": Case(
+            mixed,
+            header_of(mixed, upload, is_difference=True),
+            mixed_state,
+            Stochastic(255),
+            mixed_start,
+        ),
+        "upload masked": Case(
+            mixed,
+            header_of(mixed, upload, mask=Mask.of_rate(11, 0.5)),
+            mixed_state,
+            Unquantized(),
+        ),
+        "upload masked differences": Case(
+            types,
+            header_of(types, upload, mask=Mask.of_rate(12, 0.3), is_difference=True),
+            types_state,
+            Unquantized(),
+            types_start,
+        ),
+        "broadcast raw": Case(types, header_of(types), types_state, Unquantized()),
+        "broadcast of all types": Case(types, header_of(types), types_state, NNADQ(1e-3)),
+        "differences of all types": Case(
+            types,
+            header_of(types, upload, is_difference=True),
+            types_state,
+            NNADQ(1e-2),
+            types_start,
+        ),
+        "opening with frozen": Case(
+            ice, header_of(ice, Kind.OPENING, kept=()), random_state(ice, 5), Unquantized()
+        ),
+        "opening with all": Case(
+            tied, header_of(tied, Kind.OPENING), get_state(model), NNADQ(1e-2)
+        ),
+        "broadcast of no block": Case(
+            mixed, header_of(mixed, kept=()), mixed_state, Unquantized()
+        ),
+        "delivery": Case(tied, header_of(tied, Kind.DELIVERY), get_state(model), Unquantized()),
+    }
+
+
+CASES = table()
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def expect(reason: DecodeReason, data: bytes, schema: ModelSchema, match: str = "") -> None:
+    with pytest.raises(DecodeError, match=match) as caught:
+        read_all(data, schema)
+    assert caught.value.reason is reason
+
+
+def value_or_decode_error(data: bytes, schema: ModelSchema) -> DecodeReason | None:
+    """Decode all; any exception but DecodeError passes through and fails the test."""
+    try:
+        read_all(data, schema)
+    except DecodeError as error:
+        return error.reason
+    return None
+
+
+@every_case
+def test_whole(name: str) -> None:
+    CASES[name].check(CASES[name].encode())
+
+
+@every_case
+def test_encoding_is_stable(name: str) -> None:
+    case = CASES[name]
+    chunks = list(
+        encode_chunks(case.schema, case.state, case.header, case.quantizer, start=case.start)
+    )
+    assert len(chunks) >= 2
+    assert all(type(chunk) is bytes for chunk in chunks)
+    assert b"".join(chunks) == case.encode() == case.encode()
+    assert with_checksum(case.encode()) == case.encode()
+
+
+@every_case
+def test_other_buffers_are_read_alike(name: str) -> None:
+    data = CASES[name].encode()
+    padded = b"\0" + data + b"\0"
+    for other in (bytearray(data), memoryview(data), memoryview(padded)[1:-1]):
+        payload = Payload.parse(other, CASES[name].schema)
+        assert payload.header == CASES[name].header
+        assert len(list(payload.blocks())) == len(CASES[name].header.kept)
+
+
+@every_case
+def test_each_prefix_is_refused(name: str) -> None:
+    data, schema = CASES[name].encode(), CASES[name].schema
+    for length in range(len(data)):
+        reason = value_or_decode_error(data[:length], schema)
+        assert reason in (DecodeReason.TRUNCATED, DecodeReason.CHECKSUM), length
+
+
+@every_case
+def test_each_prefix_with_its_own_checksum_is_refused(name: str) -> None:
+    data, schema = CASES[name].encode(), CASES[name].schema
+    for length in range(4, len(data)):
+        assert value_or_decode_error(with_checksum(data[:length]), schema) is not None, length
+
+
+@every_case
+def test_added_bytes_are_refused(name: str) -> None:
+    data, schema = CASES[name].encode(), CASES[name].schema
+    for extra in (b"\0", b"\xff" * 9, data):
+        assert value_or_decode_error(data + extra, schema) is DecodeReason.CHECKSUM
+        longer = with_checksum(data[:-4] + extra + b"????")
+        expect(DecodeReason.TRAILING, longer, schema, rf"{len(extra)} bytes follow the last frame")
+
+
+@every_case
+def test_each_altered_byte_is_refused(name: str) -> None:
+    data, schema = CASES[name].encode(), CASES[name].schema
+    for position in range(len(data)):
+        for change in (0x01, 0x80, 0xFF):
+            altered = bytearray(data)
+            altered[position] ^= change
+            reason = value_or_decode_error(bytes(altered), schema)
+            assert reason in (DecodeReason.CHECKSUM, DecodeReason.VERSION), position
+
+
+@every_case
+def test_each_altered_byte_with_its_checksum_gives_a_value_or_decode_error(name: str) -> None:
+    data, schema = CASES[name].encode(), CASES[name].schema
+    refused = 0
+    for position in range(len(data) - 4):
+        for change in (0x01, 0x10, 0x80, 0xFF):
+            altered = bytearray(data)
+            altered[position] ^= change
+            refused += value_or_decode_error(with_checksum(bytes(altered)), schema) is not None
+    # magic, version, kind, flags and fingerprint at the least
+    assert refused >= 4 * (4 + 1 + 16)
+
+
+@every_case
+def test_payload_of_another_model_is_refused(name: str) -> None:
+    other = make_schema([parameter("w", 3, 5)])
+    expect(DecodeReason.SCHEMA, CASES[name].encode(), other, "is for another model")
+
+
+@every_case
+def test_other_version_and_magic_are_refused(name: str) -> None:
+    data, schema = CASES[name].encode(), CASES[name].schema
+    for version in (0, 2, 255):
+        altered = with_checksum(data[:4] + bytes([version]) + data[5:])
+        expect(DecodeReason.VERSION, altered, schema, rf"format version {version} came; .* 1")
+    expect(DecodeReason.VERSION, b"PK\3\4" + data[4:], schema, r"no payload of fedobd: .*b'FOBD'")
+
+
+shapes = st.sampled_from([(), (0,), (1,), (5,), (2, 3), (2, 0), (4, 2), (3, 1, 2)])
+weights = st.sampled_from([1e-6, 1e-4, 1e-2, 10.0])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    specs = [parameter("first", *draw(st.sampled_from([(1,), (3, 2)])))]
+    for number in range(draw(st.integers(0, 5))):
+        role = draw(st.sampled_from(["parameter", "parameter", "buffer", "frozen"]))
+        shape = draw(shapes)
+        if role == "parameter":
+            specs.append(parameter(f"t{number}", *shape, dtype=draw(st.sampled_from(FLOATS))))
+        else:
+            dtype = draw(st.sampled_from([*FLOATS, torch.int64, torch.bool]))
+            build = buffer if role == "buffer" else frozen
+            specs.append(build(f"t{number}", *shape, dtype=dtype))
+    blocks: list[list[Piece]] = [[]]
+    for number, spec in enumerate(specs):
+        if spec.role is Role.FROZEN:
+            continue
+        cuts = [0, spec.num_elements]
+        if spec.role is Role.PARAMETER and spec.num_elements > 1 and draw(st.booleans()):
+            cuts.insert(1, draw(st.integers(1, spec.num_elements - 1)))
+        for start, stop in pairwise(cuts):
+            opens_block: bool = draw(st.booleans())
+            if blocks[-1] and opens_block:
+                blocks.append([])
+            blocks[-1].append((number, start, stop))
+    schema = make_schema(specs, *blocks)
+    seed = draw(st.integers(0, 2**32))
+    scale = 10.0 ** draw(st.integers(-4, 2))
+    state = random_state(schema, seed, scale, draw(st.sampled_from([0.0, 1.0, -300.0])))
+    kind = draw(st.sampled_from(list(Kind)))
+    is_difference = kind is Kind.UPLOAD and draw(st.booleans())
+    mask = Mask.of_rate(seed, draw(st.sampled_from([0.0, 0.3, 0.99])))
+    chosen = draw(st.lists(st.booleans(), min_size=len(blocks), max_size=len(blocks)))
+    header = header_of(
+        schema,
+        kind,
+        kept=[number for number, is_kept in enumerate(chosen) if is_kept],
+        is_difference=is_difference,
+        mask=mask if kind is Kind.UPLOAD and draw(st.booleans()) else None,
+        block_differences=(0.5,) * len(blocks) if draw(st.booleans()) else None,
+    )
+    quantizer: Quantizer = draw(
+        st.one_of(
+            weights.map(NNADQ),
+            st.sampled_from([1, 255, 2**22]).map(Stochastic),
+            st.just(Unquantized()),
+        )
+    )
+    before = random_state(schema, seed + 1, scale) if is_difference else None
+    return Case(schema, header, state, quantizer, before)
+
+
+@law(200)
+@given(cases())
+def test_round_trip(case: Case) -> None:
+    case.check(case.encode())
+
+
+@law(200)
+@given(cases(), st.data())
+def test_damage_gives_a_value_or_decode_error(case: Case, data: st.DataObject) -> None:
+    whole = bytearray(case.encode())
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(whole) - 1))
+        whole[position : position + 1] = data.draw(st.binary(max_size=3))
+    value_or_decode_error(with_checksum(bytes(whole)), case.schema)
+
+
+@law(200)
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    schema = CASES["broadcast nnadq"].schema
+    assert value_or_decode_error(data, schema) is not None
+    assert value_or_decode_error(with_checksum(data + b"????"), schema) is not None
+
+
+@law(300)
+@given(st.sampled_from(sorted(CASES)), st.integers(8, 120), st.binary(max_size=200))
+def test_random_tail_gives_a_value_or_decode_error(name: str, keep: int, tail: bytes) -> None:
+    head = CASES[name].encode()[:keep]
+    value_or_decode_error(with_checksum(head + tail + b"????"), CASES[name].schema)
+
+
+def test_tied_weights_travel_once() -> None:
+    model = tiny_model()
+    schema = decompose(model)
+    names = [spec.name for spec in schema.tensors]
+    assert "table.weight" in names
+    assert "out.weight" not in names
+    payload = Payload.parse(encode(schema, get_state(model)), schema)
+    assert payload.num_bytes.raw == 4 * (2 * 9 + 2 + 2 + 2 + 5 * 3)
+
+
+def test_nominal_bits_of_a_case_worked_by_hand() -> None:
+    schema = make_schema(
+        [
+            parameter("levels", 10),
+            parameter("constant", 4),
+            parameter("half", 5, dtype=torch.float16),
+            buffer("mean", 3),
+            buffer("seen", dtype=torch.int64),
+        ]
+    )
+    state = random_state(schema, 1)
+    state["constant"] = torch.zeros(4)
+    payload = Payload.parse(encode(schema, state, None, Stochastic(255)), schema)
+    # 9 bits a level in both types; a constant has none; buffers 3 x 32 and 64
+    assert payload.num_bytes.nominal_bits == 10 * 9 + 0 + 5 * 9 + 3 * 32 + 64
+    payload = Payload.parse(encode(schema, state, None, Unquantized()), schema)
+    assert payload.num_bytes.nominal_bits == 14 * 32 + 5 * 16 + 3 * 32 + 64
+    # s = 40000 has 17 bits, more than float16: that tensor travels raw, as 5 x 16
+    payload = Payload.parse(encode(schema, state, None, Stochastic(40000)), schema)
+    assert payload.num_bytes.nominal_bits == 10 * 17 + 0 + 5 * 16 + 3 * 32 + 64
+
+
+def test_byte_count_of_a_case_worked_by_hand() -> None:
+    schema = make_schema([parameter("w", 3), buffer("seen", dtype=torch.int64)], [0, 1])
+    data = encode(schema, random_state(schema, 1), header_of(schema, Kind.UPLOAD))
+    count = Payload.parse(data, schema).num_bytes
+    # 29 fixed, 32 of the report, 1 of the bitmap, 2 codings, a length, the checksum
+    assert count.header == 29 + 32 + 1 + 2 + 8 + 4
+    assert (count.levels, count.raw, count.buffers) == (0, 12, 8)
+
+
+BAD_VALUES = {"NaN": math.nan, "an infinity": math.inf}
+
+
+@pytest.mark.parametrize("kind", BAD_VALUES)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("role", ["parameter", "buffer", "frozen"])
+@pytest.mark.parametrize("quantizer", [Unquantized(), NNADQ(0.01), Stochastic(3)])
+def test_value_that_is_not_finite_is_refused_by_name(
+    kind: str, dtype: torch.dtype, role: str, quantizer: Quantizer
+) -> None:
+    build = {"parameter": parameter, "buffer": buffer, "frozen": frozen}[role]
+    schema = make_schema([parameter("fine", 2), build("layer.bad", 3, dtype=dtype)])
+    state = random_state(schema, 1)
+    for sign in (1, -1):
+        state["layer.bad"][1] = sign * BAD_VALUES[kind]
+        with pytest.raises(UsageError, match=rf"tensor 'layer\.bad' holds {kind}"):
+            encode(schema, state, header_of(schema, Kind.OPENING), quantizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_value_beyond_a_16_bit_type_is_refused_by_name(dtype: torch.dtype) -> None:
+    # The server keeps float32 values, which can be finite there and infinite on the wire.
+    schema = make_schema([parameter("layer.bad", 2, dtype=dtype)])
+    state = {"layer.bad": torch.tensor([1.0, 3.4e38])}
+    with pytest.raises(UsageError, match=r"tensor 'layer\.bad'"):
+        encode(schema, state)
+
+
+def test_difference_that_overflows_is_refused_by_name() -> None:
+    schema = make_schema([parameter("layer.bad", 1)])
+    header = header_of(schema, Kind.UPLOAD, is_difference=True)
+    with pytest.raises(UsageError, match=r"tensor 'layer\.bad' holds an infinity"):
+        encode(
+            schema,
+            {"layer.bad": torch.tensor([3e38])},
+            header,
+            NNADQ(0.01),
+            start={"layer.bad": torch.tensor([-3e38])},
+        )
+
+
+def test_frozen_float64_keeps_its_range() -> None:
+    # Frozen tensors travel in their own type, so a value that only float64 holds is legal.
+    schema = make_schema([parameter("w", 1), frozen("f", 2, dtype=torch.float64)])
+    state = random_state(schema, 1)
+    state["f"] = torch.tensor([1e300, -1e-300], dtype=torch.float64)
+    Case(schema, header_of(schema, Kind.OPENING), state, Unquantized()).check(
+        encode(schema, state, header_of(schema, Kind.OPENING))
+    )
+
+
+# Torch calls these contiguous whatever their stride, so `contiguous()` leaves it as it is.
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.from_numpy(np.zeros(0, np.float32)),
+        torch.arange(8.0)[::8],
+        torch.tensor(2.0).expand(1),
+    ],
+)
+def test_stride_of_a_tiny_tensor_does_not_matter(values: torch.Tensor) -> None:
+    schema = make_schema(
+        [parameter("w", 1), parameter("p", len(values)), frozen("f", len(values))]
+    )
+    state = {"w": torch.ones(1), "p": values, "f": values}
+    header = header_of(schema, Kind.OPENING)
+    Case(schema, header, state, Unquantized()).check(encode(schema, state, header))
+
+
+def test_opening_without_frozen_values_is_refused() -> None:
+    case = CASES["opening with frozen"]
+    chunks = encode_payload(
+        case.schema, case.header, source_of(case.schema, case.state), case.quantizer
+    )
+    with pytest.raises(UsageError, match="needs the values of the frozen tensors"):
+        b"".join(chunks)
+
+
+def report_with(name: str, value: float) -> Report:
+    options: dict[str, Any] = {"num_examples": 1, "train_loss": 0.0, name: value}
+    return Report(**options)
+
+
+@pytest.mark.parametrize("name", ["train_loss", "validation_loss", "validation_metric"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
+def test_report_that_cannot_travel_is_refused(name: str, value: float) -> None:
+    schema = make_schema([parameter("w", 1)])
+    with pytest.raises(UsageError, match=f"{name} is "):
+        encode(
+            schema,
+            random_state(schema, 1),
+            header_of(
+                schema,
+                Kind.UPLOAD,
+                report=report_with(name, value),
+            ),
+        )
+
+
+@pytest.mark.parametrize("name", ["num_examples", "num_validation_examples"])
+@pytest.mark.parametrize("value", [-1, 2**63])
+def test_report_with_impossible_counts_is_refused(name: str, value: int) -> None:
+    with pytest.raises(UsageError, match=rf"{name} is {value}; allowed are 0 to 2\^63 - 1"):
+        report_with(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("client", -1), ("client", 2**32), ("round", -1), ("round", 2**32), ("stage", 256)],
+)
+def test_header_that_cannot_travel_is_refused(name: str, value: int) -> None:
+    schema = make_schema([parameter("w", 1)])
+    change: dict[str, Any] = {name: value}
+    with pytest.raises(UsageError, match=f"{name} is {value}"):
+        encode(
+            schema,
+            random_state(schema, 1),
+            replace(header_of(schema, Kind.UPLOAD), **change),
+        )
+
+
+# One float32 tensor in levels. Offsets: 5 kind, 7 flags, 29 bitmap, 30 coding, 31 number of
+# levels, 35 offset, 39 range, 43 length of the frame.
+LEVELS_SCHEMA = make_schema([parameter("w", 4)])
+LEVELS_STATE: ModelState = {"w": torch.tensor([0.5, -1.0, 0.25, 1.0])}
+
+
+def f32(value: float) -> bytes:
+    return struct.pack("<f", value)
+
+
+def u32(value: int) -> bytes:
+    return struct.pack("<I", value)
+
+
+HOSTILE = [
+    (5, b"\4", DecodeReason.KIND, "payload kind 4 is not known"),
+    (5, b"\2", DecodeReason.FIELD, "a client's report stands where none belongs, or lacks"),
+    (7, b"\1", DecodeReason.FIELD, "a client's report stands where none belongs, or lacks"),
+    (7, b"\x10", DecodeReason.FIELD, "flags 0x10 hold an unknown bit"),
+    (7, b"\x80", DecodeReason.FIELD, "flags 0x80 hold an unknown bit"),
+    (29, b"\3", DecodeReason.FIELD, "the block bitmap names a block past the last"),
+    (29, b"\0", DecodeReason.TRAILING, "bytes follow the last frame"),
+    (30, b"\4", DecodeReason.FIELD, "coding of tensor 'w' at offset 30 is 4, which is not known"),
+    (30, b"\3", DecodeReason.FIELD, "coding MASKED of tensor 'w' at offset 30 is not allowed"),
+    (31, u32(0), DecodeReason.LIMIT, "0 levels of tensor 'w' .* allowed are 1 to 4194304"),
+    (31, u32(2**22 + 1), DecodeReason.LIMIT, "4194305 levels of tensor 'w'"),
+    (31, u32(2**32 - 1), DecodeReason.LIMIT, "4294967295 levels of tensor 'w'"),
+    (35, f32(math.nan), DecodeReason.FIELD, "range 1.0 and offset nan of tensor 'w'"),
+    (35, f32(-math.inf), DecodeReason.FIELD, "range 1.0 and offset -inf of tensor 'w'"),
+    (35, f32(1.1 * 2.0**126), DecodeReason.FIELD, "of tensor 'w' .* out of range"),
+    (39, f32(0.0), DecodeReason.FIELD, "range 0.0 and offset 0.0 of tensor 'w'"),
+    (39, f32(-1.0), DecodeReason.FIELD, "range -1.0 and offset 0.0 of tensor 'w'"),
+    (39, f32(math.nan), DecodeReason.FIELD, "range nan and offset 0.0 of tensor 'w'"),
+    (39, f32(math.inf), DecodeReason.FIELD, "range inf and offset 0.0 of tensor 'w'"),
+    (39, f32(1.1 * 2.0**126), DecodeReason.FIELD, "of tensor 'w' .* out of range"),
+    (43, b"\xff" * 8, DecodeReason.TRUNCATED, "ends inside the levels of block 'b0'"),
+    (43, b"\0" * 8, DecodeReason.TRAILING, "bytes follow the last frame"),
+]
+
+
+@pytest.mark.parametrize(("position", "put", "reason", "match"), HOSTILE)
+def test_illegal_field_is_refused(
+    position: int, put: bytes, reason: DecodeReason, match: str
+) -> None:
+    data = encode(LEVELS_SCHEMA, LEVELS_STATE, None, NNADQ(0.01))
+    read_all(data, LEVELS_SCHEMA)
+    altered = data[:position] + put + data[position + len(put) :]
+    assert altered != data
+    expect(reason, with_checksum(altered), LEVELS_SCHEMA, match)
+
+
+def test_largest_legal_levels_decode_to_finite_values() -> None:
+    data = encode(LEVELS_SCHEMA, LEVELS_STATE, None, Stochastic(3))
+    for num_levels in (3, 5, 2**22):
+        for sign in (1, -1):
+            fields = u32(num_levels) + f32(sign * 2.0**126) + f32(2.0**126)
+            altered = with_checksum(data[:31] + fields + data[43:])
+            if value_or_decode_error(altered, LEVELS_SCHEMA) is None:
+                for _, segments in Payload.parse(altered, LEVELS_SCHEMA).blocks():
+                    assert bool(torch.isfinite(segments[0].values).all())
+    assert value_or_decode_error(altered, LEVELS_SCHEMA) is DecodeReason.STREAM  # three planes
+
+
+def test_illegal_coding_of_a_buffer_is_refused() -> None:
+    schema = make_schema([buffer("mean", 2), parameter("w", 2)])
+    data = encode(schema, random_state(schema, 1))
+    for coding in (Coding.CONSTANT, Coding.LEVELS, Coding.MASKED):
+        altered = with_checksum(data[:30] + bytes([coding]) + data[31:])
+        expect(DecodeReason.FIELD, altered, schema, f"coding {coding.name} of tensor 'mean'")
+
+
+def test_levels_of_an_empty_tensor_are_refused() -> None:
+    schema = make_schema([parameter("empty", 0), parameter("w", 2)])
+    data = encode(schema, random_state(schema, 1))
+    for coding in (Coding.CONSTANT, Coding.LEVELS):
+        altered = with_checksum(data[:30] + bytes([coding]) + data[31:])
+        expect(DecodeReason.FIELD, altered, schema, f"coding {coding.name} of tensor 'empty'")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("is_buffer", [False, True])
+def test_raw_value_that_is_not_finite_is_refused(value: float, is_buffer: bool) -> None:
+    bad = buffer("bad", 1) if is_buffer else parameter("bad", 1)
+    schema = make_schema([parameter("w", 1), bad])
+    data = encode(schema, random_state(schema, 1))
+    altered = with_checksum(data[:-8] + f32(value) + data[-4:])
+    # values are decoded late, so the payload is refused when its block is reached
+    payload = Payload.parse(altered, schema)
+    blocks = payload.blocks()
+    assert next(blocks)[0] == 0
+    with pytest.raises(DecodeError, match="tensor 'bad' holds NaN or an infinity") as caught:
+        next(blocks)
+    assert caught.value.reason is DecodeReason.NOT_FINITE
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_constant_that_is_not_finite_is_refused(value: float) -> None:
+    data = encode(LEVELS_SCHEMA, {"w": torch.ones(4)}, None, NNADQ(0.01))
+    altered = with_checksum(data[:31] + f32(value) + data[35:])
+    expect(DecodeReason.NOT_FINITE, altered, LEVELS_SCHEMA, "the offset of tensor 'w'")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_illegal_block_difference_is_refused(value: float) -> None:
+    header = header_of(LEVELS_SCHEMA, block_differences=(0.5,))
+    data = encode(LEVELS_SCHEMA, LEVELS_STATE, header)
+    altered = with_checksum(data[:29] + f32(value) + data[33:])
+    expect(DecodeReason.FIELD, altered, LEVELS_SCHEMA, "mean block difference is negative or not")
+
+
+@pytest.mark.parametrize(
+    ("position", "put", "match"),
+    [
+        (33, struct.pack("<Q", 2**63), "client 7: num_examples is 9223372036854775808"),
+        (41, f32(math.nan), "client 7: train_loss is nan"),
+        (53, f32(math.inf), "client 7: validation_loss is inf"),
+        (57, f32(-math.inf), "client 7: validation_metric is -inf"),
+    ],
+)
+def test_illegal_report_is_refused(position: int, put: bytes, match: str) -> None:
+    data = encode(LEVELS_SCHEMA, LEVELS_STATE, header_of(LEVELS_SCHEMA, Kind.UPLOAD))
+    altered = with_checksum(data[:position] + put + data[position + len(put) :])
+    expect(DecodeReason.FIELD, altered, LEVELS_SCHEMA, match)
+
+
+@pytest.mark.parametrize("wrong", [0, 11, 13, 2**64 - 1])
+def test_plain_frame_of_another_length_is_refused(wrong: int) -> None:
+    schema = make_schema([parameter("w", 3)])
+    data = encode(schema, random_state(schema, 1))
+    assert data[31:39] == struct.pack("<Q", 12)
+    altered = with_checksum(data[:31] + struct.pack("<Q", wrong) + data[39:])
+    expect(DecodeReason.FIELD, altered, schema, rf"says it has {wrong} bytes; .* wants 12")
+
+
+def test_decoded_values_do_not_share_memory_with_the_payload() -> None:
+    schema = make_schema([parameter("w", 3)])
+    data = bytearray(encode(schema, random_state(schema, 1)))
+    _, segments = next(Payload.parse(data, schema).blocks())
+    before = segments[0].values.clone()
+    data[:] = b"\0" * len(data)
+    assert torch.equal(segments[0].values, before)

@@ -1,0 +1,285 @@
+"""Runs: the run folder, resuming after a kill at any moment, comparing methods."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from fedobd import FedOBDError, ModelSchema, Payload, UsageError
+from fedobd._state import load_state
+from fedobd.experiments import RunFolder, compare, run
+from fedobd.experiments.config import RunConfig, parse_config
+from fedobd.models import build_model
+from tests.toy import CONFIG, config
+
+ROOT = Path(__file__).parent.parent
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def results(folder: Path) -> tuple[Any, ...]:
+    """Return all that two equal runs have in common, which is everything but times."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    del summary["seconds"], summary["overhead"]
+    return records(folder), (folder / "model.safetensors").read_bytes(), summary
+
+
+def test_the_folder_holds_what_it_promises(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    summary = run(config(output={"keep_payloads": True}), folder)
+    rounds = records(folder)
+    assert [r["round"] for r in rounds] == [1, 2, 3, 4, 5]
+    assert [r["stage"] for r in rounds] == [1, 1, 1, 2, 2]
+    schema = ModelSchema.from_json(json.loads((folder / "schema.json").read_text()))
+    up = down = 0
+    for record in rounds:
+        kept = folder / "payloads" / f"round-{record['round']:04d}"
+        broadcast = (kept / "broadcast.fobd").stat().st_size
+        assert {c["client"] for c in record["clients"]} == set(record["cohort"])
+        for client in record["clients"]:
+            data = (kept / f"upload-{client['client']}.fobd").read_bytes()
+            assert client["uplink_bytes"] == len(data)
+            assert client["downlink_bytes"] == broadcast
+            payload = Payload.parse(data, schema)
+            assert list(payload.header.kept) == client["blocks_kept"]
+            assert len(client["block_differences"]) == len(schema.blocks)
+            up, down = up + len(data), down + broadcast
+    assert (summary.uplink_bytes, summary.downlink_bytes) == (up, down)
+    assert summary.total_bytes == up + down
+    assert sum(summary.shares["uplink"].values()) == pytest.approx(1)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"]
+    again = parse_config(tomllib.loads((folder / "config.toml").read_text()))
+    assert again == config(output={"keep_payloads": True})
+    model = build_model("tests.toy:make_model")
+    load_state(model, load_file(folder / "model.safetensors"))
+
+
+def test_the_same_configuration_gives_the_same_results_with_workers_too(tmp_path: Path) -> None:
+    run(config(), tmp_path / "a")
+    run(config(), tmp_path / "b", workers=2)
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    other = config()
+    run(other.for_method("fedobd", 2), tmp_path / "c")
+    assert results(tmp_path / "a") != results(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("method", "round_number", "frozen"),
+    [("fedobd", 2, True), ("fedobd", 5, False), ("smafd", 4, False)],
+)
+def test_a_killed_run_goes_on_to_the_same_end(
+    method: str, round_number: int, frozen: bool, tmp_path: Path
+) -> None:
+    changes = config(
+        method,
+        training={"function": "tests.toy:train_and_die"},
+        model={"options": {"frozen": frozen}},
+    )
+    file = tmp_path / "config.toml"
+    file.write_text(changes.to_toml(), encoding="utf-8")
+    order = tmp_path / "kill"
+    order.write_text(str(round_number), encoding="utf-8")
+    command = [sys.executable, "-m", "fedobd", "run", str(file), "--output", str(tmp_path / "a")]
+    environment = {**os.environ, "TOY_KILL": str(order)}
+    killed = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(records(tmp_path / "a")) == round_number - 1
+    # What a kill elsewhere leaves: a record beyond the checkpoint, one cut short, half a file.
+    with (tmp_path / "a" / "rounds.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"round": round_number, "stale": True}) + '\n{"round": ')
+    (tmp_path / "a" / "checkpoint" / "clients" / "0@99.safetensors").write_bytes(b"stale")
+    (tmp_path / "a" / "checkpoint" / "server.safetensors.part").write_bytes(b"half")
+    refused = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert "holds another run" in refused.stderr
+    resumed = subprocess.run(
+        [*command, "--resume"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    environment["TOY_KILL"] = str(tmp_path / "never")
+    command[-1] = str(tmp_path / "b")
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    assert not (tmp_path / "a" / "checkpoint" / "clients" / "0@99.safetensors").exists()
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error, a stand-in for Ctrl-C
+    pass
+
+
+class Stopper:
+    """An observer that interrupts a run after a round."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.seen: list[int] = []
+
+    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
+        self.planned = planned_rounds
+
+    def client_done(self, plan: Any, done: int) -> None:
+        pass
+
+    def end_round(self, record: dict[str, Any]) -> None:
+        self.seen.append(record["round"])
+        if record["round"] == self.after and len(self.seen) == self.after:
+            raise Interrupted
+
+    def end_run(self, summary: Any) -> None:
+        self.seen.append(-1)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedpaq", "feddropoutavg", "smafd", "fedobd"])
+def test_every_method_resumes_after_every_round(method: str, tmp_path: Path) -> None:
+    run(config(method), tmp_path / "whole")
+    for after in range(1, 4):
+        folder = tmp_path / f"after{after}"
+        with pytest.raises(Interrupted):
+            run(config(method), folder, observer=Stopper(after))
+        stopper = Stopper(99)
+        run(config(method), folder, resume=True, observer=stopper)
+        assert stopper.seen == [*range(1, stopper.planned + 1), -1]
+        assert results(folder) == results(tmp_path / "whole")
+
+
+def test_a_finished_run_is_read_back_and_a_changed_one_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    summary = run(config(), folder)
+    before = (folder / "rounds.jsonl").read_bytes()
+    again = run(config(), folder, resume=True)
+    assert again.total_bytes == summary.total_bytes
+    assert (folder / "rounds.jsonl").read_bytes() == before
+    with pytest.raises(UsageError, match=r"another configuration.*learning_rate was 0.05, is 0.2"):
+        run(config(training={"learning_rate": 0.2}), folder, resume=True)
+    with pytest.raises(UsageError, match=r"holds another run; choose another, or --resume"):
+        run(config(), folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    for resume, message in ((False, "holds other files"), (True, "holds no run to resume")):
+        with pytest.raises(UsageError, match=message):
+            run(config(), tmp_path / "other", resume=resume)
+    with pytest.raises(UsageError, match="is a file; wanted a folder"):
+        run(config(), tmp_path / "other" / "thesis.txt")
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(config(), folder, observer=Stopper(2))
+    file = folder / "checkpoint" / "server.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UsageError, match=r"server.safetensors' is damaged"):
+        run(config(), folder, resume=True)
+
+
+def test_the_trap_of_blocks_that_never_fit_is_reported(tmp_path: Path) -> None:
+    summary = run(config(model={"options": {"width": 8}}), tmp_path / "run")
+    (block,) = summary.never_uploaded
+    assert block["block"] == "4"
+    assert block["parameters"] == 16 * 8 * 8 + 8
+    assert block["share"] > 0.7
+    split = run(
+        config(
+            model={"options": {"width": 8}, "blocks": {"max_block_fraction": 0.25}},
+            methods={"fedobd": {"stage_one_rounds": 6, "stage_two_epochs": 0, "cohort": 4}},
+        ),
+        tmp_path / "split",
+    )
+    assert sum(b["share"] for b in split.never_uploaded) < 0.5
+
+
+def test_compare_runs_all_and_tabulates(tmp_path: Path) -> None:
+    values = parse_config(tomllib.loads(CONFIG))
+    folder = tmp_path / "all"
+    comparison = compare(values, folder, seeds=[1, 2])
+    assert [row.method for row in comparison.rows] == [
+        "fedobd", "fedavg", "fedpaq", "feddropoutavg", "smafd"
+    ]  # fmt: skip
+    rows = {row.method: row for row in comparison.rows}
+    summaries = {
+        name: [
+            json.loads((folder / f"{name}-seed{s}" / "summary.json").read_text()) for s in (1, 2)
+        ]
+        for name in rows
+    }
+    for name, row in rows.items():
+        totals = [s["total_bytes"] for s in summaries[name]]
+        assert row.total_bytes == sum(totals) / 2
+        fedavg = sum(s["total_bytes"] for s in summaries["fedavg"]) / 2
+        assert row.reduction_fedavg == pytest.approx(1 - row.total_bytes / fedavg)
+        finals = [s["final_metric"] for s in summaries[name]]
+        assert row.final_metric == pytest.approx(sum(finals) / 2)
+        assert row.final_metric_std == pytest.approx(abs(finals[0] - finals[1]) / 2**0.5)
+    assert comparison.best_baseline is not None
+    best = rows[comparison.best_baseline]
+    assert all(best.final_metric >= rows[n].final_metric for n in rows if n != "fedobd")
+    # cut off: one run is missing, another is not finished
+    shutil.rmtree(folder / "smafd-seed2")
+    (folder / "fedpaq-seed1" / "summary.json").unlink()
+    with pytest.raises(UsageError, match="holds another run"):
+        compare(values, folder, seeds=[1, 2])
+    resumed = compare(values, folder, seeds=[1, 2], resume=True)
+    same = [row.total_bytes for row in resumed.rows] == [r.total_bytes for r in comparison.rows]
+    assert same
+    assert [r.final_metric for r in resumed.rows] == [r.final_metric for r in comparison.rows]
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1]])
+def test_seeds_must_be_given_once(seeds: list[int], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="wanted at least one, each once"):
+        compare(parse_config(tomllib.loads(CONFIG)), tmp_path / "x", seeds=seeds)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"federation": {"clients": 97}}, r"96 examples cannot be shared among 97 clients"),
+        ({"data": {"name": "tests.toy:not_data"}}, r"gave int; wanted FederatedData"),
+        ({"data": {"name": "tests.toy:nothing"}}, r"module 'tests.toy' has no 'nothing'"),
+        ({"data": {"name": "mnist"}}, r"data set 'mnist' is unknown; wanted one of digits, or"),
+        ({"training": {"loss": "hinge"}}, r"loss 'hinge' is unknown; wanted one of cross-entropy"),
+        ({"training": {"metric": "accurracy"}}, r"did you mean 'accuracy'"),
+        ({"training": {"device": "gpu"}}, r"training.device is 'gpu'"),
+        ({"model": {"options": {"depth": 3}}}, r"depth"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_a_folder_is_made(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(FedOBDError, match=message):
+        run(config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_client_states_belong_to_a_round(tmp_path: Path) -> None:
+    run(config("smafd"), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    saved = folder.load_checkpoint()
+    assert saved is not None
+    files = sorted((tmp_path / "run" / "checkpoint" / "clients").iterdir())
+    last = {}
+    for record in records(tmp_path / "run"):
+        last.update(dict.fromkeys(record["cohort"], record["round"]))
+    assert [f.name for f in files] == sorted(f"{c}@{r}.safetensors" for c, r in last.items())
+    assert folder.load(99) is None

@@ -1,0 +1,187 @@
+"""The engine: the same results for any number of workers, refused uploads, failing clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedobd import EmptyRoundError, RoundRecord, ServerSession, UsageError
+from fedobd._rounds import RoundPlan
+from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.simulation import (
+    ClientPool,
+    ClientResult,
+    ClientTask,
+    SequentialPool,
+    Watcher,
+    open_pool,
+    simulate,
+)
+from tests.toy import config
+
+
+def play(
+    experiment: Experiment, pool: ClientPool, watcher: Watcher | None = None
+) -> tuple[list[RoundRecord], dict[str, torch.Tensor]]:
+    server = ServerSession(
+        experiment.method, experiment.schema, experiment.initial, num_clients=4, seed=1
+    )
+    with pool:
+        records = [
+            r.record for r in simulate(server, pool, evaluate=experiment.evaluate, watcher=watcher)
+        ]
+    return records, server.state
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", ["fedobd", "smafd"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_two_processes_give_the_bytes_of_one(method: str, frozen: bool) -> None:
+    changes: dict[str, Any] = {
+        "model": {"options": {"frozen": frozen}},
+        "methods": {method: {"stage_one_rounds": 2, "stage_two_epochs": 1, "cohort": 2}}
+        if method == "fedobd"
+        else {method: {"rounds": 3, "cohort": 3}},
+    }
+    experiment = build_experiment(config(method, **changes))
+    payloads: list[dict[str, bytes]] = [{}, {}]
+
+    def watcher(number: int) -> Watcher:
+        def keep(round_number: int, name: str, payload: bytes) -> None:
+            payloads[number][f"{round_number} {name}"] = payload
+
+        return Watcher(on_payload=keep)
+
+    one = play(experiment, open_pool(experiment.setup, 0), watcher(0))
+    two = play(experiment, open_pool(experiment.setup, 2), watcher(1))
+    assert payloads[0] == payloads[1]
+    assert len(payloads[0]) >= 3 * 3
+    assert one[0] == two[0]
+    assert same(one[1], two[1])
+    opened = [name for name in payloads[0] if "opening" in name]
+    assert bool(opened) is (frozen or method == "smafd")
+
+
+class ReversedPool(SequentialPool):
+    """Plays clients in the opposite order."""
+
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
+        return super().run(reversed(list(tasks)))
+
+
+class DamagingPool(SequentialPool):
+    """Damages the uploads of one client, or of all."""
+
+    def __init__(self, setup: Any, victims: set[int]) -> None:
+        super().__init__(setup)
+        self._victims = victims
+
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
+        for result in super().run(tasks):
+            if result.client in self._victims:
+                result = replace(result, upload=result.upload[:-9])
+            yield result
+
+
+def test_the_order_of_clients_does_not_matter() -> None:
+    experiment = build_experiment(config("fedavg"))
+    one = play(experiment, SequentialPool(experiment.setup))
+    two = play(experiment, ReversedPool(experiment.setup))
+    assert one[0] == two[0]
+    assert same(one[1], two[1])
+
+
+def test_a_bad_upload_is_recorded_and_the_round_goes_on() -> None:
+    experiment = build_experiment(config("fedavg"))
+    records, _ = play(experiment, DamagingPool(experiment.setup, {2}))
+    assert len(records) == 3
+    for record in records:
+        assert [u.client for u in record.uploads] == [0, 1, 3]
+        (refusal,) = record.refusals
+        assert (refusal.client, refusal.reason) == (2, "checksum")
+        assert record.uplink_bytes == sum(u.uplink.total for u in record.uploads) + (
+            refusal.uplink_bytes
+        )
+
+
+def test_without_any_upload_the_simulation_stops() -> None:
+    experiment = build_experiment(config("fedavg"))
+    with pytest.raises(EmptyRoundError, match=r"round 1: no upload was accepted from 4 clients"):
+        play(experiment, DamagingPool(experiment.setup, {0, 1, 2, 3}))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_divergence_names_client_round_and_tensor(workers: int) -> None:
+    experiment = build_experiment(
+        config("fedavg", training={"function": "tests.toy:train_to_nan"})
+    )
+    with pytest.raises(UsageError, match=r"client \d, round 1: tensor '0.weight' holds NaN"):
+        play(experiment, open_pool(experiment.setup, workers))
+
+
+def test_torch_threads_are_as_before_after_a_simulation() -> None:
+    experiment = build_experiment(config("fedavg"))
+    torch.set_num_threads(2)
+    pool = open_pool(experiment.setup)
+    with pool:
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_a_negative_number_of_workers_is_refused() -> None:
+    experiment = build_experiment(config("fedavg"))
+    with pytest.raises(UsageError, match="workers is -1; allowed are whole numbers from 0"):
+        open_pool(experiment.setup, -1)
+
+
+def test_evaluation_can_be_left_out_of_rounds_and_stops_a_run_on_the_test_set() -> None:
+    experiment = build_experiment(
+        config(
+            "fedavg",
+            methods={"fedavg": {"rounds": 9, "stop": {"source": "test", "patience": 2}}},
+        )
+    )
+    server = ServerSession(
+        experiment.method, experiment.schema, experiment.initial, num_clients=4, seed=1
+    )
+    scores = iter([0.5, 0.6, 0.6, 0.6004, 0.9])
+
+    def evaluate(state: dict[str, torch.Tensor]) -> Any:
+        return replace(experiment.evaluate(state), metric=next(scores))
+
+    with open_pool(experiment.setup) as pool:
+        rounds = list(simulate(server, pool, evaluate=evaluate))
+    assert [r.test.metric for r in rounds if r.test] == [0.5, 0.6, 0.6, 0.6004]
+
+    def odd(plan: RoundPlan) -> bool:
+        return plan.round % 2 == 1
+
+    server = ServerSession(
+        experiment.method, experiment.schema, experiment.initial, num_clients=4, seed=1
+    )
+    with open_pool(experiment.setup) as pool:
+        rounds = list(simulate(server, pool, evaluate=experiment.evaluate, should_evaluate=odd))
+    assert [r.test is not None for r in rounds] == [n % 2 == 0 for n in range(len(rounds))]
+
+
+def test_seconds_cover_the_round(tmp_path: Path) -> None:
+    experiment = build_experiment(config("fedobd"))
+    server = ServerSession(
+        experiment.method, experiment.schema, experiment.initial, num_clients=4, seed=1
+    )
+    with open_pool(experiment.setup) as pool:
+        for simulated in simulate(server, pool, evaluate=experiment.evaluate):
+            phases = dict(simulated.seconds)
+            whole = phases.pop("round")
+            assert set(phases) == {
+                "broadcast", "decode", "validate", "train", "encode", "fold", "mean", "evaluate"
+            }  # fmt: skip
+            assert 0 < sum(phases.values()) <= whole

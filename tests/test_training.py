@@ -1,0 +1,257 @@
+"""Local training: schedules, seeds, batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedobd import RoundPlan, UsageError
+from fedobd.data import ClientData, Examples, federate, load_digits, partition_iid
+from fedobd.training import (
+    TrainingOptions,
+    accuracy,
+    binary_cross_entropy,
+    evaluate,
+    rate_factor,
+    train_locally,
+)
+from tests.toy import make_data, make_model
+
+PLAN = RoundPlan(
+    round=1,
+    stage=1,
+    cohort=(0,),
+    epochs=2,
+    schedule_start=0,
+    schedule_epochs=2,
+    run_start=4,
+    run_epochs=10,
+)
+
+
+def trained(
+    seed: int = 0,
+    options: TrainingOptions | None = None,
+    plan: RoundPlan = PLAN,
+    examples: int = 60,
+) -> tuple[list[torch.Tensor], float]:
+    torch.manual_seed(5)
+    model = make_model()
+    data = make_data(2, 0, num_examples=examples).clients[0]
+    result = train_locally(
+        model, data, plan, seed, options=options or TrainingOptions(batch_size=8)
+    )
+    return [p.detach().clone() for p in model.parameters()], result.loss
+
+
+def test_the_same_seed_trains_the_same_and_leaves_the_global_state_alone() -> None:
+    torch.manual_seed(9)
+    before = torch.random.get_rng_state()
+    first, loss = trained(seed=3)
+    torch.manual_seed(123)
+    torch.rand(7)
+    second, _ = trained(seed=3)
+    other, _ = trained(seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert math.isfinite(loss)
+    torch.random.set_rng_state(before)
+    data = make_data(2, 0).clients[0]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Dropout(0.5))
+    state = torch.random.get_rng_state()
+    train_locally(model, data, PLAN, 0, options=TrainingOptions())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_sgd_equals_a_loop_written_out() -> None:
+    data = make_data(2, 0).clients[0]
+    options = TrainingOptions(
+        learning_rate=0.1,
+        momentum=0.5,
+        weight_decay="1/n",
+        batch_size=1000,
+        max_gradient_norm=0.05,
+    )
+    torch.manual_seed(0)
+    layer = nn.Linear(36, 4)
+    model = nn.Sequential(nn.Flatten(), layer)
+    weight = layer.weight.detach().clone().double()
+    bias = layer.bias.detach().clone().double()
+    plan = replace(PLAN, epochs=3, schedule_epochs=4)
+    train_locally(model, data, plan, 0, options=options)
+    inputs = data.train.inputs.flatten(1).double()
+    n = len(inputs)
+    speed_w, speed_b = torch.zeros_like(weight), torch.zeros_like(bias)
+    for epoch in range(3):
+        rate = 0.1 * (1 + math.cos(math.pi * epoch / 4)) / 2
+        probabilities = (inputs @ weight.T + bias).softmax(1)
+        probabilities[torch.arange(n), data.train.targets] -= 1
+        grad_w, grad_b = probabilities.T @ inputs / n, probabilities.mean(0)
+        norm = math.sqrt(float((grad_w**2).sum() + (grad_b**2).sum()))
+        assert norm > 0.05  # so that the clipping is seen
+        grad_w, grad_b = grad_w * 0.05 / norm + weight / n, grad_b * 0.05 / norm + bias / n
+        speed_w, speed_b = 0.5 * speed_w + grad_w, 0.5 * speed_b + grad_b
+        weight, bias = weight - rate * speed_w, bias - rate * speed_b
+    torch.testing.assert_close(layer.weight.double(), weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.bias.double(), bias, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "plan", "epoch", "step", "wanted"),
+    [
+        ("constant", PLAN, 1.0, 1.0, 1.0),
+        ("cosine", PLAN, 0.0, 1.0, 1.0),
+        ("cosine", PLAN, 1.0, 1.0, 0.5),
+        ("cosine", PLAN, 1.5, 0.5, (1 + math.cos(0.75 * math.pi)) / 2),
+        ("cosine-run", PLAN, 1.0, 1.0, 0.5),
+        # stage 2 of five epochs: the schedule goes on from epoch to epoch
+        ("cosine", replace(PLAN, schedule_start=0, schedule_epochs=5), 0.0, 1.0, 1.0),
+        ("cosine", replace(PLAN, schedule_start=4, schedule_epochs=5), 0.0, 1.0,
+         (1 + math.cos(0.8 * math.pi)) / 2),
+    ],
+)  # fmt: skip
+def test_schedules(
+    schedule: Any, plan: RoundPlan, epoch: float, step: float, wanted: float
+) -> None:
+    options = TrainingOptions(schedule=schedule)
+    assert rate_factor(options, plan, epoch, step) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_warm_up_rises_linearly_and_then_the_schedule_begins() -> None:
+    options = TrainingOptions(schedule="cosine", warmup_epochs=2)
+    plan = replace(PLAN, epochs=6, schedule_epochs=6)
+    factors = [rate_factor(options, plan, float(e), 1.0) for e in range(6)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[4] == pytest.approx(0.5)
+    by_batch = [rate_factor(options, plan, e / 4, 0.25) for e in range(8)]
+    assert by_batch == [pytest.approx((i + 1) / 8) for i in range(8)]
+    with pytest.raises(UsageError, match=r"warmup_epochs is 2; the schedule has only 2 epochs"):
+        rate_factor(options, PLAN, 0.0, 1.0)
+
+
+def test_every_option_changes_what_is_trained() -> None:
+    base, _ = trained()
+    for options in (
+        TrainingOptions(batch_size=8, optimizer="adamw", learning_rate=0.01),
+        TrainingOptions(batch_size=8, momentum=0.0),
+        TrainingOptions(batch_size=8, weight_decay=0.1),
+        TrainingOptions(batch_size=8, weight_decay="1/n"),
+        TrainingOptions(batch_size=8, schedule="constant"),
+        TrainingOptions(batch_size=8, schedule_step="batch"),
+        TrainingOptions(batch_size=8, max_gradient_norm=0.01),
+        TrainingOptions(batch_size=4),
+    ):
+        other, _ = trained(options=options)
+        assert not all(torch.equal(a, b) for a, b in zip(base, other, strict=True)), options
+
+
+def test_a_last_batch_of_one_is_left_out_only_with_batch_norm() -> None:
+    seen: list[int] = []
+
+    class Watch(nn.Module):
+        def __init__(self, norm: bool) -> None:
+            super().__init__()
+            self.layer = nn.Linear(36, 4)
+            self.norm = nn.BatchNorm1d(4) if norm else nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            out: torch.Tensor = self.norm(self.layer(x.flatten(1)))
+            return out
+
+    examples = Examples(torch.randn(9, 1, 6, 6), torch.zeros(9, dtype=torch.int64))
+    data = ClientData(examples, examples)
+    plan = replace(PLAN, epochs=1)
+    for norm, wanted in ((True, [4, 4]), (False, [4, 4, 1])):
+        seen.clear()
+        train_locally(Watch(norm), data, plan, 0, options=TrainingOptions(batch_size=4))
+        assert seen == wanted
+    single = ClientData(examples.take(torch.tensor([0])), examples)
+    with pytest.raises(UsageError, match="a single training example"):
+        train_locally(Watch(True), single, plan, 0, options=TrainingOptions())
+
+
+def test_evaluate_weights_batches_and_joins_a_last_single_example() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+    examples = Examples(torch.randn(9, 1, 6, 6), torch.randint(0, 4, (9,)))
+    sizes: list[int] = []
+    model.register_forward_hook(lambda m, i, o: sizes.append(len(o)))
+    figures = evaluate(model, examples, batch_size=4)
+    assert sizes == [4, 5]
+    with torch.no_grad():
+        outputs = model(examples.inputs)
+    assert figures.num_examples == 9
+    assert figures.metric == pytest.approx(float(accuracy(outputs, examples.targets)))
+    assert figures.loss == pytest.approx(
+        float(nn.functional.cross_entropy(outputs, examples.targets)), rel=1e-5
+    )
+    with pytest.raises(UsageError, match="no examples to evaluate on"):
+        evaluate(model, examples.take(torch.tensor([], dtype=torch.int64)))
+
+
+def test_one_logit_is_a_binary_answer() -> None:
+    outputs = torch.tensor([[2.0], [-1.0], [0.5]])
+    targets = torch.tensor([1, 0, 0])
+    assert float(accuracy(outputs, targets)) == pytest.approx(2 / 3)
+    wanted = (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log1p(math.exp(0.5))) / 3
+    assert float(binary_cross_entropy(outputs, targets)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.0}, r"learning_rate is 0.0; allowed are numbers above 0"),
+        ({"momentum": 1.0}, r"momentum is 1.0; allowed are 0 <= momentum < 1"),
+        ({"batch_size": 0}, r"batch_size is 0; allowed are whole numbers from 1"),
+        ({"weight_decay": "n"}, r"weight_decay is 'n'; allowed are numbers from 0, or '1/n'"),
+        ({"weight_decay": -1.0}, r"weight_decay is -1.0"),
+        ({"max_gradient_norm": 0.0}, r"max_gradient_norm is 0.0"),
+        ({"warmup_epochs": -1.0}, r"warmup_epochs is -1.0"),
+        ({"optimizer": "adam"}, r"optimizer is 'adam'; allowed are 'sgd', 'adamw'"),
+        ({"schedule": "step"}, r"schedule is 'step'"),
+        ({"schedule_step": "round"}, r"schedule_step is 'round'"),
+    ],
+)
+def test_wrong_options_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainingOptions(**change)
+
+
+def test_digits_are_the_real_ones() -> None:
+    digits = load_digits()
+    assert digits.inputs.shape == (1797, 1, 8, 8)
+    assert digits.targets.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    first = (digits.inputs[0, 0, 0] + 1) * 8
+    assert first.tolist() == [0, 0, 5, 13, 9, 1, 0, 0]
+
+
+def test_federate_shares_everything_out_once() -> None:
+    examples = Examples(torch.arange(101).float(), torch.arange(101))
+    data = federate(examples, 7, test_fraction=0.2, validation_fraction=0.25, seed=3)
+    shares = [torch.cat([c.train.targets, c.validation.targets]) for c in data.clients]
+    everything = torch.cat([*shares, data.test.targets])
+    assert sorted(everything.tolist()) == list(range(101))
+    assert {len(share) for share in shares} == {11, 12}
+    assert len(data.test) == 20
+    assert all(len(c.validation) == len(s) // 4 for c, s in zip(data.clients, shares, strict=True))
+    again = federate(examples, 7, test_fraction=0.2, validation_fraction=0.25, seed=3)
+    other = federate(examples, 7, test_fraction=0.2, validation_fraction=0.25, seed=4)
+    assert torch.equal(again.test.targets, data.test.targets)
+    assert not torch.equal(other.test.targets, data.test.targets)
+
+
+def test_wrong_shares_are_refused() -> None:
+    with pytest.raises(UsageError, match="3 examples cannot be shared among 4 clients"):
+        partition_iid(3, 4)
+    examples = Examples(torch.zeros(10), torch.zeros(10))
+    with pytest.raises(UsageError, match=r"test_fraction is 1.0"):
+        federate(examples, 2, test_fraction=1.0)
+    with pytest.raises(UsageError, match=r"validation_fraction is -0.1"):
+        federate(examples, 2, validation_fraction=-0.1)
+    with pytest.raises(UsageError, match="different numbers of examples"):
+        Examples(torch.zeros(3), torch.zeros(4))

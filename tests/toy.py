@@ -1,0 +1,93 @@
+"""A tiny federation for tests: made-up data, a small model, training functions that misbehave.
+
+Named by configurations as `tests.toy:...`, also from other processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedobd import RoundPlan
+from fedobd.data import ClientData, Examples, FederatedData, federate
+from fedobd.experiments.config import RunConfig, parse_config
+from fedobd.training import LocalResult, TrainingOptions, train_locally
+
+OPTIONS = TrainingOptions(learning_rate=0.05, batch_size=8)
+
+
+def make_data(num_clients: int, seed: int, num_examples: int = 120) -> FederatedData:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(num_examples, 1, 6, 6, generator=generator)
+    targets = (inputs.mean(dim=(1, 2, 3)) > 0).long() + 2 * (inputs[:, 0, 0, 0] > 0).long()
+    return federate(Examples(inputs, targets), num_clients, seed=seed)
+
+
+def make_model(width: int = 4, frozen: bool = False) -> nn.Module:
+    model = nn.Sequential(
+        nn.Conv2d(1, width, 3),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * width, 8),
+        nn.Dropout(0.1),
+        nn.Linear(8, 4),
+    )
+    if frozen:
+        model[4].weight.requires_grad_(False)
+    return model
+
+
+def train(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int) -> LocalResult:
+    return train_locally(model, data, plan, seed, options=OPTIONS)
+
+
+def train_and_die(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int) -> LocalResult:
+    """Train; in the round that a file names, train one client and then kill the process, once."""
+    order = Path(os.environ["TOY_KILL"])
+    if order.exists() and plan.round == int(order.read_text()):
+        if (order.parent / "trained").exists():
+            order.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        (order.parent / "trained").touch()
+    return train(model, data, plan, seed)
+
+
+def train_to_nan(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int) -> LocalResult:
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    return LocalResult(len(data.train), 1.0)
+
+
+def not_data(num_clients: int, seed: int) -> int:
+    return num_clients + seed
+
+
+CONFIG = """
+method = "fedobd"
+data = { name = "tests.toy:make_data" }
+model = { name = "tests.toy:make_model" }
+federation = { clients = 4, seed = 1 }
+training = { learning_rate = 0.05, batch_size = 8 }
+
+[methods]
+fedobd = { stage_one_rounds = 3, stage_one_epochs = 1, stage_two_epochs = 2, cohort = 2 }
+fedavg = { rounds = 3, epochs = 1 }
+fedpaq = { rounds = 3, epochs = 1, cohort = 2 }
+feddropoutavg = { rounds = 3, epochs = 1, cohort = 2 }
+smafd = { rounds = 5, epochs = 1, cohort = 2 }
+"""
+
+
+def config(method: str = "fedobd", **changes: Any) -> RunConfig:
+    """Return the configuration of a tiny run; changes are sections to merge in."""
+    values = tomllib.loads(CONFIG)
+    for section, change in changes.items():
+        values[section] = {**values.get(section, {}), **change}
+    return parse_config(values).for_method(method, 1)

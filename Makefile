@@ -15,7 +15,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests benchmarks
+	$(BIN)/mypy --strict tests
 
 # The figures of benchmarks/RESULTS.md for the digits: five methods, three seeds, one process.
 bench-digits: $(VENV)/.installed

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 
@@ -29,7 +30,7 @@ def cohort_size(cohort: int | float, num_clients: int) -> int:
     """
     check_cohort(cohort)
     if isinstance(cohort, float):
-        return max(1, math.floor(cohort * num_clients))
+        return max(1, math.floor(Fraction(str(cohort)) * num_clients))
     if cohort > num_clients:
         raise UsageError(f"a cohort of {cohort} clients was asked for; there are {num_clients}")
     return cohort
@@ -37,12 +38,17 @@ def cohort_size(cohort: int | float, num_clients: int) -> int:
 
 def check_cohort(cohort: int | float) -> None:
     """Raise UsageError unless the cohort is a count of at least 1 or a fraction in (0, 1]."""
-    legal = 0 < cohort <= 1 if isinstance(cohort, float) else cohort >= 1
+    legal = 0 < cohort <= 1 if isinstance(cohort, float) else is_count(cohort)
     if not legal:
         raise UsageError(
             f"cohort is {cohort}; allowed are a count of at least 1 (5) or a fraction above 0 "
             f"and up to 1 (0.5)"
         )
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def sample_cohort(
@@ -77,7 +83,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "epochs"):
-            if getattr(self, name) < 1:
+            if not is_count(getattr(self, name)):
                 raise UsageError(
                     f"{name} of stage {self.number} is {getattr(self, name)}; allowed are "
                     f"numbers from 1"
@@ -96,7 +102,7 @@ class RoundPlan:
         epochs: local epochs.
         schedule_start: epochs of the learning-rate schedule that lie behind the client.
         schedule_epochs: length of that schedule in epochs.
-        run_start: local epochs of earlier rounds, for schedules over the whole run.
+        run_start: local epochs that are planned before this round, for schedules over the run.
         run_epochs: local epochs of all planned rounds.
     """
 
@@ -224,8 +230,10 @@ class EarlyStop:
             raise UsageError(
                 f"early stop on {self.source!r}; allowed are 'off', 'validation' and 'test'"
             )
-        if self.patience < 1:
+        if not is_count(self.patience):
             raise UsageError(f"patience is {self.patience}; allowed are numbers of rounds from 1")
+        if not 0 <= self.min_gain < math.inf:
+            raise UsageError(f"min_gain is {self.min_gain}; allowed are finite numbers from 0")
 
 
 @dataclass(slots=True)

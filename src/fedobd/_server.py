@@ -10,6 +10,7 @@ after a quantized broadcast, Ŵ, never enters W, so the broadcast's error does n
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from fedobd._rounds import (
     sample_cohort,
     weighted_mean,
 )
-from fedobd._schema import ModelSchema
+from fedobd._schema import ModelSchema, Role
 from fedobd._seeds import derive_seed, make_generator
 from fedobd._state import ModelState, cast_state, master_state, segment_of
 from fedobd._wire import ByteCount, Bytes, Header, Kind
@@ -103,6 +104,7 @@ class ServerSession:
         self.num_clients = num_clients
         self.seed = seed
         self.max_examples = max_examples
+        _check_unit(method, schema)
         self._stages = method.stages()
         for stage in self._stages:
             sample_cohort(stage.cohort, num_clients, seed, 0)
@@ -112,7 +114,7 @@ class ServerSession:
 
     @property
     def state(self) -> ModelState:
-        """The server's values W in the model's own element types."""
+        """Copies of the server's values W in the model's own element types."""
         return cast_state(self.schema, self._state)
 
     @property
@@ -193,7 +195,8 @@ class ServerSession:
         """Whether a client of the round must be sent an opening payload before the broadcast."""
         self._check_member(client)
         has_content = self.method.keeps_client_state or bool(self.schema.frozen())
-        return has_content and client not in self._progress.opened
+        opened = self._progress.opened | self._current().opened
+        return has_content and client not in opened
 
     def opening(self, client: int) -> Iterator[bytes]:
         """Encode the opening payload of a client and note that it was sent.
@@ -347,8 +350,8 @@ class ServerSession:
                 f"round {current.plan.round}: no upload was accepted from "
                 f"{len(current.plan.cohort)} clients" + (f" ({refused})" if refused else "")
             )
-        self._state = current.mean.finish()
         record = self._record(current)
+        self._state = current.mean.finish()
         progress = self._progress
         progress.memory = self.method.end(dict(progress.memory), record)
         progress.opened |= current.opened
@@ -368,6 +371,10 @@ class ServerSession:
         """Take in the new state's metric on the test set, which counts only for a method that
         stops on it.
         """
+        if self._open is not None:
+            raise UsageError(
+                f"round {self._open.plan.round} is open; a test metric comes between rounds"
+            )
         if self.method.stop.source == "test" and self._progress.stage_rounds > 0:
             self._advance(metric)
 
@@ -442,7 +449,7 @@ class ServerSession:
             UsageError: the saved state does not fit the schema.
         """
         self._state = master_state(self.schema, saved.tensors)
-        values = dict(saved.values)
+        values = copy.deepcopy(saved.values)
         values["watch"] = StopWatch(**values["watch"])
         values["opened"] = set(values["opened"])
         self._progress = Progress(**values)
@@ -457,6 +464,17 @@ class ServerSession:
         if client not in self._current().plan.cohort:
             raise UsageError(
                 f"client {client} takes no part in round {self._current().plan.round}"
+            )
+
+
+def _check_unit(method: Method, schema: ModelSchema) -> None:
+    """Raise UsageError where a method on tensors is given larger blocks."""
+    for block in schema.blocks if method.unit == "tensor" else ():
+        tensors = [schema.tensors[segment.tensor].role for segment in block.segments]
+        if tensors.count(Role.PARAMETER) > 1:
+            raise UsageError(
+                f"{method.name} drops parameter tensors, and block {block.name!r} holds several; "
+                "wanted decompose(model, BlockRules(style='tensor'))"
             )
 
 

@@ -94,8 +94,8 @@ def check_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def cast_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> ModelState:
-    """Return the state in the model's own element types."""
-    return {spec.name: state[spec.name].to(spec.dtype) for spec in schema.tensors}
+    """Return copies of a state's tensors in the model's own element types."""
+    return {spec.name: state[spec.name].to(spec.dtype, copy=True) for spec in schema.tensors}
 
 
 def segment_of(

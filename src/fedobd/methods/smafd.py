@@ -5,13 +5,14 @@ loss.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar, final
 
 import torch
 
 from fedobd._blocks import BlockStyle
 from fedobd._codec import check_dropout_rate
-from fedobd._method import Memory, Shipment, UplinkContext
+from fedobd._method import Memory, Shipment, UplinkContext, all_blocks
 from fedobd._rounds import RoundRecord
 from fedobd._schema import ModelSchema
 from fedobd._seeds import make_generator
@@ -73,7 +74,7 @@ class SMAFD(SingleStage):
             drawn = torch.multinomial(weights, len(scored), generator=generator)
             order += [scored[i] for i in drawn.tolist()]
         order += [others[i] for i in torch.randperm(len(others), generator=generator).tolist()]
-        wanted = (1 - self.dropout_rate) * schema.num_parameters
+        wanted = (1 - Fraction(str(self.dropout_rate))) * schema.num_parameters
         submodel, used = [n for n, size in enumerate(sizes) if size == 0], 0
         for number in order:
             if used >= wanted:
@@ -83,8 +84,9 @@ class SMAFD(SingleStage):
         return sorted(submodel)
 
     def downlink(self, memory: Memory, schema: ModelSchema) -> Shipment:
-        """See `Method.downlink`: the sub-model's tensors."""
-        return Shipment(kept=tuple(memory["submodel"]))
+        """See `Method.downlink`: the sub-model's tensors; all, where none is drawn."""
+        submodel = memory.get("submodel")
+        return Shipment(kept=all_blocks(schema) if submodel is None else tuple(submodel))
 
     def uplink(self, context: UplinkContext) -> Shipment:
         """See `Method.uplink`: the same tensors."""

@@ -1,0 +1,351 @@
+"""What the tests of sessions share: tiny models, made-up training, an engine, forged payloads.
+
+Nothing here asserts; the tests do.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fedobd import (
+    SMAFD,
+    BlockRules,
+    Broadcast,
+    ClientSession,
+    Codec,
+    FedAvg,
+    FedDropoutAvg,
+    FedOBD,
+    FedPAQ,
+    Header,
+    Method,
+    ModelSchema,
+    ModelState,
+    Report,
+    Role,
+    RoundPlan,
+    RoundRecord,
+    Segment,
+    ServerSession,
+    decompose,
+    get_state,
+)
+from fedobd._masks import Mask
+from fedobd._payload import encode_payload
+from fedobd._quantization import Quantizer, Unquantized
+from fedobd._wire import HEADER_FIELDS, UPLOAD_FIELDS, Kind
+
+NUM_CLIENTS = 5
+SEED = 11
+
+
+class _Tied(nn.Module):
+    """An embedding whose weight is the output layer's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 6)
+        self.hidden = nn.Linear(6, 8)
+        self.inner = nn.Linear(8, 6)
+        self.output = nn.Linear(6, 10, bias=False)
+        self.output.weight = self.embedding.weight
+
+
+def _batch_norm() -> nn.Module:
+    """Running statistics and an integer buffer, a 0-dim one."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)
+    )
+
+
+def _frozen() -> nn.Module:
+    model = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 7), nn.Linear(7, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    return model
+
+
+def _bf16() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 6), nn.Linear(6, 2))
+    return model.to(torch.bfloat16)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "batch_norm": _batch_norm,
+    "frozen": _frozen,
+    "tied": _Tied,
+    "bf16": _bf16,
+}
+"""The tiny models by what is special about them."""
+
+SHORT_METHODS: dict[str, Method] = {
+    "fedobd": FedOBD(
+        codec=Codec(uplink_weight=1e-3, downlink_weight=1e-3),
+        stage_one_rounds=3,
+        stage_one_epochs=2,
+        stage_two_epochs=2,
+        cohort=3,
+    ),
+    "fedavg": FedAvg(rounds=4, epochs=2, cohort=3),
+    "fedpaq": FedPAQ(rounds=4, epochs=2, cohort=3),
+    "feddropoutavg": FedDropoutAvg(rounds=4, epochs=2, cohort=3),
+    "smafd": SMAFD(rounds=5, epochs=2, cohort=3),
+}
+"""Every method with a run of a few rounds."""
+
+
+def make_schema(model: nn.Module, method: Method) -> ModelSchema:
+    """Cut the model into the unit that the method is defined on."""
+    return decompose(model, BlockRules(style=method.unit))
+
+
+def make_state(model: nn.Module, seed: int = 0) -> ModelState:
+    """Values for a model that depend on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    state = get_state(model)
+    for name, value in state.items():
+        if not value.is_floating_point():
+            state[name] = torch.full_like(value, 3)
+            continue
+        drawn = torch.randn(value.shape, generator=generator) * 0.3
+        if name.endswith("running_var"):
+            drawn = drawn.abs() + 0.5
+        state[name] = drawn.to(value.dtype)
+    return state
+
+
+def train(
+    schema: ModelSchema, start: Mapping[str, torch.Tensor], client: int, number: int
+) -> ModelState:
+    """Made-up training: a perturbation that depends on client and round alone, of another size in
+    each tensor.
+    """
+    generator = torch.Generator().manual_seed(1000 * number + client)
+    trained: ModelState = {}
+    for index, spec in enumerate(schema.tensors):
+        value = start[spec.name]
+        if spec.role is Role.FROZEN:
+            trained[spec.name] = value.clone()
+        elif not spec.is_floating:
+            trained[spec.name] = value + 1 + client
+        else:
+            size = 0.02 * (1 + (7 * index + 3 * number + client) % 5)
+            step = torch.randn(value.shape, generator=generator) * size
+            step = step.abs() if spec.name.endswith("running_var") else step
+            trained[spec.name] = (value.to(torch.float32) + step).to(value.dtype)
+    return trained
+
+
+def make_report(client: int, number: int) -> Report:
+    """Made-up report: losses go down and up from round to round."""
+    return Report(
+        num_examples=100 + 37 * client,
+        train_loss=(1.0, 0.7, 0.8, 0.5, 0.45)[number % 5] + 0.01 * client,
+        num_validation_examples=10 + client,
+        validation_loss=1.0 / number + 0.02 * client,
+        validation_metric=0.5 + 0.01 * number - 0.002 * client,
+    )
+
+
+Train = Callable[[ModelSchema, Mapping[str, torch.Tensor], int, int], ModelState]
+
+
+@dataclass
+class RoundLog:
+    """All that was emitted in a round."""
+
+    plan: RoundPlan
+    broadcast: bytes
+    openings: dict[int, bytes] = field(default_factory=dict)
+    uploads: dict[int, bytes] = field(default_factory=dict)
+    starts: dict[int, ModelState] = field(default_factory=dict)
+    trained: dict[int, ModelState] = field(default_factory=dict)
+    record: RoundRecord | None = None
+
+    def emitted(self) -> tuple[bytes, dict[int, bytes], dict[int, bytes]]:
+        """Return the bytes of all payloads."""
+        return self.broadcast, self.openings, self.uploads
+
+
+@dataclass
+class Engine:
+    """The clients' side: makes a session for each part a client takes, and stores between rounds
+    what the client must keep, and nothing else.
+    """
+
+    method: Method
+    schema: ModelSchema
+    seed: int = SEED
+    train: Train = train
+    report: Callable[[int, int], Report] = make_report
+    kept: dict[int, ModelState] = field(default_factory=dict)
+
+    def ask(self, server: ServerSession, plan: RoundPlan) -> RoundLog:
+        """Let every client of the cohort make its upload; hand none of them in."""
+        log = RoundLog(plan, b"".join(server.broadcast()))
+        for number in plan.cohort:
+            client = self.session(number)
+            if server.needs_opening(number):
+                log.openings[number] = b"".join(server.opening(number))
+                client.open(log.openings[number])
+            start = client.receive(log.broadcast)
+            log.starts[number] = {name: value.clone() for name, value in start.items()}
+            trained = self.train(self.schema, start, number, plan.round)
+            log.trained[number] = trained
+            report = self.report(number, plan.round)
+            log.uploads[number] = b"".join(client.upload(trained, report))
+            self.kept[number] = {name: value.clone() for name, value in client.state.items()}
+        return log
+
+    def session(self, number: int) -> ClientSession:
+        """Return a session of a client with what it has kept."""
+        return ClientSession(
+            self.method, self.schema, client=number, seed=self.seed, state=self.kept.get(number)
+        )
+
+    def play(
+        self,
+        server: ServerSession,
+        order: Callable[[Sequence[int]], Sequence[int]] = lambda cohort: cohort,
+    ) -> RoundLog | None:
+        """Play one round, uploads in the given order; None when the run is over."""
+        plan = server.begin_round()
+        if plan is None:
+            return None
+        log = self.ask(server, plan)
+        for number in order(plan.cohort):
+            server.receive(number, log.uploads[number])
+        log.record = server.end_round()
+        return log
+
+    def run(
+        self,
+        server: ServerSession,
+        order: Callable[[Sequence[int]], Sequence[int]] = lambda cohort: cohort,
+    ) -> list[RoundLog]:
+        """Play all rounds."""
+        logs = []
+        while (log := self.play(server, order)) is not None:
+            logs.append(log)
+        return logs
+
+
+def set_up(
+    method: Method,
+    model: nn.Module,
+    *,
+    schema: ModelSchema | None = None,
+    num_clients: int = NUM_CLIENTS,
+    seed: int = SEED,
+    state_seed: int = 0,
+    max_examples: int = 10_000_000,
+) -> tuple[ServerSession, Engine]:
+    """Return a server session and the clients of a run that has not begun."""
+    schema = schema or make_schema(model, method)
+    server = ServerSession(
+        method,
+        schema,
+        make_state(model, state_seed),
+        num_clients=num_clients,
+        seed=seed,
+        max_examples=max_examples,
+    )
+    return server, Engine(method, schema, seed)
+
+
+def record_of(log: RoundLog | None) -> RoundRecord:
+    """Return the record of a round that was ended."""
+    if log is None or log.record is None:
+        raise ValueError("no round was ended")
+    return log.record
+
+
+def bits_of(value: torch.Tensor) -> bytes:
+    """Return a tensor's bytes, so that -0.0 is not 0.0."""
+    return bytes(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def bits(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, bytes]]:
+    """Return element types and bytes of a state, to compare with ==."""
+    return {name: (value.dtype, bits_of(value)) for name, value in state.items()}
+
+
+# --- forged payloads -----------------------------------------------------------------------------
+
+_OFFSETS: dict[str, tuple[int, str]] = {}
+for _name, _code in (*HEADER_FIELDS, *UPLOAD_FIELDS):
+    _OFFSETS[_name] = (sum(struct.calcsize("<" + code) for _, code in _OFFSETS.values()), _code)
+
+
+def seal(body: bytes) -> bytes:
+    """Add the checksum that belongs to a body."""
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def forge(payload: bytes, **fields: float | bytes) -> bytes:
+    """Put other raw values into header or report fields, under a checksum that holds."""
+    body = bytearray(payload[:-4])
+    for name, value in fields.items():
+        offset, code = _OFFSETS[name]
+        struct.pack_into("<" + code, body, offset, value)
+    return seal(bytes(body))
+
+
+def field_of(payload: bytes, name: str) -> float:
+    """Return the raw value of a header or report field."""
+    offset, code = _OFFSETS[name]
+    return float(struct.unpack_from("<" + code, payload, offset)[0])
+
+
+def forge_values(payload: bytes, before: bytes, after: bytes) -> bytes:
+    """Put other bytes in the place of some that occur once, under a checksum that holds."""
+    if payload.count(before) != 1 or len(before) != len(after):
+        raise ValueError(f"{payload.count(before)} occurrences")
+    return seal(payload[:-4].replace(before, after))
+
+
+def craft_upload(
+    method: Method,
+    schema: ModelSchema,
+    plan: RoundPlan,
+    client: int,
+    start: Mapping[str, torch.Tensor],
+    trained: Mapping[str, torch.Tensor],
+    *,
+    kept: tuple[int, ...],
+    mask: Mask | None = None,
+    quantizer: Quantizer | None = None,
+    num_examples: int = 100,
+) -> bytes:
+    """Make an upload that says what it is told to, whether or not the method allows it."""
+
+    def source(segment: Segment) -> torch.Tensor:
+        spec = schema.tensors[segment.tensor]
+        values = trained[spec.name].reshape(-1)[segment.start : segment.stop]
+        if method.sends_differences and spec.role is Role.PARAMETER:
+            before = start[spec.name].reshape(-1)[segment.start : segment.stop]
+            return values.to(torch.float32) - before.to(torch.float32)
+        return values
+
+    header = Header(
+        kind=Kind.UPLOAD,
+        method=method.wire_id,
+        round=plan.round,
+        stage=plan.stage,
+        kept=kept,
+        is_difference=method.sends_differences,
+        client=client,
+        report=Report(num_examples=num_examples, train_loss=1.0),
+        mask=mask,
+    )
+    return b"".join(encode_payload(schema, header, source, quantizer or Unquantized()))
+
+
+def decode_broadcast(log: RoundLog, method: Method, schema: ModelSchema) -> ModelState:
+    """Return the values that a round's broadcast holds."""
+    return Broadcast.decode(log.broadcast, method, schema).values

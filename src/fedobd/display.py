@@ -226,8 +226,9 @@ def _reduction(row: Row, value: float | None, other: str | None) -> str:
 
 
 def block_table(schema: ModelSchema, dropout_rate: float) -> Table:
-    """Return a model's blocks, bottom layer first, with those marked that cannot fit the
-    budget.
+    """Return a model's blocks, bottom layer first.
+
+    Those that cannot fit the budget are marked.
     """
     budget = parameter_budget(schema.num_parameters, dropout_rate)
     table = Table(
@@ -235,7 +236,9 @@ def block_table(schema: ModelSchema, dropout_rate: float) -> Table:
         f"budget at λ = {dropout_rate}: {budget:,}"
     )
     for name in ("#", "block", "kind", "layers", "parameters", "share", "fits"):
-        table.add_column(name, justify="left" if name in ("block", "kind") else "right")
+        table.add_column(
+            name, justify="left" if name in ("block", "kind") else "right", overflow="fold"
+        )
     for number, block in enumerate(schema.blocks):
         fits = block.num_parameters <= budget
         table.add_row(

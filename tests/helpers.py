@@ -1,13 +1,16 @@
-"""Small builders that the tests share: schemas, states, headers and payloads of tiny models."""
+"""Builders that the tests share: schemas, states, headers, payloads, and models to cut."""
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from numpy.typing import NDArray
@@ -19,6 +22,13 @@ from fedobd._quantization import Quantizer, Unquantized
 from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
 from fedobd._state import ModelState, segment_of
 from fedobd._wire import Header, Kind, Report
+from fedobd.models import (
+    DenseNet40,
+    DigitsCNN,
+    ResNet18,
+    TransformerClassifier,
+    use_batch_statistics,
+)
 
 Piece = int | tuple[int, int, int]
 """A whole tensor by its number, or tensor number, first and past-the-last element."""
@@ -124,25 +134,6 @@ def header_of(
     )
 
 
-def encode_chunks(
-    schema: ModelSchema,
-    state: Mapping[str, torch.Tensor],
-    header: Header | None = None,
-    quantizer: Quantizer | None = None,
-    *,
-    start: Mapping[str, torch.Tensor] | None = None,
-    seed: int = 0,
-) -> Iterator[bytes]:
-    return encode_payload(
-        schema,
-        header or header_of(schema),
-        source_of(schema, state, start),
-        quantizer or Unquantized(),
-        generator=torch.Generator().manual_seed(seed),
-        frozen=lambda spec: state[spec.name],
-    )
-
-
 def encode(
     schema: ModelSchema,
     state: Mapping[str, torch.Tensor],
@@ -150,9 +141,17 @@ def encode(
     quantizer: Quantizer | None = None,
     *,
     start: Mapping[str, torch.Tensor] | None = None,
-    seed: int = 0,
 ) -> bytes:
-    return b"".join(encode_chunks(schema, state, header, quantizer, start=start, seed=seed))
+    """Return the payload; stochastic levels are drawn from one and the same seed."""
+    chunks = encode_payload(
+        schema,
+        header or header_of(schema),
+        source_of(schema, state, start),
+        quantizer or Unquantized(),
+        generator=torch.Generator().manual_seed(0),
+        frozen=lambda spec: state[spec.name],
+    )
+    return b"".join(chunks)
 
 
 def read_all(data: bytes, schema: ModelSchema) -> Payload:
@@ -199,3 +198,101 @@ def tiny_model(seed: int = 0) -> TinyModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TinyModel()
+
+
+# --- known models, and parts of others -----------------------------------------------------------
+
+
+def hugging_face(name: str, **options: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name.partition('For')[0].removesuffix('LMHeadModel')}Config")
+    model: nn.Module = getattr(transformers, name)(config(**options))
+    return model
+
+
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 40}
+
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+def with_batch_statistics() -> nn.Module:
+    model = DenseNet40()
+    use_batch_statistics(model)
+    return model
+
+
+def partly_frozen() -> nn.Module:
+    model = DigitsCNN()
+    model.features[:6].requires_grad_(False)
+    return model
+
+
+def bfloat16() -> nn.Module:
+    return DigitsCNN().to(torch.bfloat16)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "digits": DigitsCNN,
+    "digits partly frozen": partly_frozen,
+    "digits bfloat16": bfloat16,
+    "densenet": DenseNet40,
+    "densenet batch statistics": with_batch_statistics,
+    "resnet": ResNet18,
+    "transformer": lambda: TransformerClassifier(30, frozen_embedding=True),
+    "torch transformer": lambda: nn.Transformer(16, 2, 1, 1, 32, batch_first=True),
+    "bert": lambda: hugging_face("BertForSequenceClassification", **SIZES, **TOKENS),
+    "gpt2": lambda: hugging_face(
+        "GPT2LMHeadModel", n_embd=16, n_layer=2, n_head=2, n_positions=20, **TOKENS
+    ),
+    "vit": lambda: hugging_face("ViTForImageClassification", image_size=8, patch_size=4, **SIZES),
+    "llama": lambda: hugging_face("LlamaForCausalLM", **SIZES, **TOKENS),
+    "llama tied": lambda: hugging_face(
+        "LlamaForCausalLM", tie_word_embeddings=True, **SIZES, **TOKENS
+    ),
+    "albert": lambda: hugging_face(
+        "AlbertForSequenceClassification", embedding_size=8, **SIZES, **TOKENS
+    ),
+}
+
+
+@functools.cache
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name]()
+
+
+def conv(inputs: int = 2, outputs: int = 2) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 3)
+
+
+def norm() -> nn.Module:
+    return nn.BatchNorm2d(2)
+
+
+def chain(letters: str) -> nn.Sequential:
+    """Build a chain from letters: c convolution, n normalization, a activation, p, l, d."""
+    layers: dict[str, Callable[[], nn.Module]] = {
+        "c": conv,
+        "n": norm,
+        "a": nn.ReLU,
+        "p": lambda: nn.MaxPool2d(2),
+        "l": lambda: nn.Linear(2, 2),
+        "d": lambda: nn.Dropout(0.5),
+    }
+    return nn.Sequential(*(layers[letter]() for letter in letters))
+
+
+class Held(nn.Module):
+    """A module with a parameter and a buffer of its own, and children."""
+
+    def __init__(self, *children: nn.Module) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.register_buffer("count", torch.tensor(7))
+        self.register_buffer("cache", torch.zeros(9), persistent=False)
+        self.inner = nn.Sequential(*children)

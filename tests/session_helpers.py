@@ -1,6 +1,6 @@
 """What the tests of sessions share: tiny models, made-up training, an engine, forged payloads.
 
-Nothing here asserts; the tests do.
+Nothing here checks a result; the tests do.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import nn
 
 from fedobd import (
+    METHODS,
     SMAFD,
     BlockRules,
     Broadcast,
@@ -43,6 +45,10 @@ from fedobd._wire import HEADER_FIELDS, UPLOAD_FIELDS, Kind
 
 NUM_CLIENTS = 5
 SEED = 11
+MAX_EXAMPLES = 5000
+"""The most examples that an upload to a `Scene` may claim."""
+
+every_method = pytest.mark.parametrize("name", sorted(METHODS))
 
 
 class _Tied(nn.Module):
@@ -73,6 +79,16 @@ def _frozen() -> nn.Module:
 def _bf16() -> nn.Module:
     model = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 6), nn.Linear(6, 2))
     return model.to(torch.bfloat16)
+
+
+def big_embedding() -> nn.Module:
+    """An embedding of 120 of 148 parameters; no upload of stage 1 has room for it."""
+    layers = {
+        "embedding": nn.Embedding(30, 4),
+        "hidden": nn.Linear(4, 4),
+        "output": nn.Linear(3, 2),
+    }
+    return nn.ModuleDict(layers)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -349,3 +365,58 @@ def craft_upload(
 def decode_broadcast(log: RoundLog, method: Method, schema: ModelSchema) -> ModelState:
     """Return the values that a round's broadcast holds."""
     return Broadcast.decode(log.broadcast, method, schema).values
+
+
+class Scene:
+    """An open second round of a run: the uploads are made, none is handed in."""
+
+    def __init__(self, method: Method, kind: str = "batch_norm") -> None:
+        self.method = method
+        self.model = MODELS[kind]()
+        self.server, self.engine = set_up(method, self.model, max_examples=MAX_EXAMPLES)
+        self.schema = self.engine.schema
+        first = self.engine.play(self.server)
+        assert first is not None
+        self.first = first
+        plan = self.server.begin_round()
+        assert plan is not None
+        self.plan = plan
+        self.log = self.engine.ask(self.server, plan)
+        both = [c for c in plan.cohort if c in first.plan.cohort]
+        self.villain = both[-1]
+        """The client that misbehaves; it took part in the first round too."""
+        self.good = [c for c in plan.cohort if c != self.villain]
+
+    @property
+    def upload(self) -> bytes:
+        """What the villain should send."""
+        return self.log.uploads[self.villain]
+
+    def craft(self, method: Method | None = None, **options: object) -> bytes:
+        client = self.villain
+        start, trained = self.log.starts[client], self.log.trained[client]
+        return craft_upload(
+            method or self.method,
+            self.schema,
+            self.plan,
+            client,
+            start,
+            trained,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def all_blocks(self) -> tuple[int, ...]:
+        return tuple(range(len(self.schema.blocks)))
+
+    def sent_blocks(self) -> tuple[int, ...]:
+        """Blocks of the round's broadcast."""
+        return Broadcast.decode(self.log.broadcast, self.method, self.schema).header.kept
+
+    def buffer_block(self) -> int:
+        index = [spec.name for spec in self.schema.tensors].index("1.running_var")
+        (number,) = (
+            n
+            for n, block in enumerate(self.schema.blocks)
+            if any(segment.tensor == index for segment in block.segments)
+        )
+        return number

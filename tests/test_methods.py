@@ -40,13 +40,13 @@ from tests.session_helpers import (
     Engine,
     RoundLog,
     bits,
+    every_method,
     make_report,
     make_state,
     record_of,
     set_up,
 )
 
-every_method = pytest.mark.parametrize("name", sorted(METHODS))
 every_model = pytest.mark.parametrize("kind", sorted(MODELS))
 
 EXTRA_METHODS: dict[str, Method] = {

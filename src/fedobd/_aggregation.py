@@ -153,8 +153,9 @@ class RunningMean:
                 weights[where][mask] += num_examples
 
     def finish(self) -> ModelState:
-        """Return the new values: reference plus mean difference; integer tensors take the largest
-        value.
+        """Return the new values: reference plus mean difference.
+
+        Integer tensors take the largest value.
 
         Raises:
             EmptyRoundError: nothing was folded.

@@ -224,8 +224,10 @@ def _run_length(
     is_unit: Callable[[str, nn.Module], bool],
     seen: set[int],
 ) -> int:
-    """Length of the run of normalization, activation and convolution that starts the list; 1 where
-    there is none. A unit, and a layer that belongs to an earlier block, ends it.
+    """Return the length of the pattern that starts the list; 1 where there is none.
+
+    A pattern is a run of normalization, activation and convolution. A unit, and a layer that
+    belongs to an earlier block, ends it.
     """
 
     def role(path: str, module: nn.Module) -> str:
@@ -247,8 +249,9 @@ def _run_length(
 def _grouped_blocks(
     specs: Sequence[TensorSpec], by_module: dict[str, list[int]], groups: Sequence[_Group]
 ) -> list[Block]:
-    """Turn groups of modules into blocks; buffers without trainable company join the block before
-    them.
+    """Turn groups of modules into blocks.
+
+    Buffers without trainable company join the block before them.
     """
     blocks: list[tuple[_Group, list[int]]] = []
     strays: list[int] = []

@@ -91,8 +91,9 @@ class ClientSession:
 
     @property
     def state(self) -> ModelState:
-        """What the client must keep for its next round: frozen tensors, and for some methods all
-        it last received.
+        """What the client must keep for its next round.
+
+        These are the frozen tensors, and for some methods all it last received.
         """
         return dict(self._kept)
 

@@ -14,8 +14,9 @@ class FedOBDError(Exception):
 
 
 class UsageError(FedOBDError):
-    """The caller asked for something that cannot be done: a wrong value, model, file or order of
-    calls.
+    """The caller asked for something that cannot be done.
+
+    A value, model or file is wrong, or the order of calls.
     """
 
 

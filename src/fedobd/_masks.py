@@ -48,8 +48,7 @@ class Mask:
         return cls(seed, int(Fraction(str(dropout_rate)) * 2**64))
 
     def kept(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Return which of the elements number `start` to `stop - 1` are kept, shape (stop -
-        start,).
+        """Return which of the elements `start` to `stop - 1` are kept, shape (stop - start,).
 
         Example:
             >>> mask = Mask.of_rate(seed=7, dropout_rate=0.5)

@@ -89,9 +89,7 @@ class Method(ABC):
         """Return the stages of a run."""
 
     def begin(self, memory: Memory, schema: ModelSchema, seed: int) -> Memory:
-        """Return what the method remembers once a round is about to begin; `seed` is that
-        round's.
-        """
+        """Return what the method remembers when the round that `seed` belongs to is to begin."""
         return memory
 
     def downlink(self, memory: Memory, schema: ModelSchema) -> Shipment:

@@ -139,8 +139,9 @@ def _chunks(
 
 
 def _plain_dtype(schema: ModelSchema, header: Header, segment: Segment) -> torch.dtype:
-    """Type of plain values: that of the tensor on the wire, float32 for differences of
-    parameters.
+    """Return the type of plain values.
+
+    It is that of the tensor on the wire, and float32 for differences of parameters.
     """
     spec = schema.tensors[segment.tensor]
     if header.is_difference and spec.role is Role.PARAMETER:

@@ -1,5 +1,4 @@
-"""Quantizers: float32 values to integer levels and back, with the arithmetic fixed to the last
-bit.
+"""Quantizers: float32 values to integer levels and back, in arithmetic fixed to the last bit.
 
 Every operation on elements is one IEEE 754 float32 operation in the order written (no fused
 multiply-add), so that levels decode to the same values on every machine. Decoding is one rule for
@@ -66,8 +65,9 @@ class SegmentCode:
     range: float = 0.0
 
     def nominal_bits(self, num_elements: int, wire_bits: int) -> int:
-        """Bits by the papers' count: fixed-width levels with their sign, or plain values; no
-        headers.
+        """Bits by the papers' count.
+
+        Levels of fixed width with their sign, or plain values, are counted, and no headers.
         """
         if self.coding is Coding.LEVELS:
             return num_elements * level_bits(self.num_levels)
@@ -80,8 +80,9 @@ def level_bits(num_levels: int) -> int:
 
 
 class Quantizer(Protocol):
-    """Turns values into levels in two steps, so that ranges are known before the first level is
-    made.
+    """Turns values into levels in two steps.
+
+    Ranges are thus known before the first level is made.
     """
 
     def measure(self, values: Float32, repr_bits: int) -> SegmentCode:

@@ -54,8 +54,9 @@ def is_count(value: object) -> bool:
 def sample_cohort(
     cohort: int | float, num_clients: int, seed: int, round_number: int
 ) -> tuple[int, ...]:
-    """Return the clients of a round, ascending: a uniform sample without replacement that depends
-    on seed and round alone.
+    """Return the clients of a round, ascending.
+
+    They are a uniform sample without replacement that depends on seed and round alone.
     """
     size = cohort_size(cohort, num_clients)
     generator = make_generator(seed, "cohort", round_number)
@@ -201,8 +202,9 @@ class RoundRecord:
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float | None:
-    """Return the weighted mean, exactly rounded sums in any order; None where the weights add to
-    0.
+    """Return the weighted mean, or None where the weights add to 0.
+
+    Sums are exactly rounded, so the order does not matter.
     """
     total = sum(weights)
     if total == 0:

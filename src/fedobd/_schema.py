@@ -104,9 +104,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of elements of one tensor in row-major order: `[start, stop)` of tensor number
-    `tensor`.
-    """
+    """Elements `[start, stop)` of tensor number `tensor`, in row-major order."""
 
     tensor: int
     start: int

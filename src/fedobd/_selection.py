@@ -59,15 +59,17 @@ def mean_block_differences(
 
 
 def parameter_budget(num_parameters: int, dropout_rate: float) -> int:
-    """Return the largest whole number of parameters within (1 - λ)·|W|, for λ as it is written in
-    decimal.
+    """Return the largest whole number of parameters within (1 - λ)·|W|.
+
+    λ counts as it is written in decimal.
     """
     return math.floor((1 - Fraction(str(dropout_rate))) * num_parameters)
 
 
 def fill_budget(schema: ModelSchema, order: Sequence[int], budget: int) -> tuple[int, ...]:
-    """Keep blocks in the given order while they fit; one that does not fit is skipped and the scan
-    goes on.
+    """Keep blocks in the given order while they fit.
+
+    A block that does not fit is skipped, and the scan goes on.
 
     Args:
         schema: the model's schema.
@@ -87,8 +89,9 @@ def fill_budget(schema: ModelSchema, order: Sequence[int], budget: int) -> tuple
 
 
 def order_by_difference(differences: Sequence[float]) -> list[int]:
-    """Return block numbers by mean block difference, largest first; of equal ones the lower number
-    first.
+    """Return block numbers by mean block difference, largest first.
+
+    Of equal ones the lower number comes first.
     """
     return sorted(range(len(differences)), key=lambda number: (-differences[number], number))
 

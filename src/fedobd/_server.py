@@ -75,8 +75,8 @@ class ServerSession:
         method: the method with its options.
         schema: the model's schema.
         state: the initial values by name; copied.
-        num_clients: how many clients there are; they are known by the numbers 0 to num_clients -
-            1.
+        num_clients: how many clients there are; they are known by the numbers 0 to
+            num_clients - 1.
         seed: the run's seed.
         max_examples: the largest number of examples that an upload may claim.
 
@@ -219,8 +219,9 @@ class ServerSession:
         return payload
 
     def delivery(self) -> Iterator[bytes]:
-        """Encode the trained model's delivery to one client: all blocks, as the method's
-        broadcasts are coded.
+        """Encode the trained model's delivery to one client.
+
+        It holds all blocks, coded as the method's broadcasts are.
 
         Yields:
             Chunks. No method's traffic counts them; they are recorded apart.
@@ -330,8 +331,9 @@ class ServerSession:
         return record
 
     def abort_round(self) -> None:
-        """Forget the open round, as if it had not begun; its clients' openings count as not
-        sent.
+        """Forget the open round, as if it had not begun.
+
+        Its clients' openings count as not sent.
         """
         self._current()
         self._open = None
@@ -368,8 +370,9 @@ class ServerSession:
         return record
 
     def observe_test_metric(self, metric: float) -> None:
-        """Take in the new state's metric on the test set, which counts only for a method that
-        stops on it.
+        """Take in the new state's metric on the test set.
+
+        It counts only for a method that stops on it.
         """
         if self._open is not None:
             raise UsageError(
@@ -442,8 +445,9 @@ class ServerSession:
         return SavedSession(dict(self._state), values)
 
     def restore(self, saved: SavedSession) -> None:
-        """Put the session where a saved one was; method, schema, clients and seed must be the
-        same.
+        """Put the session where a saved one was.
+
+        Method, schema, clients and seed must be the same.
 
         Raises:
             UsageError: the saved state does not fit the schema.
@@ -481,8 +485,9 @@ def _check_unit(method: Method, schema: ModelSchema) -> None:
 def check_addressed(
     header: Header, kind: Kind, method: Method, number: int | None, stage: int | None
 ) -> None:
-    """Raise DecodeError unless a payload is of this kind and method, and of this round and stage
-    where given.
+    """Raise DecodeError unless a payload is of this kind and method.
+
+    It must be of this round and stage too, where they are given.
     """
     if header.kind is not kind:
         raise DecodeError(

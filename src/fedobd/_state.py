@@ -1,8 +1,7 @@
-"""ModelState: the values of a model's tensors by name, tied ones once, and the way in and out of a
-module.
+"""ModelState: the values of a model's tensors by name, and the way in and out of a module.
 
-A state is a plain dict. Nothing here changes a tensor in place, apart from `load_state`, whose
-purpose it is.
+A state is a plain dict that holds tied tensors once. Nothing here changes a tensor in place, apart
+from `load_state`, whose purpose it is.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ ModelState = dict[str, torch.Tensor]
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Role]]:
-    """Yield the parameters and persistent buffers of a module, each object once, under its first
-    name.
+    """Yield the parameters and persistent buffers of a module.
+
+    Each object comes once, under its first name.
     """
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -66,8 +66,9 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def master_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> ModelState:
-    """Return the server's copy of a state: floating tensors that are trained or averaged in
-    float32.
+    """Return the server's copy of a state.
+
+    Floating tensors that are trained or averaged are in float32.
 
     Raises:
         UsageError: a tensor of the schema is missing, or has another shape.

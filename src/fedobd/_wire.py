@@ -5,8 +5,8 @@ A payload is, in this order, all numbers little endian:
 1. the fixed fields of `HEADER_FIELDS`;
 2. if `Flag.UPLOAD`: the fields of `UPLOAD_FIELDS`; if `Flag.MASK`: those of `MASK_FIELDS`;
 3. if `Flag.BLOCK_DIFFERENCES`: one float32 for each block of the schema;
-4. a bitmap of the blocks that it holds, block 0 in the lowest bit of the first byte, unused bits
-   0;
+4. a bitmap of the blocks that it holds, block 0 in the lowest bit of the first byte; unused bits
+   are 0;
 5. for each segment of each held block a coding (u8) with its fields: CONSTANT offset f32; LEVELS
    number of levels u32, offset f32, range f32; RAW and MASKED none;
 6. frames, each with its length (u64) before it: in an opening payload first one with the frozen

@@ -67,8 +67,9 @@ class Evaluation:
 
 
 def cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy of logits, shape (n, classes), and classes, int64, shape
-    (n,).
+    """Return the mean cross-entropy.
+
+    Logits have shape (n, classes); classes are int64, shape (n,).
     """
     return F.cross_entropy(outputs, targets)
 
@@ -79,8 +80,9 @@ def binary_cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.
 
 
 def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the share of right answers; one logit an example means class 1 where it is above
-    0.
+    """Return the share of right answers.
+
+    One logit an example means class 1 where it is above 0.
     """
     if outputs.ndim == 1 or outputs.shape[1] == 1:
         answers = (outputs.reshape(-1) > 0).to(targets.dtype)

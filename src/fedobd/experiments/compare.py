@@ -1,6 +1,4 @@
-"""Compare: several methods with several seeds under one configuration, and the table of what came
-of it.
-"""
+"""Compare: several methods with several seeds under one configuration, and a table of results."""
 
 from __future__ import annotations
 

@@ -184,9 +184,7 @@ def _make_method(name: str, options: Any) -> Method:
 
 
 def _validate(kind: type[Any], value: Any, path: str) -> Any:
-    """Turn plain values into a dataclass or model, or raise UsageError that names each wrong
-    key.
-    """
+    """Turn plain values into a dataclass or model; a UsageError names each wrong key."""
     _check_keys(kind, value, path)
     try:
         return TypeAdapter(kind).validate_python(value)

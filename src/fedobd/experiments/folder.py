@@ -148,8 +148,9 @@ class RunFolder:
         return self.path / "checkpoint" / "server.safetensors"
 
     def save_checkpoint(self, saved: SavedSession) -> None:
-        """Put the server's state after a round, and which client states belong to it, in place of
-        the last.
+        """Put the server's state after a round in place of the last checkpoint.
+
+        The checkpoint says which client states belong to it.
         """
         metadata = {
             "session": json.dumps(saved.values),
@@ -191,8 +192,9 @@ class RunFolder:
                 file.unlink()
 
     def load(self, client: int) -> ModelState | None:
-        """Return what a client kept, None if it has nothing; with `store` the engine's
-        `ClientStates`.
+        """Return what a client kept, None if it has nothing.
+
+        With `store` this is the engine's `ClientStates`.
         """
         if client not in self._state_rounds:
             return None

@@ -16,7 +16,7 @@ class FedAvg(SingleStage):
 
     Args:
         rounds, epochs, cohort, stop: see `SingleStage`; the FedOBD paper's comparison has all
-        clients take part.
+            clients take part.
 
     References:
         H. Brendan McMahan, Eider Moore, Daniel Ramage, Seth Hampson, Blaise Agüera y Arcas.

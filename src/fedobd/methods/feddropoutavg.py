@@ -17,8 +17,9 @@ from fedobd.methods._single_stage import SingleStage
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FedDropoutAvg(SingleStage):
-    """Federated averaging with randomly dropped parameters; each element is averaged over those
-    who sent it.
+    """Federated averaging with randomly dropped parameters.
+
+    Each element is averaged over the clients that sent it.
 
     Args:
         rounds, epochs, cohort, stop: see `SingleStage`.

@@ -79,8 +79,9 @@ class FedOBD(Method):
         return Shipment(kept=all_blocks(schema), quantizer=self.codec.downlink)
 
     def uplink(self, context: UplinkContext) -> Shipment:
-        """See `Method.uplink`: in stage 1 the selected blocks, in stage 2 all; quantized
-        differences.
+        """See `Method.uplink`.
+
+        Quantized differences are sent: in stage 1 of the selected blocks, in stage 2 of all.
         """
         differences = context.block_differences()
         kept = context.received

@@ -22,8 +22,7 @@ class FedPAQ(SingleStage):
     References:
         Amirhossein Reisizadeh, Aryan Mokhtari, Hamed Hassani, Ali Jadbabaie, Ramtin Pedarsani.
         FedPAQ: A Communication-Efficient Federated Learning Method with Periodic Averaging and
-            Quantization. AISTATS 2020,
-        arXiv 1909.13014, algorithm 1.
+        Quantization. AISTATS 2020, arXiv 1909.13014, algorithm 1.
 
     Departs from the paper:
         Levels are relative to the largest magnitude of each tensor, as in the FedOBD authors'

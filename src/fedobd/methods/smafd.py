@@ -1,6 +1,4 @@
-"""SMAFD: one sub-model a round, the same for all clients, drawn by scores from the training
-loss.
-"""
+"""SMAFD: one sub-model a round for all clients, drawn by scores from the training loss."""
 
 from __future__ import annotations
 
@@ -93,8 +91,9 @@ class SMAFD(SingleStage):
         return Shipment(kept=context.received)
 
     def end(self, memory: Memory, record: RoundRecord) -> Memory:
-        """See `Method.end`: keep and score the sub-model if the unweighted mean training loss
-        fell, else drop it.
+        """See `Method.end`.
+
+        The sub-model is kept and scored if the unweighted mean training loss fell, else dropped.
         """
         loss = sum(upload.train_loss for upload in record.uploads) / len(record.uploads)
         before = memory.get("loss")

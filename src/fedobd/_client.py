@@ -183,16 +183,18 @@ class ClientSession:
         if report.num_examples < 1:
             raise UsageError(f"client {self.client} trained on no examples; at least 1 is wanted")
         check_state(self.schema, trained)
-        for spec in self.schema.tensors:
+        schema = self.schema
+        for spec in schema.tensors:
             check_finite(spec.name, trained[spec.name])
-        schema, start = self.schema, self._start
+        after = [trained[spec.name].detach().reshape(-1) for spec in schema.tensors]
+        before = [self._start[spec.name].detach().reshape(-1) for spec in schema.tensors]
 
         def value(segment: Segment) -> torch.Tensor:
-            return segment_of(trained, schema.tensors[segment.tensor], segment)
+            return after[segment.tensor][segment.start : segment.stop]
 
         def difference(segment: Segment) -> torch.Tensor:
-            before = segment_of(start, schema.tensors[segment.tensor], segment)
-            return value(segment).to(torch.float32) - before.to(torch.float32)
+            was = before[segment.tensor][segment.start : segment.stop]
+            return value(segment).to(torch.float32) - was.to(torch.float32)
 
         def source(segment: Segment) -> torch.Tensor:
             is_parameter = schema.tensors[segment.tensor].role is Role.PARAMETER

@@ -7,19 +7,21 @@ goes block by block.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import torch
 
 from fedobd._entropy import decode_levels, encode_levels
 from fedobd._errors import DecodeError, DecodeReason, UsageError
-from fedobd._quantization import Coding, Quantizer, SegmentCode, dequantize
-from fedobd._schema import ModelSchema, Role, Segment, TensorSpec
+from fedobd._quantization import Coding, Levels, Quantizer, SegmentCode
+from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
+from fedobd._varint import write_varint
 from fedobd._wire import (
     CHECKSUM,
-    LENGTH,
     ByteCount,
     Bytes,
     Cursor,
@@ -42,6 +44,7 @@ def encode_payload(
     *,
     generator: torch.Generator | None = None,
     frozen: Callable[[TensorSpec], torch.Tensor] | None = None,
+    executor: Executor | None = None,
 ) -> Iterator[bytes]:
     """Encode a payload, block by block.
 
@@ -53,6 +56,7 @@ def encode_payload(
         quantizer: how parameters are coded.
         generator: draws of a stochastic quantizer.
         frozen: gives the values of frozen tensors; wanted in an opening payload, and only there.
+        executor: spreads the work on large blocks; the bytes are the same with and without.
 
     Yields:
         Chunks; the payload is their concatenation.
@@ -60,82 +64,95 @@ def encode_payload(
     Raises:
         UsageError: a value is NaN or infinite; the message names the tensor.
     """
+    encoding = _Encoding(schema, header, source, quantizer, generator, executor)
     checksum = 0
-    codes = _measure(schema, header, source, quantizer)
-    for chunk in _chunks(schema, header, source, quantizer, codes, generator, frozen):
+    codes = encoding.measure()
+    for chunk in encoding.chunks(codes, frozen):
         checksum = zlib.crc32(chunk, checksum)
         yield chunk
     yield CHECKSUM.pack(checksum)
 
 
-def _measure(
-    schema: ModelSchema, header: Header, source: Source, quantizer: Quantizer
-) -> list[list[SegmentCode]]:
-    codes: list[list[SegmentCode]] = []
-    for number in header.kept:
-        codes.append([])
-        for segment in schema.blocks[number].segments:
-            spec = schema.tensors[segment.tensor]
-            values = source(segment)
-            check_finite(spec.name, values.to(_plain_dtype(schema, header, segment)))
-            if spec.role is not Role.PARAMETER:
-                code = SegmentCode(Coding.RAW)
-            elif header.mask is not None:
-                code = SegmentCode(Coding.MASKED)
-            else:
-                code = quantizer.measure(values.to(torch.float32).numpy(), spec.repr_bits)
-            codes[-1].append(code)
-    return codes
+@dataclass(frozen=True, slots=True)
+class _Encoding:
+    """The arguments of `encode_payload`."""
+
+    schema: ModelSchema
+    header: Header
+    source: Source
+    quantizer: Quantizer
+    generator: torch.Generator | None
+    executor: Executor | None
+
+    def measure(self) -> list[list[SegmentCode]]:
+        """Return the codes of the segments of each held block."""
+        return [
+            [self._code(segment) for segment in self.schema.blocks[number].segments]
+            for number in self.header.kept
+        ]
+
+    def _code(self, segment: Segment) -> SegmentCode:
+        spec = self.schema.tensors[segment.tensor]
+        values = self.source(segment)
+        check_finite(spec.name, values.to(_plain_dtype(self.schema, self.header, segment)))
+        if spec.role is not Role.PARAMETER:
+            return SegmentCode(Coding.RAW)
+        if self.header.mask is not None:
+            return SegmentCode(Coding.MASKED)
+        return self.quantizer.measure(values.to(torch.float32).numpy(), spec.repr_bits)
+
+    def chunks(
+        self,
+        codes: Sequence[Sequence[SegmentCode]],
+        frozen: Callable[[TensorSpec], torch.Tensor] | None,
+    ) -> Iterator[bytes]:
+        """Yield everything but the checksum."""
+        schema, header = self.schema, self.header
+        yield pack_header(schema, header, codes)
+        if header.kind is Kind.OPENING and schema.frozen():
+            if frozen is None:
+                raise UsageError("an opening payload needs the values of the frozen tensors")
+            specs = [schema.tensors[i] for i in schema.frozen()]
+            for spec in specs:
+                check_finite(spec.name, frozen(spec))
+            yield write_varint(sum(_frozen_bytes(spec) for spec in specs))
+            for spec in specs:
+                yield _to_bytes(frozen(spec).reshape(-1), spec.dtype)
+        for number, block_codes in zip(header.kept, codes, strict=True):
+            yield from self._frames(schema.blocks[number], block_codes)
+
+    def _frames(self, block: Block, codes: Sequence[SegmentCode]) -> Iterator[bytes]:
+        levels: list[Levels] = []
+        plain: list[bytes] = []
+        for segment, code in zip(block.segments, codes, strict=True):
+            values = self.source(segment)
+            if code.coding is Coding.LEVELS:
+                as_float = values.to(torch.float32).numpy()
+                levels.append(
+                    self.quantizer.quantize(as_float, code, self.generator, self.executor)
+                )
+            elif code.coding is not Coding.CONSTANT:
+                if code.coding is Coding.MASKED:
+                    values = values[_mask_of(self.schema, self.header, segment)]
+                plain.append(_to_bytes(values, _plain_dtype(self.schema, self.header, segment)))
+        if levels:
+            stream = encode_levels(levels, self.executor)
+            yield write_varint(len(stream)) + stream
+        if plain:
+            yield write_varint(sum(map(len, plain)))
+            yield from plain
 
 
 def check_finite(name: str, values: torch.Tensor) -> None:
     """Raise UsageError where a floating tensor holds NaN or an infinity."""
     if values.is_floating_point() and values.numel():
-        extremes = torch.stack(torch.aminmax(values))
-        if not bool(torch.isfinite(extremes).all()):
-            kind = "NaN" if bool(torch.isnan(extremes).any()) else "an infinity"
+        low, high = map(float, torch.aminmax(values))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            kind = "NaN" if math.isnan(low) else "an infinity"
             raise UsageError(
                 f"tensor {name!r} holds {kind} as {values.dtype}; "
                 "training has diverged, or the model was wrong at the start"
             )
-
-
-def _chunks(
-    schema: ModelSchema,
-    header: Header,
-    source: Source,
-    quantizer: Quantizer,
-    codes: Sequence[Sequence[SegmentCode]],
-    generator: torch.Generator | None,
-    frozen: Callable[[TensorSpec], torch.Tensor] | None,
-) -> Iterator[bytes]:
-    yield pack_header(schema, header, codes)
-    if header.kind is Kind.OPENING and schema.frozen():
-        if frozen is None:
-            raise UsageError("an opening payload needs the values of the frozen tensors")
-        specs = [schema.tensors[i] for i in schema.frozen()]
-        for spec in specs:
-            check_finite(spec.name, frozen(spec))
-        yield LENGTH.pack(sum(_frozen_bytes(spec) for spec in specs))
-        for spec in specs:
-            yield _to_bytes(frozen(spec).reshape(-1), spec.dtype)
-    for number, block_codes in zip(header.kept, codes, strict=True):
-        levels, plain = [], []
-        for segment, code in zip(schema.blocks[number].segments, block_codes, strict=True):
-            values = source(segment)
-            if code.coding is Coding.LEVELS:
-                as_float = values.to(torch.float32).numpy()
-                levels.append((quantizer.quantize(as_float, code, generator), code.num_levels))
-            elif code.coding is not Coding.CONSTANT:
-                if code.coding is Coding.MASKED:
-                    values = values[_mask_of(schema, header, segment)]
-                plain.append(_to_bytes(values, _plain_dtype(schema, header, segment)))
-        if levels:
-            stream = encode_levels(levels)
-            yield LENGTH.pack(len(stream)) + stream
-        if plain:
-            yield LENGTH.pack(sum(map(len, plain)))
-            yield from plain
 
 
 def _plain_dtype(schema: ModelSchema, header: Header, segment: Segment) -> torch.dtype:
@@ -189,6 +206,7 @@ class _BlockFrames:
     codes: tuple[SegmentCode, ...]
     levels: memoryview | None
     plain: memoryview | None
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -224,7 +242,7 @@ class Payload:
             tuple(read_code(cursor, schema, header, s) for s in schema.blocks[number].segments)
             for number in header.kept
         ]
-        count = ByteCount(header=cursor.position + CHECKSUM.size)
+        count = ByteCount()
         frozen = _read_frozen(cursor, schema, header, count)
         frames = tuple(
             _read_frames(cursor, schema, header, number, block_codes, count)
@@ -236,6 +254,7 @@ class Payload:
                 DecodeReason.TRAILING,
                 f"{left} bytes follow the last frame at offset {cursor.position}",
             )
+        count.header = len(buffer) - count.levels - count.raw - count.buffers
         return cls(schema, header, count, frames, frozen)
 
     def frozen(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
@@ -251,8 +270,13 @@ class Payload:
             yield spec, values.reshape(spec.shape)
             position = stop
 
-    def blocks(self) -> Iterator[tuple[int, list[DecodedSegment]]]:
+    def blocks(
+        self, executor: Executor | None = None
+    ) -> Iterator[tuple[int, list[DecodedSegment]]]:
         """Decode block by block.
+
+        Args:
+            executor: spreads the work on large blocks.
 
         Yields:
             The block's number and its segments. Levels and constants give float32; plain values
@@ -262,7 +286,7 @@ class Payload:
             DecodeError: a level stream is damaged or a value is not finite.
         """
         for frames in self._frames:
-            yield frames.number, self._decode(frames)
+            yield frames.number, self._decode(frames, executor)
 
     def codes(self) -> Iterator[tuple[int, Segment, SegmentCode]]:
         """Yield block number, segment and code of all that the payload holds."""
@@ -273,23 +297,19 @@ class Payload:
 
     def block_bytes(self) -> dict[int, int]:
         """Return the bytes of each held block's frames, with their lengths, by block number."""
-        return {
-            f.number: sum(
-                LENGTH.size + len(part) for part in (f.levels, f.plain) if part is not None
-            )
-            for f in self._frames
-        }
+        return {frames.number: frames.num_bytes for frames in self._frames}
 
-    def _decode(self, frames: _BlockFrames) -> list[DecodedSegment]:
+    def _decode(self, frames: _BlockFrames, executor: Executor | None) -> list[DecodedSegment]:
         pairs = list(zip(self.schema.blocks[frames.number].segments, frames.codes, strict=True))
         levels = iter(
             decode_levels(
                 frames.levels,
                 [
-                    (segment.num_elements, code.num_levels)
+                    (segment.num_elements, code)
                     for segment, code in pairs
                     if code.coding is Coding.LEVELS
                 ],
+                executor,
             )
             if frames.levels is not None
             else ()
@@ -302,7 +322,7 @@ class Payload:
             if code.coding is Coding.CONSTANT:
                 values = torch.full((segment.num_elements,), code.offset, dtype=torch.float32)
             elif code.coding is Coding.LEVELS:
-                values = torch.from_numpy(dequantize(next(levels), code))
+                values = torch.from_numpy(next(levels))
             else:
                 assert frames.plain is not None
                 if code.coding is Coding.MASKED:
@@ -318,7 +338,7 @@ class Payload:
 
 
 def _read_frame(cursor: Cursor, what: str, wanted: int | None = None) -> memoryview:
-    (length,) = cursor.unpack(LENGTH, f"the length of {what}")
+    length = cursor.varint(f"the length of {what}")
     if wanted is not None and length != wanted:
         raise DecodeError(
             DecodeReason.FIELD, f"{what} says it has {length} bytes; its schema wants {wanted}"
@@ -333,7 +353,6 @@ def _read_frozen(
         return None
     wanted = sum(_frozen_bytes(schema.tensors[i]) for i in schema.frozen())
     frame = _read_frame(cursor, "the frame of frozen tensors", wanted)
-    count.header += LENGTH.size
     count.raw += wanted
     count.nominal_bits += wanted * 8
     return frame
@@ -348,6 +367,7 @@ def _read_frames(
     count: ByteCount,
 ) -> _BlockFrames:
     block = schema.blocks[number]
+    start = cursor.position
     raw = buffers = 0
     has_levels = has_plain = False
     for segment, code in zip(block.segments, codes, strict=True):
@@ -369,11 +389,10 @@ def _read_frames(
         if has_plain
         else None
     )
-    count.header += LENGTH.size * (has_levels + has_plain)
     count.levels += len(levels) if levels is not None else 0
     count.raw += raw
     count.buffers += buffers
-    return _BlockFrames(number, codes, levels, plain)
+    return _BlockFrames(number, codes, levels, plain, cursor.position - start)
 
 
 def _from_bytes(part: memoryview, dtype: torch.dtype) -> torch.Tensor:

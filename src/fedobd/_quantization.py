@@ -14,15 +14,17 @@ References:
 from __future__ import annotations
 
 import math
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedobd._errors import UsageError
+from fedobd._parallel import spread
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -37,6 +39,8 @@ tensors travel raw."""
 MIN_DIVISIBLE_RANGE = 2.0**-104
 """Below this range, `range / num_levels` could be subnormal and lose precision; one level is used,
 which is exact."""
+
+_QUANTIZE_STEP = 1 << 18  # elements that are quantized and counted at a time
 
 
 class Coding(IntEnum):
@@ -79,6 +83,50 @@ def level_bits(num_levels: int) -> int:
     return num_levels.bit_length() + 1
 
 
+Symbols = NDArray[np.unsignedinteger[Any]]
+
+CODED_BITS = 12
+"""Bits of a symbol that are coded with frequencies; lower ones are coded as they are."""
+
+
+def level_shift(num_levels: int) -> int:
+    """Return how many low bits of a symbol from 0 to 2 s are coded as they are."""
+    return max(0, (2 * num_levels).bit_length() - CODED_BITS)
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """The levels of a segment, as symbols level + s.
+
+    Args:
+        symbols: uint16, or uint32 where 2 s needs it, shape (n,).
+        counts: how often each symbol occurs, without its `level_shift` low bits, int64.
+        num_levels: s.
+    """
+
+    symbols: Symbols
+    counts: NDArray[np.int64]
+    num_levels: int
+
+    @classmethod
+    def of(cls, levels: Int32, num_levels: int) -> Levels:
+        """Make them from levels from -s to s, int32, shape (n,)."""
+        symbols: Symbols = (levels + np.int32(num_levels)).astype(_symbol_type(num_levels))
+        shift = level_shift(num_levels)
+        counts = np.bincount(
+            (levels + np.int32(num_levels)) >> shift, minlength=((2 * num_levels) >> shift) + 1
+        )
+        return cls(symbols, counts.astype(np.int64), num_levels)
+
+    def signed(self) -> Int32:
+        """Return the levels from -s to s, int32, shape (n,)."""
+        return self.symbols.astype(np.int32) - np.int32(self.num_levels)
+
+
+def _symbol_type(num_levels: int) -> type[np.uint16] | type[np.uint32]:
+    return np.uint16 if 2 * num_levels < 1 << 16 else np.uint32
+
+
 class Quantizer(Protocol):
     """Turns values into levels in two steps.
 
@@ -95,9 +143,20 @@ class Quantizer(Protocol):
         ...
 
     def quantize(
-        self, values: Float32, code: SegmentCode, generator: torch.Generator | None
-    ) -> Int32:
-        """Return the levels, int32, shape (n,), for a code whose coding is LEVELS."""
+        self,
+        values: Float32,
+        code: SegmentCode,
+        generator: torch.Generator | None = None,
+        executor: Executor | None = None,
+    ) -> Levels:
+        """Return the levels for a code whose coding is LEVELS.
+
+        Args:
+            values: float32, shape (n,), n ≥ 1.
+            code: what `measure` chose.
+            generator: draws of a stochastic quantizer.
+            executor: spreads the work; the levels are the same with and without.
+        """
         ...
 
 
@@ -150,16 +209,34 @@ class NNADQ:
         return _code(offset, span, num_levels)
 
     def quantize(
-        self, values: Float32, code: SegmentCode, generator: torch.Generator | None
-    ) -> Int32:
+        self,
+        values: Float32,
+        code: SegmentCode,
+        generator: torch.Generator | None = None,
+        executor: Executor | None = None,
+    ) -> Levels:
         """See `Quantizer.quantize`; the generator is not used."""
-        span, num_levels = np.float32(code.range), np.float32(code.num_levels)
-        scaled = values - np.float32(code.offset)
-        scaled /= span
-        scaled *= num_levels
-        np.rint(scaled, out=scaled)
-        np.clip(scaled, -num_levels, num_levels, out=scaled)
-        return scaled.astype(np.int32)
+        from fedobd import _kernels  # when first needed, since importing numba takes its time
+
+        shift = level_shift(code.num_levels)
+        symbols: Symbols = np.empty(values.size, _symbol_type(code.num_levels))
+        starts = range(0, values.size, _QUANTIZE_STEP)
+        counts = np.zeros((len(starts), ((2 * code.num_levels) >> shift) + 1), np.int64)
+
+        def quantize(number: int) -> None:
+            part = slice(starts[number], starts[number] + _QUANTIZE_STEP)
+            _kernels.quantize(
+                values[part],
+                np.float32(code.offset),
+                np.float32(code.range),
+                np.float32(code.num_levels),
+                shift,
+                symbols[part],
+                counts[number],
+            )
+
+        spread(executor, quantize, range(len(starts)))
+        return Levels(symbols, counts.sum(axis=0), code.num_levels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +266,12 @@ class Stochastic:
         return _code(np.float32(0), span, self.num_levels)
 
     def quantize(
-        self, values: Float32, code: SegmentCode, generator: torch.Generator | None
-    ) -> Int32:
+        self,
+        values: Float32,
+        code: SegmentCode,
+        generator: torch.Generator | None = None,
+        executor: Executor | None = None,
+    ) -> Levels:
         """See `Quantizer.quantize`.
 
         Raises:
@@ -205,7 +286,7 @@ class Stochastic:
         draws = torch.rand(values.size, generator=generator).numpy()
         floor += draws < scaled - floor
         levels = np.minimum(floor, np.float32(code.num_levels)).astype(np.int32)
-        return np.where(np.signbit(values), -levels, levels)
+        return Levels.of(np.where(np.signbit(values), -levels, levels), code.num_levels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +298,12 @@ class Unquantized:
         return SegmentCode(Coding.RAW)
 
     def quantize(
-        self, values: Float32, code: SegmentCode, generator: torch.Generator | None
-    ) -> Int32:
+        self,
+        values: Float32,
+        code: SegmentCode,
+        generator: torch.Generator | None = None,
+        executor: Executor | None = None,
+    ) -> Levels:
         """Never called by the codec, since no segment is coded in levels.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The layout of a payload, format version 1, and its header.
+"""The layout of a payload, format version 2, and its header.
 
 A payload is, in this order, all numbers little endian:
 
@@ -8,8 +8,8 @@ A payload is, in this order, all numbers little endian:
 4. a bitmap of the blocks that it holds, block 0 in the lowest bit of the first byte; unused bits
    are 0;
 5. for each segment of each held block a coding (u8) with its fields: CONSTANT offset f32; LEVELS
-   number of levels u32, offset f32, range f32; RAW and MASKED none;
-6. frames, each with its length (u64) before it: in an opening payload first one with the frozen
+   number of levels (LEB128), offset f32, range f32; RAW and MASKED none;
+6. frames, each with its length (LEB128) before it: in an opening payload first one with the frozen
    tensors, if the model has any; then for each held block one with its levels, if a segment has
    levels, and one with its plain values, if a segment has those;
 7. CRC-32 (the one of zlib and PNG) of all bytes before it, u32.
@@ -33,9 +33,10 @@ from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd._masks import Mask
 from fedobd._quantization import MAX_LEVELS, MAX_RANGE, Coding, SegmentCode
 from fedobd._schema import ModelSchema, Role, Segment
+from fedobd._varint import read_varint, write_varint
 
 MAGIC = b"FOBD"
-VERSION = 1
+VERSION = 2
 
 HEADER_FIELDS = (
     ("magic", "4s"),
@@ -66,10 +67,7 @@ _HEADER = struct.Struct("<" + "".join(code for _, code in HEADER_FIELDS))
 _UPLOAD = struct.Struct("<" + "".join(code for _, code in UPLOAD_FIELDS))
 _MASK = struct.Struct("<" + "".join(code for _, code in MASK_FIELDS))
 _OFFSET = struct.Struct("<f")
-_LEVELS = struct.Struct("<Iff")
-LENGTH = struct.Struct("<Q")
-"""A frame's length, before it."""
-
+_LEVELS = struct.Struct("<ff")
 CHECKSUM = struct.Struct("<I")
 """The CRC-32 that ends a payload."""
 
@@ -221,7 +219,7 @@ def pack_header(
         if code.coding is Coding.CONSTANT:
             parts.append(_OFFSET.pack(code.offset))
         elif code.coding is Coding.LEVELS:
-            parts.append(_LEVELS.pack(code.num_levels, code.offset, code.range))
+            parts.append(write_varint(code.num_levels) + _LEVELS.pack(code.offset, code.range))
     fixed = _HEADER.pack(
         MAGIC,
         VERSION,
@@ -258,6 +256,11 @@ class Cursor:
         part = self._buffer[self.position : self.position + count]
         self.position += count
         return part
+
+    def varint(self, what: str) -> int:
+        """Return the LEB128 number that is next; DecodeError where it is no proper one."""
+        value, self.position = read_varint(self._buffer, self.position, what)
+        return value
 
     def unpack(self, layout: struct.Struct, what: str) -> tuple[Any, ...]:
         """Return the fields of the next bytes; DecodeError where too few are left."""
@@ -391,7 +394,8 @@ def read_code(
         (offset,) = cursor.unpack(_OFFSET, f"the offset {where}")
         code = SegmentCode(Coding.CONSTANT, offset=offset)
     elif coding == Coding.LEVELS:
-        num_levels, offset, span = cursor.unpack(_LEVELS, f"the levels {where}")
+        num_levels = cursor.varint(f"the number of levels {where}")
+        offset, span = cursor.unpack(_LEVELS, f"the range {where}")
         if not 1 <= num_levels <= MAX_LEVELS:
             raise DecodeError(
                 DecodeReason.LIMIT, f"{num_levels} levels {where}; allowed are 1 to {MAX_LEVELS}"

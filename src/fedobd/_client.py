@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from fedobd._encoding import encode_payload
 from fedobd._errors import UsageError
+from fedobd._frames import check_finite
 from fedobd._method import Method, UplinkContext
-from fedobd._payload import Payload, check_finite, encode_payload, refuse_not_finite
+from fedobd._payload import Payload, refuse_not_finite
 from fedobd._schema import ModelSchema, Role, Segment
 from fedobd._seeds import derive_seed, make_generator
 from fedobd._selection import mean_block_differences
@@ -218,6 +220,7 @@ class ClientSession:
             stage=received.stage,
             kept=shipment.kept,
             is_difference=self.method.sends_differences,
+            is_lossless=shipment.lossless,
             client=self.client,
             report=report,
             mask=shipment.mask,

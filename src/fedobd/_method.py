@@ -33,12 +33,14 @@ class Shipment:
         quantizer: how their parameters are coded.
         mask: which elements of them travel; None for all.
         block_differences: mean block differences that travel with an upload.
+        lossless: whether plain values are compressed, without loss.
     """
 
     kept: tuple[int, ...]
     quantizer: Quantizer = Unquantized()
     mask: Mask | None = None
     block_differences: tuple[float, ...] | None = None
+    lossless: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,10 @@ class Method(ABC):
     stop: EarlyStop
     """The rule by which a stage is left early."""
 
+    lossless: bool
+    """Whether plain values (parameters that are not quantized, buffers) are compressed, without
+    loss."""
+
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:
         """Return the stages of a run."""
@@ -94,7 +100,7 @@ class Method(ABC):
 
     def downlink(self, memory: Memory, schema: ModelSchema) -> Shipment:
         """Return how the server's state travels to the clients of a round."""
-        return Shipment(kept=all_blocks(schema))
+        return Shipment(kept=all_blocks(schema), lossless=self.lossless)
 
     @abstractmethod
     def uplink(self, context: UplinkContext) -> Shipment:

@@ -1,188 +1,39 @@
-"""Payload: model states to bytes and back.
+"""Payload: bytes back to values, verified before they are used.
 
-Encoding goes block by block and yields chunks. Decoding verifies all that can be verified
-(checksum, header, lengths that tile the payload) before the first value is handed out, and then
-goes block by block.
+`Payload.parse` takes a whole payload and verifies all that can be verified before the first value
+is handed out: checksum, header, lengths that tile it. `PayloadStream` takes one chunk after
+another and keeps no more than a block; what it hands out counts only when it has come to its end,
+where the checksum is.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import torch
 
-from fedobd._entropy import decode_levels, encode_levels
+from fedobd._entropy import decode_levels
 from fedobd._errors import DecodeError, DecodeReason, UsageError
-from fedobd._quantization import Coding, Levels, Quantizer, SegmentCode
-from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
-from fedobd._varint import write_varint
+from fedobd._frames import BlockLayout, PlainPart, check_finite, frozen_parts, lay_out
+from fedobd._planes import decompress, from_bytes
+from fedobd._quantization import Coding, SegmentCode
+from fedobd._schema import ModelSchema, Segment, TensorSpec
 from fedobd._wire import (
     CHECKSUM,
     ByteCount,
     Bytes,
     Cursor,
     Header,
-    Kind,
-    check_envelope,
-    pack_header,
+    check_checksum,
+    check_version,
     read_code,
     read_header,
 )
 
-Source = Callable[[Segment], torch.Tensor]
-
-
-def encode_payload(
-    schema: ModelSchema,
-    header: Header,
-    source: Source,
-    quantizer: Quantizer,
-    *,
-    generator: torch.Generator | None = None,
-    frozen: Callable[[TensorSpec], torch.Tensor] | None = None,
-    executor: Executor | None = None,
-) -> Iterator[bytes]:
-    """Encode a payload, block by block.
-
-    Args:
-        schema: the model's schema.
-        header: what it says.
-        source: gives the elements of a segment, 1-D, on the CPU: values, or for parameters of a
-            payload of differences the float32 differences.
-        quantizer: how parameters are coded.
-        generator: draws of a stochastic quantizer.
-        frozen: gives the values of frozen tensors; wanted in an opening payload, and only there.
-        executor: spreads the work on large blocks; the bytes are the same with and without.
-
-    Yields:
-        Chunks; the payload is their concatenation.
-
-    Raises:
-        UsageError: a value is NaN or infinite; the message names the tensor.
-    """
-    encoding = _Encoding(schema, header, source, quantizer, generator, executor)
-    checksum = 0
-    codes = encoding.measure()
-    for chunk in encoding.chunks(codes, frozen):
-        checksum = zlib.crc32(chunk, checksum)
-        yield chunk
-    yield CHECKSUM.pack(checksum)
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoding:
-    """The arguments of `encode_payload`."""
-
-    schema: ModelSchema
-    header: Header
-    source: Source
-    quantizer: Quantizer
-    generator: torch.Generator | None
-    executor: Executor | None
-
-    def measure(self) -> list[list[SegmentCode]]:
-        """Return the codes of the segments of each held block."""
-        return [
-            [self._code(segment) for segment in self.schema.blocks[number].segments]
-            for number in self.header.kept
-        ]
-
-    def _code(self, segment: Segment) -> SegmentCode:
-        spec = self.schema.tensors[segment.tensor]
-        values = self.source(segment)
-        check_finite(spec.name, values.to(_plain_dtype(self.schema, self.header, segment)))
-        if spec.role is not Role.PARAMETER:
-            return SegmentCode(Coding.RAW)
-        if self.header.mask is not None:
-            return SegmentCode(Coding.MASKED)
-        return self.quantizer.measure(values.to(torch.float32).numpy(), spec.repr_bits)
-
-    def chunks(
-        self,
-        codes: Sequence[Sequence[SegmentCode]],
-        frozen: Callable[[TensorSpec], torch.Tensor] | None,
-    ) -> Iterator[bytes]:
-        """Yield everything but the checksum."""
-        schema, header = self.schema, self.header
-        yield pack_header(schema, header, codes)
-        if header.kind is Kind.OPENING and schema.frozen():
-            if frozen is None:
-                raise UsageError("an opening payload needs the values of the frozen tensors")
-            specs = [schema.tensors[i] for i in schema.frozen()]
-            for spec in specs:
-                check_finite(spec.name, frozen(spec))
-            yield write_varint(sum(_frozen_bytes(spec) for spec in specs))
-            for spec in specs:
-                yield _to_bytes(frozen(spec).reshape(-1), spec.dtype)
-        for number, block_codes in zip(header.kept, codes, strict=True):
-            yield from self._frames(schema.blocks[number], block_codes)
-
-    def _frames(self, block: Block, codes: Sequence[SegmentCode]) -> Iterator[bytes]:
-        levels: list[Levels] = []
-        plain: list[bytes] = []
-        for segment, code in zip(block.segments, codes, strict=True):
-            values = self.source(segment)
-            if code.coding is Coding.LEVELS:
-                as_float = values.to(torch.float32).numpy()
-                levels.append(
-                    self.quantizer.quantize(as_float, code, self.generator, self.executor)
-                )
-            elif code.coding is not Coding.CONSTANT:
-                if code.coding is Coding.MASKED:
-                    values = values[_mask_of(self.schema, self.header, segment)]
-                plain.append(_to_bytes(values, _plain_dtype(self.schema, self.header, segment)))
-        if levels:
-            stream = encode_levels(levels, self.executor)
-            yield write_varint(len(stream)) + stream
-        if plain:
-            yield write_varint(sum(map(len, plain)))
-            yield from plain
-
-
-def check_finite(name: str, values: torch.Tensor) -> None:
-    """Raise UsageError where a floating tensor holds NaN or an infinity."""
-    if values.is_floating_point() and values.numel():
-        low, high = map(float, torch.aminmax(values))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            kind = "NaN" if math.isnan(low) else "an infinity"
-            raise UsageError(
-                f"tensor {name!r} holds {kind} as {values.dtype}; "
-                "training has diverged, or the model was wrong at the start"
-            )
-
-
-def _plain_dtype(schema: ModelSchema, header: Header, segment: Segment) -> torch.dtype:
-    """Return the type of plain values.
-
-    It is that of the tensor on the wire, and float32 for differences of parameters.
-    """
-    spec = schema.tensors[segment.tensor]
-    if header.is_difference and spec.role is Role.PARAMETER:
-        return torch.float32
-    return spec.wire_dtype
-
-
-def _mask_of(schema: ModelSchema, header: Header, segment: Segment) -> torch.Tensor:
-    assert header.mask is not None
-    start = schema.mask_offset(segment)
-    return torch.from_numpy(header.mask.kept(start, start + segment.num_elements))
-
-
-def _frozen_bytes(spec: TensorSpec) -> int:
-    return spec.num_elements * spec.dtype.itemsize
-
-
-def _to_bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:
-    """Return the little-endian bytes of a 1-D tensor in an element type."""
-    dense = torch.empty(
-        values.numel(), dtype=dtype
-    )  # `contiguous` leaves odd strides of 1 element
-    dense.copy_(values)
-    return dense.view(torch.uint8).numpy().tobytes()
+Codes = tuple[tuple[SegmentCode, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,19 +53,143 @@ class DecodedSegment:
 
 @dataclass(frozen=True, slots=True)
 class _BlockFrames:
+    """The frames of one block, found but not decoded."""
+
     number: int
     codes: tuple[SegmentCode, ...]
+    layout: BlockLayout
     levels: memoryview | None
-    plain: memoryview | None
+    raw: memoryview | None
+    buffers: memoryview | None
     num_bytes: int
+
+    def decode(
+        self, schema: ModelSchema, header: Header, executor: Executor | None
+    ) -> list[DecodedSegment]:
+        found: dict[Segment, DecodedSegment] = {}
+        if self.levels is not None:
+            counts = [(segment.num_elements, code) for segment, code in self.layout.levels]
+            decoded = decode_levels(self.levels, counts, executor)
+            for (segment, _), values in zip(self.layout.levels, decoded, strict=True):
+                found[segment] = DecodedSegment(segment, torch.from_numpy(values))
+        for parts, frame in ((self.layout.raw, self.raw), (self.layout.buffers, self.buffers)):
+            if frame is not None:
+                for plain, plain_values in _plain_values(parts, frame, header):
+                    refuse_not_finite(schema.tensors[plain.segment.tensor], plain_values)
+                    found[plain.segment] = DecodedSegment(plain.segment, plain_values, plain.mask)
+        for segment, code in zip(schema.blocks[self.number].segments, self.codes, strict=True):
+            if code.coding is Coding.CONSTANT:
+                constant = torch.full((segment.num_elements,), code.offset, dtype=torch.float32)
+                found[segment] = DecodedSegment(segment, constant)
+        return [found[segment] for segment in schema.blocks[self.number].segments]
+
+
+def _plain_values(
+    parts: tuple[PlainPart, ...], frame: memoryview, header: Header
+) -> Iterator[tuple[PlainPart, torch.Tensor]]:
+    if header.is_lossless:
+        lengths = [part.num_bytes for part in parts]
+        frame = memoryview(decompress(frame, lengths, [part.dtype.itemsize for part in parts]))
+    position = 0
+    for part in parts:
+        stop = position + part.num_bytes
+        yield part, from_bytes(frame[position:stop], part.dtype)
+        position = stop
+
+
+def refuse_not_finite(spec: TensorSpec, values: torch.Tensor) -> None:
+    """Raise DecodeError where what came for a tensor holds NaN or an infinity."""
+    try:
+        check_finite(spec.name, values)
+    except UsageError as error:
+        raise DecodeError(
+            DecodeReason.NOT_FINITE, f"tensor {spec.name!r} holds NaN or an infinity"
+        ) from error
+
+
+class _FrameReader:
+    """Reads header and frames from a cursor, whether all bytes are there or come by and by."""
+
+    def __init__(self, cursor: Cursor, schema: ModelSchema) -> None:
+        self._cursor = cursor
+        self._schema = schema
+        self.header = read_header(cursor, schema)
+        self.codes: Codes = tuple(
+            tuple(read_code(cursor, schema, self.header, s) for s in schema.blocks[n].segments)
+            for n in self.header.kept
+        )
+        self.num_bytes = ByteCount()
+
+    def frozen(self) -> memoryview | None:
+        """Return the frame of the frozen tensors, None where there is none."""
+        if not self.header.holds_frozen(self._schema):
+            return None
+        parts = frozen_parts(self._schema)
+        frame = self._plain_frame(parts, "the frame of frozen tensors")
+        self.num_bytes.raw += len(frame)
+        self.num_bytes.nominal_bits += 8 * sum(part.num_bytes for part in parts)
+        return frame
+
+    def blocks(self) -> Iterator[_BlockFrames]:
+        """Yield the frames of the held blocks."""
+        for number, codes in zip(self.header.kept, self.codes, strict=True):
+            block = self._schema.blocks[number]
+            start = self._cursor.position
+            layout = lay_out(self._schema, self.header, block, codes)
+            levels = raw = buffers = None
+            if layout.levels:
+                levels = self._level_frame(layout, f"the levels of block {block.name!r}")
+                self.num_bytes.levels += len(levels)
+            if layout.raw:
+                raw = self._plain_frame(layout.raw, f"the values of block {block.name!r}")
+                self.num_bytes.raw += len(raw)
+            if layout.buffers:
+                buffers = self._plain_frame(layout.buffers, f"the buffers of block {block.name!r}")
+                self.num_bytes.buffers += len(buffers)
+            self.num_bytes.nominal_bits += layout.nominal_bits
+            length = self._cursor.position - start
+            yield _BlockFrames(number, codes, layout, levels, raw, buffers, length)
+
+    def _level_frame(self, layout: BlockLayout, what: str) -> memoryview:
+        length = self._cursor.varint(f"the length of {what}")
+        if length > layout.most_level_bytes:
+            raise DecodeError(
+                DecodeReason.LIMIT,
+                f"{what} say they take {length} bytes; wanted at most {layout.most_level_bytes}",
+            )
+        return self._cursor.take(length, what)
+
+    def _plain_frame(self, parts: tuple[PlainPart, ...], what: str) -> memoryview:
+        wanted = sum(part.num_bytes for part in parts)
+        length = self._cursor.varint(f"the length of {what}")
+        if self.header.is_lossless:
+            if length > wanted + wanted // 128 + 1024:
+                raise DecodeError(
+                    DecodeReason.LIMIT, f"{what} say they take {length} bytes for {wanted}"
+                )
+        elif length != wanted:
+            raise DecodeError(
+                DecodeReason.FIELD, f"{what}: {length} bytes came; the schema wants {wanted}"
+            )
+        return self._cursor.take(length, what)
+
+
+def _frozen_values(
+    schema: ModelSchema, header: Header, frame: memoryview | None
+) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+    if frame is not None:
+        for part, values in _plain_values(frozen_parts(schema), frame, header):
+            spec = schema.tensors[part.segment.tensor]
+            refuse_not_finite(spec, values)
+            yield spec, values.reshape(spec.shape)
 
 
 @dataclass(frozen=True)
 class Payload:
-    """A payload that has been verified: lengths tile it, fields are legal, the checksum holds.
+    """A whole payload that has been verified.
 
-    Values are decoded on demand; `blocks` can still find a damaged level stream or a value that is
-    not finite.
+    Lengths tile it, fields are legal, the checksum holds. Values are decoded on demand; `blocks`
+    can still find a damaged level stream or a value that is not finite.
     """
 
     schema: ModelSchema
@@ -235,40 +210,25 @@ class Payload:
             DecodeError: it is cut, altered, of another version or for another model.
         """
         buffer = memoryview(data).cast("B")
-        check_envelope(buffer)
+        check_version(buffer)
+        check_checksum(zlib.crc32(buffer[: -CHECKSUM.size]), buffer[-CHECKSUM.size :])
         cursor = Cursor(buffer[: -CHECKSUM.size])
-        header = read_header(cursor, schema)
-        codes = [
-            tuple(read_code(cursor, schema, header, s) for s in schema.blocks[number].segments)
-            for number in header.kept
-        ]
-        count = ByteCount()
-        frozen = _read_frozen(cursor, schema, header, count)
-        frames = tuple(
-            _read_frames(cursor, schema, header, number, block_codes, count)
-            for number, block_codes in zip(header.kept, codes, strict=True)
-        )
+        reader = _FrameReader(cursor, schema)
+        frozen = reader.frozen()
+        frames = tuple(reader.blocks())
         left = len(buffer) - CHECKSUM.size - cursor.position
         if left:
             raise DecodeError(
                 DecodeReason.TRAILING,
                 f"{left} bytes follow the last frame at offset {cursor.position}",
             )
+        count = reader.num_bytes
         count.header = len(buffer) - count.levels - count.raw - count.buffers
-        return cls(schema, header, count, frames, frozen)
+        return cls(schema, reader.header, count, frames, frozen)
 
     def frozen(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
         """Yield the frozen tensors of an opening payload."""
-        if self._frozen is None:
-            return
-        position = 0
-        for number in self.schema.frozen():
-            spec = self.schema.tensors[number]
-            stop = position + _frozen_bytes(spec)
-            values = _from_bytes(self._frozen[position:stop], spec.dtype)
-            refuse_not_finite(spec, values)
-            yield spec, values.reshape(spec.shape)
-            position = stop
+        yield from _frozen_values(self.schema, self.header, self._frozen)
 
     def blocks(
         self, executor: Executor | None = None
@@ -283,10 +243,10 @@ class Payload:
             the type in which they travelled.
 
         Raises:
-            DecodeError: a level stream is damaged or a value is not finite.
+            DecodeError: a stream is damaged or a value is not finite.
         """
         for frames in self._frames:
-            yield frames.number, self._decode(frames, executor)
+            yield frames.number, frames.decode(self.schema, self.header, executor)
 
     def codes(self) -> Iterator[tuple[int, Segment, SegmentCode]]:
         """Yield block number, segment and code of all that the payload holds."""
@@ -299,115 +259,91 @@ class Payload:
         """Return the bytes of each held block's frames, with their lengths, by block number."""
         return {frames.number: frames.num_bytes for frames in self._frames}
 
-    def _decode(self, frames: _BlockFrames, executor: Executor | None) -> list[DecodedSegment]:
-        pairs = list(zip(self.schema.blocks[frames.number].segments, frames.codes, strict=True))
-        levels = iter(
-            decode_levels(
-                frames.levels,
-                [
-                    (segment.num_elements, code)
-                    for segment, code in pairs
-                    if code.coding is Coding.LEVELS
-                ],
-                executor,
-            )
-            if frames.levels is not None
-            else ()
-        )
-        position = 0
-        result = []
-        for segment, code in pairs:
-            spec = self.schema.tensors[segment.tensor]
-            mask = None
-            if code.coding is Coding.CONSTANT:
-                values = torch.full((segment.num_elements,), code.offset, dtype=torch.float32)
-            elif code.coding is Coding.LEVELS:
-                values = torch.from_numpy(next(levels))
+
+class _ChunkCursor(Cursor):
+    """Reads chunks of bytes as they come, and keeps what it has not given out."""
+
+    def __init__(self, chunks: Iterable[Bytes]) -> None:
+        super().__init__(memoryview(b""))
+        self._chunks = iter(chunks)
+        self._waiting: list[memoryview] = []
+        self._available = 0
+        self.checksum = 0
+
+    def take(self, count: int, what: str) -> memoryview:
+        while self._available < count:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                raise DecodeError(
+                    DecodeReason.TRUNCATED,
+                    f"the payload ends inside {what}: {count} bytes wanted at offset "
+                    f"{self.position}, {self._available} came",
+                )
+            view = memoryview(chunk).cast("B")
+            self._waiting.append(view)
+            self._available += len(view)
+        parts, missing = [], count
+        while missing:
+            head = self._waiting[0]
+            parts.append(head[:missing])
+            if len(head) > missing:
+                self._waiting[0] = head[missing:]
             else:
-                assert frames.plain is not None
-                if code.coding is Coding.MASKED:
-                    mask = _mask_of(self.schema, self.header, segment)
-                dtype = _plain_dtype(self.schema, self.header, segment)
-                count = segment.num_elements if mask is None else int(mask.sum())
-                stop = position + count * dtype.itemsize
-                values = _from_bytes(frames.plain[position:stop], dtype)
-                refuse_not_finite(spec, values)
-                position = stop
-            result.append(DecodedSegment(segment, values, mask))
-        return result
+                self._waiting.pop(0)
+            missing -= len(parts[-1])
+        self._available -= count
+        self.position += count
+        whole = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+        self.checksum = zlib.crc32(whole, self.checksum)
+        return whole
+
+    def close(self) -> None:
+        """Check that the checksum, and nothing else, is left.
+
+        Raises:
+            DecodeError: it is not.
+        """
+        came = self.checksum
+        check_checksum(came, self.take(CHECKSUM.size, "the checksum"))
+        left = self._available + sum(len(memoryview(chunk).cast("B")) for chunk in self._chunks)
+        if left:
+            raise DecodeError(DecodeReason.TRAILING, f"{left} bytes follow the checksum")
 
 
-def _read_frame(cursor: Cursor, what: str, wanted: int | None = None) -> memoryview:
-    length = cursor.varint(f"the length of {what}")
-    if wanted is not None and length != wanted:
-        raise DecodeError(
-            DecodeReason.FIELD, f"{what} says it has {length} bytes; its schema wants {wanted}"
-        )
-    return cursor.take(length, what)
+class PayloadStream:
+    """A payload that is decoded while it comes in, with memory for its largest block alone.
 
+    Args:
+        chunks: the payload in pieces of any size.
+        schema: the schema of the model that it is to be for.
 
-def _read_frozen(
-    cursor: Cursor, schema: ModelSchema, header: Header, count: ByteCount
-) -> memoryview | None:
-    if header.kind is not Kind.OPENING or not schema.frozen():
-        return None
-    wanted = sum(_frozen_bytes(schema.tensors[i]) for i in schema.frozen())
-    frame = _read_frame(cursor, "the frame of frozen tensors", wanted)
-    count.raw += wanted
-    count.nominal_bits += wanted * 8
-    return frame
+    Raises:
+        DecodeError: its header is not legal, or for another model.
+    """
 
+    def __init__(self, chunks: Iterable[Bytes], schema: ModelSchema) -> None:
+        self._cursor = _ChunkCursor(chunks)
+        self._reader = _FrameReader(self._cursor, schema)
+        self._frozen = self._reader.frozen()
+        self.schema = schema
+        self.header = self._reader.header
 
-def _read_frames(
-    cursor: Cursor,
-    schema: ModelSchema,
-    header: Header,
-    number: int,
-    codes: tuple[SegmentCode, ...],
-    count: ByteCount,
-) -> _BlockFrames:
-    block = schema.blocks[number]
-    start = cursor.position
-    raw = buffers = 0
-    has_levels = has_plain = False
-    for segment, code in zip(block.segments, codes, strict=True):
-        itemsize = _plain_dtype(schema, header, segment).itemsize
-        num_elements = segment.num_elements
-        if code.coding is Coding.MASKED:
-            num_elements = int(_mask_of(schema, header, segment).sum())
-        count.nominal_bits += code.nominal_bits(num_elements, itemsize * 8)
-        has_levels |= code.coding is Coding.LEVELS
-        if code.coding in (Coding.RAW, Coding.MASKED):
-            has_plain = True
-            if schema.tensors[segment.tensor].role is Role.BUFFER:
-                buffers += num_elements * itemsize
-            else:
-                raw += num_elements * itemsize
-    levels = _read_frame(cursor, f"the levels of block {block.name!r}") if has_levels else None
-    plain = (
-        _read_frame(cursor, f"the plain values of block {block.name!r}", raw + buffers)
-        if has_plain
-        else None
-    )
-    count.levels += len(levels) if levels is not None else 0
-    count.raw += raw
-    count.buffers += buffers
-    return _BlockFrames(number, codes, levels, plain, cursor.position - start)
+    def frozen(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """Yield the frozen tensors of an opening payload."""
+        yield from _frozen_values(self.schema, self.header, self._frozen)
 
+    def blocks(
+        self, executor: Executor | None = None
+    ) -> Iterator[tuple[int, list[DecodedSegment]]]:
+        """Decode block by block, once; see `Payload.blocks`.
 
-def _from_bytes(part: memoryview, dtype: torch.dtype) -> torch.Tensor:
-    if len(part) == 0:
-        return torch.empty(0, dtype=dtype)
-    if dtype is torch.bool:
-        return torch.frombuffer(bytearray(part), dtype=torch.uint8) != 0
-    return torch.frombuffer(bytearray(part), dtype=dtype)
+        Nothing of it may be used before the last block has come: only then has the checksum been
+        seen.
 
-
-def refuse_not_finite(spec: TensorSpec, values: torch.Tensor) -> None:
-    """Raise DecodeError where what came for a tensor holds NaN or an infinity."""
-    try:
-        check_finite(spec.name, values)
-    except UsageError as error:
-        raise DecodeError(
-            DecodeReason.NOT_FINITE, f"tensor {spec.name!r} holds NaN or an infinity"
-        ) from error
+        Raises:
+            DecodeError: a frame is cut or damaged, a value is not finite, the checksum does not
+                hold, or something follows it.
+        """
+        for frames in self._reader.blocks():
+            yield frames.number, frames.decode(self.schema, self.header, executor)
+        self._cursor.close()

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from fedobd._aggregation import RunningMean
+from fedobd._encoding import encode_payload
 from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError, UsageError
 from fedobd._method import Method, Shipment, all_blocks
-from fedobd._payload import Payload, encode_payload
+from fedobd._payload import Payload
 from fedobd._rounds import (
     Progress,
     Refusal,
@@ -214,7 +215,13 @@ class ServerSession:
 
     def _opening(self, current: _OpenRound) -> bytes:
         kept = all_blocks(self.schema) if self.method.keeps_client_state else ()
-        payload = b"".join(self._encode(Kind.OPENING, Shipment(kept=kept), current.plan.round))
+        payload = b"".join(
+            self._encode(
+                Kind.OPENING,
+                Shipment(kept=kept, lossless=self.method.lossless),
+                current.plan.round,
+            )
+        )
         current.opening = Payload.parse(payload, self.schema).num_bytes
         return payload
 
@@ -238,6 +245,7 @@ class ServerSession:
             round=number,
             stage=self._stages[min(self._progress.stage, len(self._stages) - 1)].number,
             kept=shipment.kept,
+            is_lossless=shipment.lossless,
         )
         return encode_payload(
             schema,

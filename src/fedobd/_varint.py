@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from fedobd._errors import DecodeError, DecodeReason
 
+MAX_VARINT_BYTES = 9
+"""Bytes of the largest varint, 2^63 - 1."""
+
 
 def write_varint(value: int) -> bytes:
     """Return a number from 0 as LEB128: 7 bits a byte, the lowest first, more to come at 0x80."""
@@ -21,7 +24,7 @@ def read_varint(buffer: memoryview, position: int, what: str) -> tuple[int, int]
         DecodeError: it is cut, too large, or longer than it has to be.
     """
     value = 0
-    for length in range(9):
+    for length in range(MAX_VARINT_BYTES):
         if position + length >= len(buffer):
             raise DecodeError(DecodeReason.TRUNCATED, f"the payload ends inside {what}")
         byte = buffer[position + length]

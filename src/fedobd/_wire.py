@@ -10,8 +10,9 @@ A payload is, in this order, all numbers little endian:
 5. for each segment of each held block a coding (u8) with its fields: CONSTANT offset f32; LEVELS
    number of levels (LEB128), offset f32, range f32; RAW and MASKED none;
 6. frames, each with its length (LEB128) before it: in an opening payload first one with the frozen
-   tensors, if the model has any; then for each held block one with its levels, if a segment has
-   levels, and one with its plain values, if a segment has those;
+   tensors, if the model has any; then for each held block one with its levels, one with the plain
+   values of its parameters and one with its buffers, each only if the block has such segments;
+   with `Flag.LOSSLESS` frames of plain values are compressed;
 7. CRC-32 (the one of zlib and PNG) of all bytes before it, u32.
 
 Names and shapes do not travel: the fingerprint of the schema does.
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import math
 import struct
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
@@ -33,7 +33,7 @@ from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd._masks import Mask
 from fedobd._quantization import MAX_LEVELS, MAX_RANGE, Coding, SegmentCode
 from fedobd._schema import ModelSchema, Role, Segment
-from fedobd._varint import read_varint, write_varint
+from fedobd._varint import MAX_VARINT_BYTES, read_varint, write_varint
 
 MAGIC = b"FOBD"
 VERSION = 2
@@ -93,6 +93,7 @@ class Flag(IntFlag):
     MASK = 2
     BLOCK_DIFFERENCES = 4
     DIFFERENCES = 8
+    LOSSLESS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +134,7 @@ class Header:
         round: round number, from 1; 0 in an opening payload that belongs to none.
         stage: stage number, from 1.
         kept: numbers of the blocks that it holds, ascending.
+        is_lossless: whether plain values are compressed.
         is_difference: whether parameters are differences to the round's broadcast; else they are
             values.
         client: the uploading client; None in other payloads.
@@ -147,6 +149,7 @@ class Header:
     stage: int
     kept: tuple[int, ...]
     is_difference: bool = False
+    is_lossless: bool = False
     client: int | None = None
     report: Report | None = None
     mask: Mask | None = None
@@ -158,6 +161,10 @@ class Header:
             value = getattr(self, name)
             if value is not None and not 0 <= value < limit:
                 raise UsageError(f"{name} is {value}; allowed are 0 to {limit - 1}")
+
+    def holds_frozen(self, schema: ModelSchema) -> bool:
+        """Whether the payload has a frame of frozen tensors."""
+        return self.kind is Kind.OPENING and bool(schema.frozen())
 
 
 @dataclass(slots=True)
@@ -211,6 +218,8 @@ def pack_header(
         parts.append(np.asarray(header.block_differences, "<f4").tobytes())
     if header.is_difference:
         flags |= Flag.DIFFERENCES
+    if header.is_lossless:
+        flags |= Flag.LOSSLESS
     bitmap = np.zeros(len(schema.blocks), bool)
     bitmap[list(header.kept)] = True
     parts.append(np.packbits(bitmap, bitorder="little").tobytes())
@@ -259,19 +268,23 @@ class Cursor:
 
     def varint(self, what: str) -> int:
         """Return the LEB128 number that is next; DecodeError where it is no proper one."""
-        value, self.position = read_varint(self._buffer, self.position, what)
-        return value
+        digits = bytearray()
+        while not digits or digits[-1] >= 0x80:
+            digits += self.take(1, what)
+            if len(digits) > MAX_VARINT_BYTES:
+                break
+        return read_varint(memoryview(digits), 0, f"{what} before offset {self.position}")[0]
 
     def unpack(self, layout: struct.Struct, what: str) -> tuple[Any, ...]:
         """Return the fields of the next bytes; DecodeError where too few are left."""
         return layout.unpack(self.take(layout.size, what))
 
 
-def check_envelope(buffer: memoryview) -> None:
-    """Refuse what is no payload of this version, or was damaged on its way.
+def check_version(buffer: memoryview) -> None:
+    """Refuse what is no payload of this version.
 
     Raises:
-        DecodeError: length, magic, version or checksum are wrong.
+        DecodeError: it is too short, or magic or version are wrong.
     """
     if len(buffer) < _HEADER.size + CHECKSUM.size:
         raise DecodeError(
@@ -281,15 +294,21 @@ def check_envelope(buffer: memoryview) -> None:
     if buffer[:4] != MAGIC:
         raise DecodeError(
             DecodeReason.VERSION,
-            f"this is no payload of fedobd: it starts with {bytes(buffer[:4])!r}, wanted "
-            f"{MAGIC!r}",
+            f"this is no payload of fedobd: it starts with {bytes(buffer[:4])!r}, not {MAGIC!r}",
         )
     if buffer[4] != VERSION:
         raise DecodeError(
             DecodeReason.VERSION, f"format version {buffer[4]} came; this side reads {VERSION}"
         )
-    (wanted,) = CHECKSUM.unpack(buffer[-CHECKSUM.size :])
-    came = zlib.crc32(buffer[: -CHECKSUM.size])
+
+
+def check_checksum(came: int, field: memoryview) -> None:
+    """Refuse a payload that was cut or altered on its way.
+
+    Raises:
+        DecodeError: the checksum of what came is not the one in the field.
+    """
+    (wanted,) = CHECKSUM.unpack(field)
     if came != wanted:
         raise DecodeError(
             DecodeReason.CHECKSUM,
@@ -339,6 +358,7 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
         stage=stage,
         kept=_read_bitmap(cursor, len(schema.blocks)),
         is_difference=Flag.DIFFERENCES in flags,
+        is_lossless=Flag.LOSSLESS in flags,
         client=client,
         report=report,
         mask=mask,

@@ -17,12 +17,15 @@ class SingleStage(Method):
         epochs: local epochs of each round, from 1.
         cohort: count (int) or fraction (float) of the clients in each round.
         stop: the rule by which the run ends early.
+        lossless: whether plain values are compressed, without loss; the papers send them as they
+            are.
     """
 
     rounds: int = 100
     epochs: int = 5
     cohort: int | float = 0.5
     stop: EarlyStop = EarlyStop()
+    lossless: bool = False
 
     def __post_init__(self) -> None:
         self.stages()

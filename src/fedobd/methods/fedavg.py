@@ -15,7 +15,8 @@ class FedAvg(SingleStage):
     """Federated averaging: the mean of the clients' models, weighted by their examples.
 
     Args:
-        rounds, epochs, cohort, stop: see `SingleStage`; the FedOBD paper's comparison has all
+        rounds, epochs, cohort, stop, lossless: see `SingleStage`; the FedOBD paper's comparison
+        has all
             clients take part.
 
     References:
@@ -31,4 +32,4 @@ class FedAvg(SingleStage):
 
     def uplink(self, context: UplinkContext) -> Shipment:
         """See `Method.uplink`: every block as it is."""
-        return Shipment(kept=context.received)
+        return Shipment(kept=context.received, lossless=self.lossless)

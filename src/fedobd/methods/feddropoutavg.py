@@ -22,7 +22,7 @@ class FedDropoutAvg(SingleStage):
     Each element is averaged over the clients that sent it.
 
     Args:
-        rounds, epochs, cohort, stop: see `SingleStage`.
+        rounds, epochs, cohort, stop, lossless: see `SingleStage`.
         dropout_rate: λ in [0, 1), the probability that a parameter is not uploaded.
 
     References:
@@ -49,7 +49,7 @@ class FedDropoutAvg(SingleStage):
     def uplink(self, context: UplinkContext) -> Shipment:
         """See `Method.uplink`: the values under the client's mask."""
         mask = Mask.of_rate(context.seed, self.dropout_rate)
-        return Shipment(kept=context.received, mask=mask)
+        return Shipment(kept=context.received, mask=mask, lossless=self.lossless)
 
     def check_upload(self, header: Header, schema: ModelSchema, received: tuple[int, ...]) -> None:
         """See `Method.check_upload`: all blocks, under a mask of this λ."""

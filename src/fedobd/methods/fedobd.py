@@ -30,6 +30,8 @@ class FedOBD(Method):
         stage_two_epochs: E2; 0 leaves stage 2 out.
         cohort: count (int) or fraction (float) of the clients in each round of stage 1.
         stop: the rule by which a stage is left early.
+        lossless: whether plain values (buffers, and parameters that are not quantized) are
+            compressed, without loss.
 
     References:
         FedOBD (arXiv 2208.05174), algorithms 1 and 2.
@@ -51,6 +53,7 @@ class FedOBD(Method):
     stage_two_epochs: int = 10
     cohort: int | float = 0.5
     stop: EarlyStop = EarlyStop()
+    lossless: bool = False
 
     def __post_init__(self) -> None:
         if self.stage_two_epochs < 0:
@@ -76,7 +79,9 @@ class FedOBD(Method):
 
     def downlink(self, memory: Memory, schema: ModelSchema) -> Shipment:
         """See `Method.downlink`: every block, quantized."""
-        return Shipment(kept=all_blocks(schema), quantizer=self.codec.downlink)
+        return Shipment(
+            kept=all_blocks(schema), quantizer=self.codec.downlink, lossless=self.lossless
+        )
 
     def uplink(self, context: UplinkContext) -> Shipment:
         """See `Method.uplink`.
@@ -87,7 +92,12 @@ class FedOBD(Method):
         kept = context.received
         if context.stage == 1:
             kept = self.codec.select(context.schema, differences, context.seed)
-        return Shipment(kept=kept, quantizer=self.codec.uplink, block_differences=differences)
+        return Shipment(
+            kept=kept,
+            quantizer=self.codec.uplink,
+            block_differences=differences,
+            lossless=self.lossless,
+        )
 
     def check_upload(self, header: Header, schema: ModelSchema, received: tuple[int, ...]) -> None:
         """See `Method.check_upload`: within the budget in stage 1, all blocks in stage 2."""

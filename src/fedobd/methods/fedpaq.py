@@ -16,7 +16,7 @@ class FedPAQ(SingleStage):
     """Periodic averaging with stochastically quantized differences.
 
     Args:
-        rounds, epochs, cohort, stop: see `SingleStage`.
+        rounds, epochs, cohort, stop, lossless: see `SingleStage`.
         levels: s of QSGD, from 1 to 2^22.
 
     References:
@@ -41,4 +41,6 @@ class FedPAQ(SingleStage):
 
     def uplink(self, context: UplinkContext) -> Shipment:
         """See `Method.uplink`: every block's difference in stochastic levels."""
-        return Shipment(kept=context.received, quantizer=Stochastic(self.levels))
+        return Shipment(
+            kept=context.received, quantizer=Stochastic(self.levels), lossless=self.lossless
+        )

@@ -29,7 +29,7 @@ class SMAFD(SingleStage):
     evenly, until (1 - λ)·|W| parameters are reached or passed.
 
     Args:
-        rounds, epochs, cohort, stop: see `SingleStage`.
+        rounds, epochs, cohort, stop, lossless: see `SingleStage`.
         dropout_rate: λ in [0, 1).
 
     References:
@@ -84,11 +84,12 @@ class SMAFD(SingleStage):
     def downlink(self, memory: Memory, schema: ModelSchema) -> Shipment:
         """See `Method.downlink`: the sub-model's tensors; all, where none is drawn."""
         submodel = memory.get("submodel")
-        return Shipment(kept=all_blocks(schema) if submodel is None else tuple(submodel))
+        kept = all_blocks(schema) if submodel is None else tuple(submodel)
+        return Shipment(kept=kept, lossless=self.lossless)
 
     def uplink(self, context: UplinkContext) -> Shipment:
         """See `Method.uplink`: the same tensors."""
-        return Shipment(kept=context.received)
+        return Shipment(kept=context.received, lossless=self.lossless)
 
     def end(self, memory: Memory, record: RoundRecord) -> Memory:
         """See `Method.end`.

@@ -1,0 +1,116 @@
+"""Frames: what stands behind the header of a payload, and in which order.
+
+A block has up to three frames: the levels of its parameters, plain values of its parameters, plain
+values of its buffers. Which of them it has, and how long the plain ones are, follows from schema
+and header.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedobd._errors import UsageError
+from fedobd._quantization import Coding, SegmentCode, level_bits
+from fedobd._schema import Block, ModelSchema, Role, Segment
+from fedobd._wire import Header
+
+
+@dataclass(frozen=True, slots=True)
+class PlainPart:
+    """Plain values of a segment within a frame.
+
+    Args:
+        segment: which elements.
+        dtype: their type in the frame.
+        mask: which of them are there, bool, shape (n,); None for all.
+    """
+
+    segment: Segment
+    dtype: torch.dtype
+    mask: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values that are there."""
+        count = self.segment.num_elements if self.mask is None else int(self.mask.sum())
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLayout:
+    """The frames of a block, each as its segments; one without any is not in the payload."""
+
+    levels: tuple[tuple[Segment, SegmentCode], ...]
+    raw: tuple[PlainPart, ...]
+    buffers: tuple[PlainPart, ...]
+
+    @property
+    def most_level_bytes(self) -> int:
+        """Bytes that no frame of these levels passes: 1.25 times the nominal ones, and 4,096."""
+        bits = sum(s.num_elements * level_bits(code.num_levels) for s, code in self.levels)
+        return bits // 8 + bits // 32 + 4096
+
+    @property
+    def nominal_bits(self) -> int:
+        """Bits by the papers' formula."""
+        bits = sum(s.num_elements * level_bits(code.num_levels) for s, code in self.levels)
+        return bits + 8 * sum(part.num_bytes for part in (*self.raw, *self.buffers))
+
+
+def lay_out(
+    schema: ModelSchema, header: Header, block: Block, codes: Sequence[SegmentCode]
+) -> BlockLayout:
+    """Return the frames of a block whose segments have these codes."""
+    levels: list[tuple[Segment, SegmentCode]] = []
+    raw: list[PlainPart] = []
+    buffers: list[PlainPart] = []
+    for segment, code in zip(block.segments, codes, strict=True):
+        if code.coding is Coding.LEVELS:
+            levels.append((segment, code))
+        elif code.coding is not Coding.CONSTANT:
+            mask = _mask_of(schema, header, segment) if code.coding is Coding.MASKED else None
+            part = PlainPart(segment, plain_dtype(schema, header, segment), mask)
+            is_buffer = schema.tensors[segment.tensor].role is Role.BUFFER
+            (buffers if is_buffer else raw).append(part)
+    return BlockLayout(tuple(levels), tuple(raw), tuple(buffers))
+
+
+def frozen_parts(schema: ModelSchema) -> tuple[PlainPart, ...]:
+    """Return the frame of the frozen tensors, each in its own type."""
+    return tuple(
+        PlainPart(Segment(n, 0, schema.tensors[n].num_elements), schema.tensors[n].dtype)
+        for n in schema.frozen()
+    )
+
+
+def plain_dtype(schema: ModelSchema, header: Header, segment: Segment) -> torch.dtype:
+    """Return the type of plain values.
+
+    It is that of the tensor on the wire, and float32 for differences of parameters.
+    """
+    spec = schema.tensors[segment.tensor]
+    if header.is_difference and spec.role is Role.PARAMETER:
+        return torch.float32
+    return spec.wire_dtype
+
+
+def _mask_of(schema: ModelSchema, header: Header, segment: Segment) -> torch.Tensor:
+    assert header.mask is not None
+    start = schema.mask_offset(segment)
+    return torch.from_numpy(header.mask.kept(start, start + segment.num_elements))
+
+
+def check_finite(name: str, values: torch.Tensor) -> None:
+    """Raise UsageError where a floating tensor holds NaN or an infinity."""
+    if values.is_floating_point() and values.numel():
+        low, high = map(float, torch.aminmax(values))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            kind = "NaN" if math.isnan(low) else "an infinity"
+            raise UsageError(
+                f"tensor {name!r} holds {kind} as {values.dtype}; "
+                "training has diverged, or the model was wrong at the start"
+            )

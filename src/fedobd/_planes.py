@@ -1,0 +1,95 @@
+"""Plain values as bytes, and without loss in fewer: byte planes under zstandard.
+
+The bytes of float values that stand at the same place in each number (exponents above all) are
+alike; put together, plane by plane, they compress where the numbers as they are do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import zstandard
+from numpy.typing import NDArray
+
+from fedobd._errors import DecodeError, DecodeReason
+
+_ZSTD_LEVEL = 3
+
+
+def to_bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:
+    """Return the little-endian bytes of a 1-D tensor in an element type."""
+    dense = torch.empty(
+        values.numel(), dtype=dtype
+    )  # `contiguous` leaves odd strides of 1 element
+    dense.copy_(values)
+    return dense.view(torch.uint8).numpy().tobytes()
+
+
+def from_bytes(part: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    """Return a 1-D tensor of what `to_bytes` made; a boolean is true for any byte but 0."""
+    if len(part) == 0:
+        return torch.empty(0, dtype=dtype)
+    if dtype is torch.bool:
+        return torch.frombuffer(bytearray(part), dtype=torch.uint8) != 0
+    return torch.frombuffer(bytearray(part), dtype=dtype)
+
+
+def compress(parts: Sequence[bytes], itemsizes: Sequence[int]) -> bytes:
+    """Compress plain values.
+
+    Args:
+        parts: the bytes of each segment.
+        itemsizes: the bytes of one element of each.
+    """
+    planes = b"".join(
+        _transposed(part, itemsize, len(part) // itemsize).tobytes()
+        for part, itemsize in zip(parts, itemsizes, strict=True)
+    )
+    return zstandard.ZstdCompressor(
+        level=_ZSTD_LEVEL, write_checksum=False, write_content_size=True
+    ).compress(planes)
+
+
+def decompress(frame: memoryview, lengths: Sequence[int], itemsizes: Sequence[int]) -> bytes:
+    """Recover plain values, all segments in a row.
+
+    Args:
+        frame: what `compress` returned.
+        lengths: the bytes of each segment.
+        itemsizes: the bytes of one element of each.
+
+    Raises:
+        DecodeError: it is no such frame, or does not hold as many bytes.
+    """
+    wanted = sum(lengths)
+    try:
+        came = zstandard.frame_content_size(frame)
+        if came != wanted:
+            raise DecodeError(
+                DecodeReason.STREAM,
+                f"a compressed frame says it holds {came} bytes; its segments want {wanted}",
+            )
+        planes = zstandard.ZstdDecompressor().decompress(
+            frame, max_output_size=wanted, allow_extra_data=False
+        )
+    except zstandard.ZstdError as error:
+        raise DecodeError(
+            DecodeReason.STREAM, f"a compressed frame is damaged: {error}"
+        ) from error
+    if len(planes) != wanted or (wanted == 0 and bytes(frame) != compress([], [])):
+        raise DecodeError(
+            DecodeReason.STREAM, f"a compressed frame holds {len(planes)} bytes; wanted {wanted}"
+        )
+    result, position = [], 0
+    for length, itemsize in zip(lengths, itemsizes, strict=True):
+        part = planes[position : position + length]
+        result.append(_transposed(part, length // itemsize, itemsize).tobytes())
+        position += length
+    return b"".join(result)
+
+
+def _transposed(part: bytes, rows: int, columns: int) -> NDArray[np.uint8]:
+    """Return bytes as rows × columns; to make planes, `rows` is the size of an element."""
+    return np.frombuffer(part, np.uint8).reshape(columns, rows).T

@@ -13,7 +13,7 @@ float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError
 from fedobd._payload import DecodedSegment
-from fedobd._schema import ModelSchema, Role, Segment
+from fedobd._schema import ModelSchema, Role
 from fedobd._state import ModelState
 
 _ROOM_BITS = {Role.PARAMETER: 10, Role.BUFFER: 20}
@@ -79,7 +79,7 @@ class RunningMean:
 
     def fold(
         self,
-        blocks: Iterable[tuple[int, list[DecodedSegment]]],
+        blocks: Callable[[], Iterable[tuple[int, list[DecodedSegment]]]],
         num_examples: int,
         *,
         differences: bool,
@@ -87,7 +87,8 @@ class RunningMean:
         """Add one upload, wholly or not at all.
 
         Args:
-            blocks: its decoded blocks.
+            blocks: decodes it block by block; called again, to subtract what was added, if a fault
+                is found on the way.
             num_examples: its weight, n_k.
             differences: whether parameters are differences; buffers are always values.
 
@@ -96,61 +97,76 @@ class RunningMean:
                 then as before.
         """
         maxima: dict[int, torch.Tensor] = {}
-        added: list[tuple[DecodedSegment, NDArray[np.int64]]] = []
+        added = 0
         try:
-            for _, segments in blocks:
+            for _, segments in blocks():
                 for decoded in segments:
-                    if not self._schema.tensors[decoded.segment.tensor].is_floating:
+                    if self._schema.tensors[decoded.segment.tensor].is_floating:
+                        self._add(decoded, num_examples, differences, sign=1)
+                        added += 1
+                    else:
                         maxima[decoded.segment.tensor] = decoded.values
-                        continue
-                    contribution = self._contribution(decoded, num_examples, differences)
-                    self._add(decoded, contribution, num_examples)
-                    added.append((decoded, contribution))
         except BaseException:
-            for decoded, contribution in added:
-                self._add(decoded, -contribution, -num_examples)
+            self._take_back(blocks, added, num_examples, differences)
             raise
         for number, values in maxima.items():
             before = self._maxima.get(number)
             self._maxima[number] = values if before is None else torch.maximum(before, values)
         self._num_examples += num_examples
 
-    def _contribution(
-        self, decoded: DecodedSegment, num_examples: int, differences: bool
-    ) -> NDArray[np.int64]:
-        segment = decoded.segment
-        spec = self._schema.tensors[segment.tensor]
-        values = decoded.values.to(torch.float64).numpy()
-        if not (differences and spec.role is Role.PARAMETER):
-            base = self._reference[spec.name].reshape(-1)[segment.start : segment.stop]
-            values = values - (base if decoded.mask is None else base[decoded.mask]).numpy()
-        limit = math.ldexp(1.0, self._range_exponents[segment.tensor])
-        largest = float(np.abs(values).max()) if values.size else 0.0
-        if not largest <= limit:
-            raise DecodeError(
-                DecodeReason.LIMIT,
-                f"tensor {spec.name!r} would change by {largest:.3g} in one round; at most "
-                f"{limit:.3g} is accepted",
-            )
-        scale = math.ldexp(float(num_examples), self._scale_exponents[segment.tensor])
-        return np.rint(values * scale).astype(np.int64)
+    def _take_back(
+        self,
+        blocks: Callable[[], Iterable[tuple[int, list[DecodedSegment]]]],
+        added: int,
+        num_examples: int,
+        differences: bool,
+    ) -> None:
+        """Subtract the first segments of an upload, as many as were added."""
+        for _, segments in blocks() if added else ():
+            for decoded in segments:
+                if self._schema.tensors[decoded.segment.tensor].is_floating:
+                    self._add(decoded, num_examples, differences, sign=-1)
+                    added -= 1
+                    if added == 0:
+                        return
 
     def _add(
-        self, decoded: DecodedSegment, contribution: NDArray[np.int64], num_examples: int
+        self, decoded: DecodedSegment, num_examples: int, differences: bool, *, sign: int
     ) -> None:
-        segment: Segment = decoded.segment
+        """Add a segment's contribution, or subtract it, after a look at its range."""
+        from fedobd import _kernels  # when first needed, since importing numba takes its time
+
+        segment = decoded.segment
+        spec = self._schema.tensors[segment.tensor]
         where = slice(segment.start, segment.stop)
         sums, weights = self._sums[segment.tensor], self._weights[segment.tensor]
         assert sums is not None
+        values = decoded.values
+        if not (differences and spec.role is Role.PARAMETER):
+            base = self._reference[spec.name].reshape(-1)[where]
+            values = values.to(torch.float64) - (
+                base if decoded.mask is None else base[decoded.mask]
+            )
+        limit = math.ldexp(1.0, self._range_exponents[segment.tensor])
+        low, high = map(float, torch.aminmax(values)) if values.numel() else (0.0, 0.0)
+        largest = max(high, -low)
+        if not largest <= limit:
+            raise DecodeError(
+                DecodeReason.LIMIT,
+                f"tensor {spec.name!r} would change by {largest:.3g} in one round; "
+                f"at most {limit:.3g} is accepted",
+            )
+        scale = math.ldexp(float(sign * num_examples), self._scale_exponents[segment.tensor])
+        as_array = values.numpy()
         if decoded.mask is None:
-            sums[where] += contribution
+            _kernels.add_scaled(as_array, scale, sums[where])
             if weights is not None:
-                weights[where] += num_examples
+                weights[where] += sign * num_examples
         else:
             mask = decoded.mask.numpy()
-            sums[where][mask] += contribution
+            sums[where][mask] += np.rint(as_array * scale).astype(np.int64)
             if weights is not None:
-                weights[where][mask] += num_examples
+                weights[where][mask] += sign * num_examples
 
     def finish(self) -> ModelState:
         """Return the new values: reference plus mean difference.

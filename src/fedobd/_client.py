@@ -7,21 +7,22 @@ the constructor takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import torch
 
 from fedobd._encoding import encode_payload
-from fedobd._errors import UsageError
+from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd._frames import check_finite
 from fedobd._method import Method, UplinkContext
-from fedobd._payload import Payload, refuse_not_finite
+from fedobd._payload import Payload, PayloadStream, refuse_not_finite
 from fedobd._schema import ModelSchema, Role, Segment
 from fedobd._seeds import derive_seed, make_generator
 from fedobd._selection import mean_block_differences
 from fedobd._server import check_addressed
-from fedobd._state import ModelState, check_state, segment_of
+from fedobd._state import ModelState, check_state, segment_of, state_fingerprint
 from fedobd._wire import Bytes, Header, Kind, Report
 
 
@@ -40,17 +41,34 @@ class Broadcast:
 
     @classmethod
     def decode(
-        cls, payload: Bytes, method: Method, schema: ModelSchema, kind: Kind = Kind.BROADCAST
+        cls,
+        payload: Bytes | Iterable[Bytes],
+        method: Method,
+        schema: ModelSchema,
+        kind: Kind = Kind.BROADCAST,
+        executor: Executor | None = None,
     ) -> Broadcast:
         """Decode a broadcast, opening or delivery.
+
+        Args:
+            payload: the whole of it, or its chunks as they come in, of which no more is kept than
+                a block.
+            method: the run's method.
+            schema: the model's schema.
+            kind: what is wanted.
+            executor: spreads the work on large blocks.
 
         Raises:
             DecodeError: it is cut, altered, or of another kind, method or model.
         """
-        parsed = Payload.parse(payload, schema)
+        parsed: Payload | PayloadStream
+        if isinstance(payload, bytes | bytearray | memoryview):
+            parsed = Payload.parse(payload, schema)
+        else:
+            parsed = PayloadStream(payload, schema)
         check_addressed(parsed.header, kind, method, None, None)
         values: ModelState = {spec.name: tensor for spec, tensor in parsed.frozen()}
-        for _, segments in parsed.blocks():
+        for _, segments in parsed.blocks(executor):
             for decoded in segments:
                 spec = schema.tensors[decoded.segment.tensor]
                 if spec.name not in values:
@@ -72,6 +90,8 @@ class ClientSession:
         seed: the run's seed.
         state: what the client kept from its last round; None for a client that takes part for the
             first time.
+        start: the initial model, in a run whose clients hold it already.
+        executor: spreads the work on large blocks; the bytes are the same with and without.
     """
 
     def __init__(
@@ -82,12 +102,16 @@ class ClientSession:
         client: int,
         seed: int = 0,
         state: Mapping[str, torch.Tensor] | None = None,
+        start: Mapping[str, torch.Tensor] | None = None,
+        executor: Executor | None = None,
     ) -> None:
         self.method = method
         self.schema = schema
         self.client = client
         self.seed = seed
         self._kept: ModelState = dict(state or {})
+        self._initial = start
+        self._executor = executor
         self._received: Header | None = None
         self._start: ModelState = {}
 
@@ -99,7 +123,7 @@ class ClientSession:
         """
         return dict(self._kept)
 
-    def open(self, payload: Bytes | Broadcast) -> None:
+    def open(self, payload: Bytes | Iterable[Bytes] | Broadcast) -> None:
         """Take in the opening payload that comes before a client's first broadcast.
 
         Raises:
@@ -108,15 +132,37 @@ class ClientSession:
         opening = (
             payload
             if isinstance(payload, Broadcast)
-            else Broadcast.decode(payload, self.method, self.schema, Kind.OPENING)
+            else Broadcast.decode(payload, self.method, self.schema, Kind.OPENING, self._executor)
         )
-        self._kept.update(opening.values)
+        if opening.header.start is None:
+            self._kept.update(opening.values)
+        else:
+            kept = self._held_start(opening.header.start)
+            names = (self.schema.tensors[number].name for number in self.schema.frozen())
+            whole = self.method.keeps_client_state
+            self._kept.update(kept if whole else {name: kept[name] for name in names})
 
-    def receive(self, payload: Bytes | Broadcast) -> ModelState:
+    def _held_start(self, fingerprint: bytes) -> ModelState:
+        """Return the initial model that this client holds, once it is the run's."""
+        if self._initial is None:
+            raise UsageError(
+                f"client {self.client}: this run starts from a model that its clients hold "
+                "already, and this client was given none"
+            )
+        own = state_fingerprint(self.schema, self._initial)
+        if own != fingerprint:
+            raise DecodeError(
+                DecodeReason.START,
+                f"client {self.client} holds another initial model than the server: fingerprint "
+                f"{own.hex()}, wanted {fingerprint.hex()}",
+            )
+        return {spec.name: self._initial[spec.name] for spec in self.schema.tensors}
+
+    def receive(self, payload: Bytes | Iterable[Bytes] | Broadcast) -> ModelState:
         """Take in the round's broadcast.
 
         Args:
-            payload: its bytes, or what `Broadcast.decode` made of them.
+            payload: its bytes, chunks of them, or what `Broadcast.decode` made of them.
 
         Returns:
             The state Ŵ to train from, by name, in the model's element types. The tensors are the
@@ -129,17 +175,20 @@ class ClientSession:
         broadcast = (
             payload
             if isinstance(payload, Broadcast)
-            else Broadcast.decode(payload, self.method, self.schema)
+            else Broadcast.decode(payload, self.method, self.schema, executor=self._executor)
         )
         header = broadcast.header
         held = set(header.kept)
-        start = dict(broadcast.values)
-        for number in self.schema.frozen():
-            self._take_kept(start, number)
-        for number, block in enumerate(self.schema.blocks):
-            if number not in held:
-                for segment in block.segments:
-                    self._take_kept(start, segment.tensor, segment)
+        if header.start is not None:
+            start = self._held_start(header.start)
+        else:
+            start = dict(broadcast.values)
+            for number in self.schema.frozen():
+                self._take_kept(start, number)
+            for number, block in enumerate(self.schema.blocks):
+                if number not in held:
+                    for segment in block.segments:
+                        self._take_kept(start, segment.tensor, segment)
         self._start, self._received = start, header
         if self.method.keeps_client_state:
             self._kept = dict(start)
@@ -232,4 +281,5 @@ class ClientSession:
             source,
             shipment.quantizer,
             generator=make_generator(self.seed, "rounding", received.round, self.client),
+            executor=self._executor,
         )

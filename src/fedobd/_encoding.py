@@ -73,7 +73,7 @@ class _Encoding:
         """Return the codes of the segments of each held block."""
         return [
             [self._code(segment) for segment in self.schema.blocks[number].segments]
-            for number in self.header.kept
+            for number in self.header.coded
         ]
 
     def _code(self, segment: Segment) -> SegmentCode:
@@ -105,7 +105,7 @@ class _Encoding:
             yield from self._plain_frame(
                 frozen_parts(schema), lambda part: values[part.segment.tensor]
             )
-        for number, block_codes in zip(header.kept, codes, strict=True):
+        for number, block_codes in zip(header.coded, codes, strict=True):
             yield from self._frames(schema.blocks[number], block_codes)
 
     def _frames(self, block: Block, codes: Sequence[SegmentCode]) -> Iterator[bytes]:

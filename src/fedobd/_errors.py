@@ -34,6 +34,7 @@ class DecodeReason(StrEnum):
     KIND = "kind"
     METHOD = "method"
     SCHEMA = "schema"
+    START = "start"
     ROUND = "round"
     CLIENT = "client"
     DUPLICATE = "duplicate"

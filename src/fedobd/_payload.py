@@ -116,7 +116,7 @@ class _FrameReader:
         self.header = read_header(cursor, schema)
         self.codes: Codes = tuple(
             tuple(read_code(cursor, schema, self.header, s) for s in schema.blocks[n].segments)
-            for n in self.header.kept
+            for n in self.header.coded
         )
         self.num_bytes = ByteCount()
 
@@ -132,7 +132,7 @@ class _FrameReader:
 
     def blocks(self) -> Iterator[_BlockFrames]:
         """Yield the frames of the held blocks."""
-        for number, codes in zip(self.header.kept, self.codes, strict=True):
+        for number, codes in zip(self.header.coded, self.codes, strict=True):
             block = self._schema.blocks[number]
             start = self._cursor.position
             layout = lay_out(self._schema, self.header, block, codes)

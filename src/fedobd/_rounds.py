@@ -268,6 +268,7 @@ class Progress:
         opened: clients that have had their opening payload.
         uploads_by_block: accepted uploads of each block in stage 1.
         memory: what the method keeps between rounds.
+        start: fingerprint of the initial model in hexadecimal, where clients hold it already.
     """
 
     rounds: int = 0
@@ -277,3 +278,4 @@ class Progress:
     opened: set[int] = field(default_factory=set)
     uploads_by_block: list[int] = field(default_factory=list)
     memory: dict[str, object] = field(default_factory=dict)
+    start: str | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ from fedobd._rounds import (
 )
 from fedobd._schema import ModelSchema, Role
 from fedobd._seeds import derive_seed, make_generator
-from fedobd._state import ModelState, cast_state, master_state, segment_of
+from fedobd._state import ModelState, cast_state, master_state, segment_of, state_fingerprint
 from fedobd._wire import ByteCount, Bytes, Header, Kind
 
 MAX_EXAMPLES = 10_000_000
@@ -80,6 +81,9 @@ class ServerSession:
             num_clients - 1.
         seed: the run's seed.
         max_examples: the largest number of examples that an upload may claim.
+        shared_start: clients hold the initial model already (the same seed and factory, the same
+            checkpoint): the first broadcast and openings are then its fingerprint, not its values.
+        executor: spreads the work on large blocks; the bytes are the same with and without.
 
     Raises:
         UsageError: the state does not fit the schema, or there are fewer clients than a cohort
@@ -95,6 +99,8 @@ class ServerSession:
         num_clients: int,
         seed: int = 0,
         max_examples: int = MAX_EXAMPLES,
+        shared_start: bool = False,
+        executor: Executor | None = None,
     ) -> None:
         if num_clients < 1:
             raise UsageError(f"num_clients is {num_clients}; allowed are numbers from 1")
@@ -110,7 +116,9 @@ class ServerSession:
         for stage in self._stages:
             sample_cohort(stage.cohort, num_clients, seed, 0)
         self._state = master_state(schema, state)
-        self._progress = Progress(uploads_by_block=[0] * len(schema.blocks))
+        start = state_fingerprint(schema, self.state).hex() if shared_start else None
+        self._progress = Progress(uploads_by_block=[0] * len(schema.blocks), start=start)
+        self._executor = executor
         self._open: _OpenRound | None = None
 
     @property
@@ -246,6 +254,7 @@ class ServerSession:
             stage=self._stages[min(self._progress.stage, len(self._stages) - 1)].number,
             kept=shipment.kept,
             is_lossless=shipment.lossless,
+            start=self._start_of(kind, number),
         )
         return encode_payload(
             schema,
@@ -254,7 +263,14 @@ class ServerSession:
             shipment.quantizer,
             generator=make_generator(self.seed, "downlink", number),
             frozen=lambda spec: state[spec.name],
+            executor=self._executor,
         )
+
+    def _start_of(self, kind: Kind, number: int) -> bytes | None:
+        """Return the initial model's fingerprint where a payload stands for that model."""
+        start = self._progress.start
+        stands = kind is Kind.OPENING or (kind is Kind.BROADCAST and number == 1)
+        return bytes.fromhex(start) if start is not None and stands else None
 
     def receive(self, client: int, upload: Bytes) -> UploadRecord:
         """Take in one upload, in any order of clients.
@@ -323,7 +339,11 @@ class ServerSession:
                 f"{self.method.name} sends the other",
             )
         self.method.check_upload(header, self.schema, current.shipment.kept)
-        current.mean.fold(payload.blocks(), report.num_examples, differences=header.is_difference)
+        current.mean.fold(
+            lambda: payload.blocks(self._executor),
+            report.num_examples,
+            differences=header.is_difference,
+        )
         record = UploadRecord(
             client=client,
             num_examples=report.num_examples,

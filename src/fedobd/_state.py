@@ -6,6 +6,7 @@ from `load_state`, whose purpose it is.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -97,6 +98,24 @@ def check_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> None:
 def cast_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> ModelState:
     """Return copies of a state's tensors in the model's own element types."""
     return {spec.name: state[spec.name].to(spec.dtype, copy=True) for spec in schema.tensors}
+
+
+def state_fingerprint(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> bytes:
+    """Return 16 bytes that two states share only if names, shapes, types and all values are equal.
+
+    Args:
+        schema: the model's schema.
+        state: values by name, in the model's element types.
+
+    Raises:
+        UsageError: a tensor is missing or has another shape.
+    """
+    check_state(schema, state)
+    digest = hashlib.blake2b(schema.fingerprint, digest_size=16)
+    for spec in schema.tensors:
+        values = state[spec.name].detach().to("cpu", spec.dtype).reshape(-1).contiguous()
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def segment_of(

@@ -3,7 +3,8 @@
 A payload is, in this order, all numbers little endian:
 
 1. the fixed fields of `HEADER_FIELDS`;
-2. if `Flag.UPLOAD`: the fields of `UPLOAD_FIELDS`; if `Flag.MASK`: those of `MASK_FIELDS`;
+2. if `Flag.UPLOAD`: the fields of `UPLOAD_FIELDS`; if `Flag.MASK`: those of `MASK_FIELDS`; if
+   `Flag.START`: those of `START_FIELDS`, and then 5 and 6 are left out;
 3. if `Flag.BLOCK_DIFFERENCES`: one float32 for each block of the schema;
 4. a bitmap of the blocks that it holds, block 0 in the lowest bit of the first byte; unused bits
    are 0;
@@ -63,9 +64,13 @@ UPLOAD_FIELDS = (
 MASK_FIELDS = (("seed", "Q"), ("threshold", "Q"))
 """Fields of a payload whose parameters are masked."""
 
+START_FIELDS = (("start", "16s"),)
+"""Field of a payload that stands for the initial model: the fingerprint of its values."""
+
 _HEADER = struct.Struct("<" + "".join(code for _, code in HEADER_FIELDS))
 _UPLOAD = struct.Struct("<" + "".join(code for _, code in UPLOAD_FIELDS))
 _MASK = struct.Struct("<" + "".join(code for _, code in MASK_FIELDS))
+_START = struct.Struct("<" + "".join(code for _, code in START_FIELDS))
 _OFFSET = struct.Struct("<f")
 _LEVELS = struct.Struct("<ff")
 CHECKSUM = struct.Struct("<I")
@@ -94,6 +99,7 @@ class Flag(IntFlag):
     BLOCK_DIFFERENCES = 4
     DIFFERENCES = 8
     LOSSLESS = 16
+    START = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +147,7 @@ class Header:
         report: the client's report; None in other payloads.
         mask: the mask over parameters, if they are masked.
         block_differences: mean block difference of each block, if the method sends it.
+        start: fingerprint of the initial model, if the payload stands for it and holds no values.
     """
 
     kind: Kind
@@ -154,6 +161,7 @@ class Header:
     report: Report | None = None
     mask: Mask | None = None
     block_differences: tuple[float, ...] | None = None
+    start: bytes | None = None
 
     def __post_init__(self) -> None:
         limits = {"method": 2**8, "round": 2**32, "stage": 2**8, "client": 2**32}
@@ -164,7 +172,12 @@ class Header:
 
     def holds_frozen(self, schema: ModelSchema) -> bool:
         """Whether the payload has a frame of frozen tensors."""
-        return self.kind is Kind.OPENING and bool(schema.frozen())
+        return self.kind is Kind.OPENING and self.start is None and bool(schema.frozen())
+
+    @property
+    def coded(self) -> tuple[int, ...]:
+        """Numbers of the blocks whose values it holds."""
+        return self.kept if self.start is None else ()
 
 
 @dataclass(slots=True)
@@ -213,13 +226,16 @@ def pack_header(
     if header.mask is not None:
         flags |= Flag.MASK
         parts.append(_MASK.pack(header.mask.seed, header.mask.threshold))
-    if header.block_differences is not None:
-        flags |= Flag.BLOCK_DIFFERENCES
-        parts.append(np.asarray(header.block_differences, "<f4").tobytes())
     if header.is_difference:
         flags |= Flag.DIFFERENCES
     if header.is_lossless:
         flags |= Flag.LOSSLESS
+    if header.start is not None:
+        flags |= Flag.START
+        parts.append(_START.pack(header.start))
+    if header.block_differences is not None:
+        flags |= Flag.BLOCK_DIFFERENCES
+        parts.append(np.asarray(header.block_differences, "<f4").tobytes())
     bitmap = np.zeros(len(schema.blocks), bool)
     bitmap[list(header.kept)] = True
     parts.append(np.packbits(bitmap, bitorder="little").tobytes())
@@ -342,6 +358,11 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
         )
     client, report = _read_report(cursor) if Flag.UPLOAD in flags else (None, None)
     mask = Mask(*cursor.unpack(_MASK, "the mask")) if Flag.MASK in flags else None
+    start = None
+    if Flag.START in flags:
+        if kind not in (Kind.OPENING, Kind.BROADCAST):
+            raise DecodeError(DecodeReason.FIELD, "only a server's payload stands for a model")
+        (start,) = cursor.unpack(_START, "the start")
     differences = None
     if Flag.BLOCK_DIFFERENCES in flags:
         part = cursor.take(4 * len(schema.blocks), "the block differences")
@@ -363,6 +384,7 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
         report=report,
         mask=mask,
         block_differences=differences,
+        start=start,
     )
 
 

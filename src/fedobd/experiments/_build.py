@@ -88,6 +88,7 @@ def build_experiment(config: RunConfig) -> Experiment:
         train=train,
         validate=partial(_validate, loss=loss, metric=metric),
         frozen={schema.tensors[n].name: initial[schema.tensors[n].name] for n in schema.frozen()},
+        start=initial if config.federation.shared_start else None,
         device=device,
     )
     model = model.to(device)

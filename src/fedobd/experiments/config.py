@@ -71,6 +71,11 @@ class FederationConfig(_Section):
 
     clients: int = Field(10, ge=1, description="Number of clients.")
     seed: int = Field(0, description="The run's seed; all randomness follows from it.")
+    shared_start: bool = Field(
+        False,
+        description="Clients hold the initial model already, so that the first broadcast is its "
+        "fingerprint, not its values.",
+    )
     max_examples: int = Field(
         MAX_EXAMPLES, ge=1, lt=2**40, description="The most examples that an upload may claim."
     )

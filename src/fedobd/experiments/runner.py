@@ -126,6 +126,7 @@ def run(
         num_clients=config.federation.clients,
         seed=config.federation.seed,
         max_examples=config.federation.max_examples,
+        shared_start=config.federation.shared_start,
     )
     folder = RunFolder(path)
     folder.start(config, resume=resume)

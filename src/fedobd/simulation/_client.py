@@ -35,6 +35,7 @@ class ClientSetup:
         validate: evaluates a received model on a client's validation examples; None leaves that
             out.
         frozen: values of the frozen tensors, which clients have once they were opened.
+        start: the initial model, in a run whose clients hold it already.
         device: where to train.
     """
 
@@ -46,6 +47,7 @@ class ClientSetup:
     train: LocalTraining
     validate: Callable[[nn.Module, ClientData], Evaluation | None] | None = None
     frozen: ModelState = field(default_factory=dict)
+    start: ModelState | None = None
     device: str = "cpu"
 
 
@@ -118,6 +120,7 @@ class LocalClient:
             client=task.client,
             seed=setup.seed,
             state={**setup.frozen, **(task.state or {})},
+            start=setup.start,
         )
         if task.opening is not None:
             session.open(self._decode(Kind.OPENING, plan.round, task.opening))

@@ -134,7 +134,7 @@ class RunningMean:
         self, decoded: DecodedSegment, num_examples: int, differences: bool, *, sign: int
     ) -> None:
         """Add a segment's contribution, or subtract it, after a look at its range."""
-        from fedobd import _kernels  # when first needed, since importing numba takes its time
+        import fedobd._kernels as kernels  # when first needed: importing numba takes its time
 
         segment = decoded.segment
         spec = self._schema.tensors[segment.tensor]
@@ -159,7 +159,7 @@ class RunningMean:
         scale = math.ldexp(float(sign * num_examples), self._scale_exponents[segment.tensor])
         as_array = values.numpy()
         if decoded.mask is None:
-            _kernels.add_scaled(as_array, scale, sums[where])
+            kernels.add_scaled(as_array, scale, sums[where])
             if weights is not None:
                 weights[where] += sign * num_examples
         else:
@@ -169,13 +169,16 @@ class RunningMean:
                 weights[where][mask] += sign * num_examples
 
     def finish(self) -> ModelState:
-        """Return the new values: reference plus mean difference.
+        """Return the new values: reference plus mean difference; integer tensors take the largest.
 
-        Integer tensors take the largest value.
+        The sums are given up on the way, so that old and new values never stand beside all of
+        them.
 
         Raises:
-            EmptyRoundError: nothing was folded.
+            EmptyRoundError: nothing was folded; the mean can still be used.
         """
+        import fedobd._kernels as kernels  # when first needed: importing numba takes its time
+
         if self._num_examples == 0:
             raise EmptyRoundError("no upload was accepted in this round, so there is no mean")
         state: ModelState = {}
@@ -190,8 +193,15 @@ class RunningMean:
                     else torch.maximum(before, largest.reshape(before.shape))
                 )
                 continue
-            total = self._num_examples if weights is None else np.maximum(weights, 1)
-            mean = np.ldexp(sums.astype(np.float64), -self._scale_exponents[number]) / total
-            new = (before.reshape(-1).to(torch.float64).numpy() + mean).astype(np.float32)
-            state[spec.name] = torch.from_numpy(new).reshape(before.shape)
+            after = torch.empty(before.shape, dtype=torch.float32)
+            kernels.finish_mean(
+                before.reshape(-1).numpy(),
+                sums,
+                math.ldexp(1.0, -self._scale_exponents[number]),
+                float(self._num_examples),
+                np.empty(0, np.int64) if weights is None else weights,
+                after.reshape(-1).numpy(),
+            )
+            state[spec.name] = after
+            self._sums[number] = self._weights[number] = None
         return state

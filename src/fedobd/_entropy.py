@@ -54,9 +54,9 @@ _LANES = 4
 @cache
 def _kernels() -> Any:
     """Import the compiled loops when they are first needed: importing numba takes its time."""
-    from fedobd import _kernels
+    import fedobd._kernels as kernels
 
-    return _kernels
+    return kernels
 
 
 @cache

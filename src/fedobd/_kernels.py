@@ -653,3 +653,20 @@ def add_scaled(values: Any, scale: Any, sums: Any) -> Any:
     """Add each value times a float64 scale, rounded once half to even, to int64 sums."""
     for i in range(values.size):
         sums[i] += np.int64(np.rint(np.float64(values[i]) * scale))
+
+
+@compiled
+def finish_mean(before: Any, sums: Any, unit: Any, total: Any, weights: Any, after: Any) -> Any:
+    """Write before + sum · unit / total, worked out in float64.
+
+    Args:
+        before: float32, shape (n,).
+        sums: int64, shape (n,).
+        unit: float64, what one unit of a sum is worth.
+        total: the weight of all uploads; not used where there are weights.
+        weights: int64, shape (n,), the weight of each element, 0 counted as 1; or shape (0,).
+        after: float32, shape (n,); written.
+    """
+    for i in range(before.size):
+        weight = total if weights.size == 0 else max(weights[i], 1)
+        after[i] = np.float32(np.float64(before[i]) + np.float64(sums[i]) * unit / weight)

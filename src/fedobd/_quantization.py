@@ -216,7 +216,7 @@ class NNADQ:
         executor: Executor | None = None,
     ) -> Levels:
         """See `Quantizer.quantize`; the generator is not used."""
-        from fedobd import _kernels  # when first needed, since importing numba takes its time
+        import fedobd._kernels as kernels  # when first needed: importing numba takes its time
 
         shift = level_shift(code.num_levels)
         symbols: Symbols = np.empty(values.size, _symbol_type(code.num_levels))
@@ -225,7 +225,7 @@ class NNADQ:
 
         def quantize(number: int) -> None:
             part = slice(starts[number], starts[number] + _QUANTIZE_STEP)
-            _kernels.quantize(
+            kernels.quantize(
                 values[part],
                 np.float32(code.offset),
                 np.float32(code.range),

@@ -27,9 +27,9 @@ def squared_norm(values: NDArray[np.float32]) -> float:
     Args:
         values: float32, shape (n,).
     """
-    from fedobd import _kernels  # when first needed, since importing numba takes its time
+    import fedobd._kernels as kernels  # when first needed: importing numba takes its time
 
-    return float(_kernels.squared_norm(values))
+    return float(kernels.squared_norm(values))
 
 
 def mean_block_differences(

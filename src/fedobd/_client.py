@@ -216,7 +216,8 @@ class ClientSession:
         """Encode the trained state.
 
         Args:
-            trained: the values after local training, by name, on the CPU.
+            trained: the values after local training, by name; on another device than the CPU they
+                are quantized there.
             report: examples, losses and validation figures.
 
         Yields:
@@ -238,7 +239,10 @@ class ClientSession:
         for spec in schema.tensors:
             check_finite(spec.name, trained[spec.name])
         after = [trained[spec.name].detach().reshape(-1) for spec in schema.tensors]
-        before = [self._start[spec.name].detach().reshape(-1) for spec in schema.tensors]
+        before = [
+            self._start[spec.name].detach().reshape(-1).to(values.device)
+            for spec, values in zip(schema.tensors, after, strict=True)
+        ]
 
         def value(segment: Segment) -> torch.Tensor:
             return after[segment.tensor][segment.start : segment.stop]

@@ -13,7 +13,7 @@ from fedobd._entropy import encode_levels
 from fedobd._errors import UsageError
 from fedobd._frames import PlainPart, check_finite, frozen_parts, lay_out, plain_dtype
 from fedobd._planes import compress, to_bytes
-from fedobd._quantization import Coding, Quantizer, SegmentCode
+from fedobd._quantization import Coding, Levels, Quantizer, SegmentCode
 from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
 from fedobd._varint import write_varint
 from fedobd._wire import CHECKSUM, Header, pack_header
@@ -36,7 +36,7 @@ def encode_payload(
     Args:
         schema: the model's schema.
         header: what it says.
-        source: gives the elements of a segment, 1-D, on the CPU: values, or for parameters of a
+        source: gives the elements of a segment, 1-D, on any device: values, or for parameters of a
             payload of differences the float32 differences.
         quantizer: how parameters are coded.
         generator: draws of a stochastic quantizer.
@@ -84,7 +84,10 @@ class _Encoding:
             return SegmentCode(Coding.RAW)
         if self.header.mask is not None:
             return SegmentCode(Coding.MASKED)
-        return self.quantizer.measure(values.to(torch.float32).numpy(), spec.repr_bits)
+        as_float = values.to(torch.float32)
+        if as_float.device.type != "cpu" and as_float.numel():
+            as_float = torch.stack(torch.aminmax(as_float)).cpu()  # all that is measured
+        return self.quantizer.measure(as_float.numpy(), spec.repr_bits)
 
     def chunks(
         self,
@@ -111,24 +114,25 @@ class _Encoding:
     def _frames(self, block: Block, codes: Sequence[SegmentCode]) -> Iterator[bytes]:
         layout = lay_out(self.schema, self.header, block, codes)
         if layout.levels:
-            levels = [
-                self.quantizer.quantize(
-                    self.source(segment).to(torch.float32).numpy(),
-                    code,
-                    self.generator,
-                    self.executor,
-                )
-                for segment, code in layout.levels
-            ]
+            levels = [self._levels(segment, code) for segment, code in layout.levels]
             stream = encode_levels(levels, self.executor)
             yield write_varint(len(stream)) + stream
         for parts in (layout.raw, layout.buffers):
             if parts:
                 yield from self._plain_frame(parts, self._plain_values)
 
+    def _levels(self, segment: Segment, code: SegmentCode) -> Levels:
+        values = self.source(segment).to(torch.float32)
+        return self.quantizer.quantize(
+            values.numpy() if values.device.type == "cpu" else values,
+            code,
+            self.generator,
+            self.executor,
+        )
+
     def _plain_values(self, part: PlainPart) -> torch.Tensor:
         values = self.source(part.segment)
-        return values if part.mask is None else values[part.mask]
+        return values if part.mask is None else values[part.mask.to(values.device)]
 
     def _plain_frame(
         self, parts: Sequence[PlainPart], values: Callable[[PlainPart], torch.Tensor]

@@ -144,7 +144,7 @@ class Quantizer(Protocol):
 
     def quantize(
         self,
-        values: Float32,
+        values: Float32 | torch.Tensor,
         code: SegmentCode,
         generator: torch.Generator | None = None,
         executor: Executor | None = None,
@@ -152,7 +152,7 @@ class Quantizer(Protocol):
         """Return the levels for a code whose coding is LEVELS.
 
         Args:
-            values: float32, shape (n,), n ≥ 1.
+            values: float32, shape (n,), n ≥ 1; a tensor where they lie on another device.
             code: what `measure` chose.
             generator: draws of a stochastic quantizer.
             executor: spreads the work; the levels are the same with and without.
@@ -210,12 +210,18 @@ class NNADQ:
 
     def quantize(
         self,
-        values: Float32,
+        values: Float32 | torch.Tensor,
         code: SegmentCode,
         generator: torch.Generator | None = None,
         executor: Executor | None = None,
     ) -> Levels:
-        """See `Quantizer.quantize`; the generator is not used."""
+        """See `Quantizer.quantize`; the generator is not used.
+
+        A tensor is quantized and counted where it lies, by the same float32 operations, and only
+        its symbols are brought here.
+        """
+        if isinstance(values, torch.Tensor):
+            return self._quantize_there(values, code)
         import fedobd._kernels as kernels  # when first needed: importing numba takes its time
 
         shift = level_shift(code.num_levels)
@@ -237,6 +243,17 @@ class NNADQ:
 
         spread(executor, quantize, range(len(starts)))
         return Levels(symbols, counts.sum(axis=0), code.num_levels)
+
+    def _quantize_there(self, values: torch.Tensor, code: SegmentCode) -> Levels:
+        offset, span = torch.tensor([code.offset, code.range], device=values.device)
+        level = ((values - offset) / span * code.num_levels).round()
+        level = level.clamp(-code.num_levels, code.num_levels)
+        made = (level + code.num_levels).to(torch.int32)
+        shift = level_shift(code.num_levels)
+        counts = torch.bincount(made >> shift, minlength=((2 * code.num_levels) >> shift) + 1)
+        narrow = made.to(torch.int16) if 2 * code.num_levels < 1 << 15 else made
+        symbols: Symbols = narrow.cpu().numpy().astype(_symbol_type(code.num_levels))
+        return Levels(symbols, counts.cpu().numpy(), code.num_levels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,18 +284,20 @@ class Stochastic:
 
     def quantize(
         self,
-        values: Float32,
+        values: Float32 | torch.Tensor,
         code: SegmentCode,
         generator: torch.Generator | None = None,
         executor: Executor | None = None,
     ) -> Levels:
-        """See `Quantizer.quantize`.
+        """See `Quantizer.quantize`; draws are the CPU's, so a tensor is brought here first.
 
         Raises:
             UsageError: there is no generator.
         """
         if generator is None:
             raise UsageError("stochastic quantization needs a torch.Generator")
+        if isinstance(values, torch.Tensor):
+            values = values.cpu().numpy()
         scaled = np.abs(values)
         scaled /= np.float32(code.range)
         scaled *= np.float32(code.num_levels)
@@ -299,7 +318,7 @@ class Unquantized:
 
     def quantize(
         self,
-        values: Float32,
+        values: Float32 | torch.Tensor,
         code: SegmentCode,
         generator: torch.Generator | None = None,
         executor: Executor | None = None,

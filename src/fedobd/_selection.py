@@ -42,14 +42,19 @@ def mean_block_differences(
         difference: gives the float32 difference of a segment of a parameter, 1-D.
 
     Returns:
-        One number for each block, 0 for a block of buffers alone.
+        One number for each block, 0 for a block of buffers alone. Where the differences lie on
+        another device, they are added up there, in its own order.
     """
     result = []
     for block in schema.blocks:
         total = 0.0
         for segment in block.segments:
             if schema.tensors[segment.tensor].role is Role.PARAMETER:
-                total += squared_norm(difference(segment).numpy())
+                values = difference(segment)
+                if values.device.type == "cpu":
+                    total += squared_norm(values.numpy())
+                else:
+                    total += float(values.to(torch.float64).square().sum())
         result.append(math.sqrt(total) / block.num_parameters if block.num_parameters else 0.0)
     return tuple(result)
 

@@ -38,10 +38,15 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Role]]:
                 yield prefix + name, buffer, Role.BUFFER
 
 
-def get_state(model: nn.Module) -> ModelState:
-    """Return copies of the tensors of a module on the CPU, in the module's own element types."""
+def get_state(model: nn.Module, device: str | None = "cpu") -> ModelState:
+    """Return copies of the tensors of a module, in the module's own element types.
+
+    Args:
+        model: the module.
+        device: where the copies lie; None for where the module's tensors do.
+    """
     return {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
+        name: tensor.detach().to(device or tensor.device, copy=True).contiguous()
         for name, tensor, _ in named_tensors(model)
     }
 

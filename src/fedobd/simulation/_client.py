@@ -140,7 +140,8 @@ class LocalClient:
             validation_loss=validation.loss if validation else 0.0,
             validation_metric=validation.metric if validation else 0.0,
         )
-        upload = b"".join(session.upload(get_state(self._model), report))
+        trained = get_state(self._model, device=None)
+        upload = b"".join(session.upload(trained, report))
         clock.lap("encode")
         frozen = {setup.schema.tensors[n].name for n in setup.schema.frozen()}
         kept = {name: value for name, value in session.state.items() if name not in frozen}

@@ -16,8 +16,9 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from torch import nn
 
+from fedobd._encoding import Source, encode_payload
 from fedobd._masks import Mask
-from fedobd._payload import Payload, Source, encode_payload
+from fedobd._payload import Payload
 from fedobd._quantization import Quantizer, Unquantized
 from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
 from fedobd._state import ModelState, segment_of
@@ -118,6 +119,8 @@ def header_of(
     mask: Mask | None = None,
     block_differences: tuple[float, ...] | None = None,
     report: Report | None = None,
+    is_lossless: bool = False,
+    start: bytes | None = None,
 ) -> Header:
     is_upload = kind is Kind.UPLOAD
     return Header(
@@ -131,6 +134,8 @@ def header_of(
         report=(report or Report(num_examples=5, train_loss=0.5)) if is_upload else None,
         mask=mask,
         block_differences=block_differences,
+        is_lossless=is_lossless,
+        start=start,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import pytest
@@ -38,8 +39,8 @@ from fedobd import (
     decompose,
     get_state,
 )
+from fedobd._encoding import encode_payload
 from fedobd._masks import Mask
-from fedobd._payload import encode_payload
 from fedobd._quantization import Quantizer, Unquantized
 from fedobd._wire import HEADER_FIELDS, UPLOAD_FIELDS, Kind
 
@@ -200,6 +201,8 @@ class Engine:
     train: Train = train
     report: Callable[[int, int], Report] = make_report
     kept: dict[int, ModelState] = field(default_factory=dict)
+    start: ModelState | None = None
+    executor: Executor | None = None
 
     def ask(self, server: ServerSession, plan: RoundPlan) -> RoundLog:
         """Let every client of the cohort make its upload; hand none of them in."""
@@ -221,7 +224,13 @@ class Engine:
     def session(self, number: int) -> ClientSession:
         """Return a session of a client with what it has kept."""
         return ClientSession(
-            self.method, self.schema, client=number, seed=self.seed, state=self.kept.get(number)
+            self.method,
+            self.schema,
+            client=number,
+            seed=self.seed,
+            state=self.kept.get(number),
+            start=self.start,
+            executor=self.executor,
         )
 
     def play(
@@ -260,18 +269,24 @@ def set_up(
     seed: int = SEED,
     state_seed: int = 0,
     max_examples: int = 10_000_000,
+    shared_start: bool = False,
+    executor: Executor | None = None,
 ) -> tuple[ServerSession, Engine]:
     """Return a server session and the clients of a run that has not begun."""
     schema = schema or make_schema(model, method)
+    state = make_state(model, state_seed)
     server = ServerSession(
         method,
         schema,
-        make_state(model, state_seed),
+        state,
         num_clients=num_clients,
         seed=seed,
         max_examples=max_examples,
+        shared_start=shared_start,
+        executor=executor,
     )
-    return server, Engine(method, schema, seed)
+    start = state if shared_start else None
+    return server, Engine(method, schema, seed, start=start, executor=executor)
 
 
 def record_of(log: RoundLog | None) -> RoundRecord:

@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -76,6 +76,27 @@ def blocks_of(
     return blocks
 
 
+def fold(mean: RunningMean, blocks: Blocks, num_examples: int, *, differences: bool) -> None:
+    """Fold blocks as decoding gives them: differences of parameters are float32."""
+    if differences:
+        blocks = as_differences(blocks)
+    mean.fold(lambda: blocks, num_examples, differences=differences)
+
+
+def as_differences(blocks: Blocks) -> Blocks:
+    def cast(decoded: DecodedSegment) -> DecodedSegment:
+        if decoded.values.dtype is not torch.bfloat16:
+            return decoded
+        return replace(decoded, values=decoded.values.to(torch.float32))
+
+    return [(number, [cast(decoded) for decoded in segments]) for number, segments in blocks]
+
+
+def finished(mean: RunningMean) -> ModelState:
+    """Finish a copy, since finishing gives up the sums."""
+    return copy.deepcopy(mean).finish()
+
+
 def snapshot(mean: RunningMean) -> dict[str, Any]:
     return copy.deepcopy(vars(mean))
 
@@ -132,7 +153,7 @@ class Round:
         )
         for number in order:
             blocks, num_examples = self.uploads[number]
-            mean.fold(blocks, num_examples, differences=self.differences)
+            fold(mean, blocks, num_examples, differences=self.differences)
         return mean
 
 
@@ -225,12 +246,14 @@ def simple_mean(value: float = 1.0, **options: Any) -> tuple[ModelSchema, Runnin
 
 def test_mean_is_weighted_by_examples() -> None:
     schema, mean = simple_mean()
-    mean.fold(
+    fold(
+        mean,
         blocks_of(schema, {"w": torch.tensor([2.0, 4.0]), "v": torch.tensor([1.0])}),
         1,
         differences=True,
     )
-    mean.fold(
+    fold(
+        mean,
         blocks_of(schema, {"w": torch.tensor([-2.0, 0.0]), "v": torch.tensor([5.0])}),
         3,
         differences=True,
@@ -247,16 +270,16 @@ def test_values_and_differences_give_the_same_mean() -> None:
     for weight, value in ((1, 2.5), (4, -0.75)):
         values = {"w": torch.full((2,), value), "v": torch.full((1,), value)}
         differences = {name: tensor - 1.0 for name, tensor in values.items()}
-        mean.fold(blocks_of(schema, values), weight, differences=False)
-        other.fold(blocks_of(schema, differences), weight, differences=True)
+        fold(mean, blocks_of(schema, values), weight, differences=False)
+        fold(other, blocks_of(schema, differences), weight, differences=True)
     assert_same_state(mean.finish(), other.finish())
 
 
 def test_dropped_block_counts_as_unchanged() -> None:
     schema, mean = simple_mean()
     full = {"w": torch.tensor([2.0, 4.0]), "v": torch.tensor([8.0])}
-    mean.fold(blocks_of(schema, full, kept=[0]), 1, differences=True)
-    mean.fold(blocks_of(schema, full, kept=[1]), 3, differences=True)
+    fold(mean, blocks_of(schema, full, kept=[0]), 1, differences=True)
+    fold(mean, blocks_of(schema, full, kept=[1]), 3, differences=True)
     state = mean.finish()
     assert state["w"].tolist() == [1.5, 2.0]
     assert state["v"].tolist() == [7.0]
@@ -265,8 +288,8 @@ def test_dropped_block_counts_as_unchanged() -> None:
 def test_upload_of_no_block_counts_as_unchanged() -> None:
     schema, mean = simple_mean()
     full = {"w": torch.tensor([2.0, 4.0]), "v": torch.tensor([8.0])}
-    mean.fold(blocks_of(schema, full), 1, differences=True)
-    mean.fold([], 1, differences=True)
+    fold(mean, blocks_of(schema, full), 1, differences=True)
+    fold(mean, [], 1, differences=True)
     assert mean.finish()["v"].tolist() == [5.0]
 
 
@@ -289,7 +312,7 @@ def test_mean_per_element_is_over_those_who_sent_it() -> None:
             schema, reference, cohort_size=2, max_examples=3, per_element=per_element
         )
         for blocks, num_examples in uploads:
-            mean.fold(blocks, num_examples, differences=False)
+            fold(mean, blocks, num_examples, differences=False)
         means[per_element] = mean.finish()["w"].tolist()
     # (1 + 15)/4; one sender; one sender; nobody, so the old value
     assert means[True] == [4.0, 2.0, 7.0, 10.0]
@@ -302,8 +325,8 @@ def test_buffers_are_averaged_over_all_uploads_even_per_element() -> None:
     reference = {"w": torch.zeros(1), "mean": torch.zeros(1)}
     mean = RunningMean(schema, reference, cohort_size=2, max_examples=4, per_element=True)
     state = {"w": torch.full((1,), 4.0), "mean": torch.full((1,), 4.0)}
-    mean.fold(blocks_of(schema, state), 1, differences=False)
-    mean.fold([], 3, differences=False)
+    fold(mean, blocks_of(schema, state), 1, differences=False)
+    fold(mean, [], 3, differences=False)
     result = mean.finish()
     assert result["mean"].tolist() == [1.0]
     assert result["w"].tolist() == [4.0]
@@ -315,7 +338,7 @@ def test_buffers_are_values_in_an_upload_of_differences(differences: bool) -> No
     reference = {"w": torch.full((1,), 2.0), "mean": torch.full((1,), 8.0)}
     mean = RunningMean(schema, reference, cohort_size=1, max_examples=1)
     state = {"w": torch.full((1,), 4.0), "mean": torch.full((1,), 4.0)}
-    mean.fold(blocks_of(schema, state), 1, differences=differences)
+    fold(mean, blocks_of(schema, state), 1, differences=differences)
     result = mean.finish()
     assert result["mean"].tolist() == [4.0]
     assert result["w"].tolist() == [6.0 if differences else 4.0]
@@ -339,7 +362,7 @@ def test_integers_take_the_largest(
         mean = RunningMean(schema, reference, cohort_size=3, max_examples=9)
         for number, values in enumerate(order):
             state = {"w": torch.zeros(1), "seen": torch.tensor([values], dtype=dtype)}
-            mean.fold(blocks_of(schema, state), number + 1, differences=True)
+            fold(mean, blocks_of(schema, state), number + 1, differences=True)
         result = mean.finish()["seen"]
         assert result.dtype == dtype
         assert result.tolist() == [wanted]
@@ -348,7 +371,7 @@ def test_integers_take_the_largest(
 def test_tensors_that_nobody_sent_and_frozen_ones_stay() -> None:
     reference = master_state(SCHEMA, random_state(SCHEMA, 1))
     mean = RunningMean(SCHEMA, reference, cohort_size=2, max_examples=5)
-    mean.fold([], 5, differences=True)
+    fold(mean, [], 5, differences=True)
     assert_same_state(mean.finish(), reference)
 
 
@@ -358,9 +381,8 @@ def test_reference_and_uploads_are_not_changed() -> None:
     upload = blocks_of(SCHEMA, random_state(SCHEMA, 2))
     values = [d.values.clone() for _, segments in upload for d in segments]
     mean = RunningMean(SCHEMA, reference, cohort_size=2, max_examples=5)
-    mean.fold(upload, 3, differences=False)
-    first = mean.finish()
-    assert_same_state(mean.finish(), first)
+    fold(mean, upload, 3, differences=False)
+    mean.finish()
     assert_same_state(reference, before)
     came = [d.values for _, segments in upload for d in segments]
     assert all(torch.equal(a, b) for a, b in zip(values, came, strict=True))
@@ -381,21 +403,21 @@ def test_upload_that_breaks_off_leaves_no_trace(
     mask = Mask.of_rate(3, 0.4) if use_mask else None
     good, bad = (blocks_of(SCHEMA, random_state(SCHEMA, s, 3.0), None, mask) for s in (2, 3))
     mean = RunningMean(SCHEMA, reference, cohort_size=4, max_examples=9, per_element=per_element)
-    mean.fold(good, 2, differences=True)
-    before, state = snapshot(mean), mean.finish()
+    fold(mean, good, 2, differences=True)
+    before, state = snapshot(mean), finished(mean)
     with pytest.raises(DecodeError, match="damaged on purpose"):
-        mean.fold(breaks_off(bad, after), 5, differences=True)
+        mean.fold(lambda: breaks_off(as_differences(bad), after), 5, differences=True)
     assert_same(snapshot(mean), before)
-    assert_same_state(mean.finish(), state)
+    assert_same_state(finished(mean), state)
     # and it can still come, whole
-    mean.fold(bad, 5, differences=True)
+    fold(mean, bad, 5, differences=True)
     assert mean.finish()["w"].tolist() != state["w"].tolist()
 
 
 def test_difference_beyond_the_legal_range_leaves_no_trace() -> None:
     reference = master_state(SCHEMA, random_state(SCHEMA, 1))
     mean = RunningMean(SCHEMA, reference, cohort_size=4, max_examples=9)
-    mean.fold(blocks_of(SCHEMA, random_state(SCHEMA, 2)), 2, differences=True)
+    fold(mean, blocks_of(SCHEMA, random_state(SCHEMA, 2)), 2, differences=True)
     before = snapshot(mean)
     for name, position in (("w", 0), ("b", 0), ("mean", 1), ("v", 4)):
         state = random_state(SCHEMA, 3)
@@ -403,7 +425,7 @@ def test_difference_beyond_the_legal_range_leaves_no_trace() -> None:
         with pytest.raises(
             DecodeError, match=rf"tensor '{name}' would change by \S+e\+0[89] in one round; "
         ) as caught:
-            mean.fold(blocks_of(SCHEMA, state), 1, differences=True)
+            fold(mean, blocks_of(SCHEMA, state), 1, differences=True)
         assert caught.value.reason is DecodeReason.LIMIT
         assert_same(snapshot(mean), before)
 
@@ -419,10 +441,60 @@ def test_damaged_payload_leaves_no_trace() -> None:
     mean = RunningMean(schema, random_state(schema, 2), cohort_size=2, max_examples=9)
     before = snapshot(mean)
     with pytest.raises(DecodeError, match="a level"):
-        mean.fold(payload.blocks(), 5, differences=False)
+        mean.fold(payload.blocks, 5, differences=False)
     assert_same(snapshot(mean), before)
-    mean.fold(Payload.parse(data, schema).blocks(), 5, differences=False)
+    mean.fold(Payload.parse(data, schema).blocks, 5, differences=False)
     assert torch.allclose(mean.finish()["v"], state["v"], atol=0.1)
+
+
+@pytest.mark.parametrize("per_element", [False, True])
+@pytest.mark.parametrize("differences", [False, True])
+def test_fault_in_the_last_level_stream_leaves_no_trace(
+    per_element: bool, differences: bool
+) -> None:
+    schema = make_schema(
+        [
+            parameter("w", 300),
+            buffer("mean", 20),
+            buffer("seen", dtype=torch.int64),
+            parameter("half", 40, dtype=torch.bfloat16),
+            parameter("last", 500),
+        ],
+        [0, 1, 2],
+        [3],
+        [4],
+    )
+    reference = master_state(schema, random_state(schema, 1))
+    header = header_of(schema, Kind.UPLOAD, is_difference=differences)
+    mean = RunningMean(schema, reference, cohort_size=4, max_examples=99, per_element=per_element)
+
+    def upload(seed: int) -> bytes:
+        start = random_state(schema, 0) if differences else None
+        return encode(schema, random_state(schema, seed), header, NNADQ(1e-4), start=start)
+
+    def fold_payload(data: bytes, num_examples: int) -> None:
+        payload = Payload.parse(data, schema)
+        mean.fold(payload.blocks, num_examples, differences=differences)
+
+    for seed in (2, 3):
+        fold_payload(upload(seed), 10 * seed)
+    before, state = snapshot(mean), finished(mean)
+    data = upload(4)
+    for place in (5, 100, 300):
+        altered = with_checksum(
+            data[: -4 - place] + bytes([data[-4 - place] ^ 0x40]) + data[-3 - place :]
+        )
+        blocks = Payload.parse(altered, schema).blocks()
+        assert [next(blocks)[0], next(blocks)[0]] == [0, 1]
+        with pytest.raises(DecodeError, match="a level stream"):
+            next(blocks)
+        with pytest.raises(DecodeError, match="a level stream") as caught:
+            fold_payload(altered, 77)
+        assert caught.value.reason is DecodeReason.STREAM
+        assert_same(snapshot(mean), before)
+        assert_same_state(finished(mean), state)
+    fold_payload(data, 77)
+    assert finished(mean)["last"].tolist() != state["last"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -433,10 +505,10 @@ def test_legal_range_follows_the_servers_values(largest: float, limit: float) ->
     for sign in (1, -1):
         schema, mean = simple_mean(largest)
         values = {"w": torch.tensor([0.0, sign * limit]), "v": torch.zeros(1)}
-        mean.fold(blocks_of(schema, values), 1, differences=True)
+        fold(mean, blocks_of(schema, values), 1, differences=True)
         values["w"][1] = sign * above
         with pytest.raises(DecodeError, match=re.escape(f"; at most {limit:.3g} is accepted")):
-            mean.fold(blocks_of(schema, values), 1, differences=True)
+            fold(mean, blocks_of(schema, values), 1, differences=True)
 
 
 @pytest.mark.parametrize("cohort_size", [1, 2, 3, 16, 1000])
@@ -448,7 +520,7 @@ def test_largest_legal_uploads_do_not_overflow(cohort_size: int, max_examples: i
         limit = {"w": torch.full((2,), sign * 64.0), "v": torch.full((1,), sign * 64.0)}
         upload = blocks_of(schema, limit)
         for _ in range(cohort_size):
-            mean.fold(upload, max_examples, differences=True)
+            fold(mean, upload, max_examples, differences=True)
         assert mean.finish()["w"].tolist() == [2.0**-5 + sign * 64.0] * 2
 
 
@@ -457,7 +529,7 @@ def test_extreme_cohort_keeps_the_bound() -> None:
     schema, mean = simple_mean(2.0**-5, cohort_size=cohort_size, max_examples=max_examples)
     values = {"w": torch.tensor([0.5, -64.0]), "v": torch.zeros(1)}
     for num_examples in (max_examples, max_examples // 3):
-        mean.fold(blocks_of(schema, values), num_examples, differences=True)
+        fold(mean, blocks_of(schema, values), num_examples, differences=True)
     # p = 62 - 20 - 40 - 6 = -4; two uploads err by 2^3 each
     bound = 2 * 2.0**3 / (max_examples + max_examples // 3) + 2.0**-24
     wanted = [0.5 + 2.0**-5, -64.0 + 2.0**-5]
@@ -468,7 +540,8 @@ def test_nothing_folded_is_an_empty_round() -> None:
     schema, mean = simple_mean()
     with pytest.raises(EmptyRoundError, match="no upload was accepted in this round"):
         mean.finish()
+    whole = blocks_of(schema, random_state(schema, 1))
     with pytest.raises(DecodeError):
-        mean.fold(breaks_off(blocks_of(schema, random_state(schema, 1)), 1), 5, differences=True)
+        mean.fold(lambda: breaks_off(whole, 1), 5, differences=True)
     with pytest.raises(EmptyRoundError, match="no upload was accepted in this round"):
         mean.finish()

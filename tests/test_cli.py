@@ -54,6 +54,21 @@ def test_run_shows_progress_a_summary_and_the_folder(capsys: pytest.CaptureFixtu
     assert (summary["method"], summary["seed"]) == ("fedpaq", 3)
 
 
+def test_run_with_a_shared_start_and_again(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("run", "toy.toml", "--method", "smafd", "--output", "out")
+    done = fedobd(capsys, *words, "--set", "federation.shared_start=true")
+    assert done.status == 0, done.err
+    first = json.loads(Path("out/rounds.jsonl").read_text().splitlines()[0])
+    assert all(client["downlink_bytes"] < 400 for client in first["clients"])
+    before = Path("out/summary.json").read_bytes()
+    done = fedobd(capsys, *words, "--set", "federation.shared_start=true", "--resume")
+    assert done.status == 0, done.err
+    assert Path("out/summary.json").read_bytes() == before
+    done = fedobd(capsys, *words, "--resume")
+    assert done.status == 2
+    assert "shared_start" in done.err
+
+
 def test_compare_ends_with_one_table_that_fits_80_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

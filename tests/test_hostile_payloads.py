@@ -105,9 +105,9 @@ def test_payload_of_another_model_is_refused(name: str) -> None:
 @every_case
 def test_other_version_and_magic_are_refused(name: str) -> None:
     data, schema = CASES[name].encode(), CASES[name].schema
-    for version in (0, 2, 255):
+    for version in (0, 1, 3, 255):
         altered = with_checksum(data[:4] + bytes([version]) + data[5:])
-        expect(DecodeReason.VERSION, altered, schema, rf"format version {version} came; .* 1")
+        expect(DecodeReason.VERSION, altered, schema, rf"format version {version} came; .* 2")
     expect(DecodeReason.VERSION, b"PK\3\4" + data[4:], schema, r"no payload of fedobd: .*b'FOBD'")
 
 
@@ -143,7 +143,7 @@ def test_random_tail_gives_a_value_or_decode_error(name: str, keep: int, tail: b
 
 
 # One float32 tensor in levels. Offsets: 5 kind, 7 flags, 29 bitmap, 30 coding, 31 number of
-# levels, 35 offset, 39 range, 43 length of the frame.
+# levels (one byte), 32 offset, 36 range, 40 length of the frame (one byte).
 LEVELS_SCHEMA = make_schema([parameter("w", 4)])
 
 LEVELS_STATE: ModelState = {"w": torch.tensor([0.5, -1.0, 0.25, 1.0])}
@@ -153,57 +153,94 @@ def f32(value: float) -> bytes:
     return struct.pack("<f", value)
 
 
-def u32(value: int) -> bytes:
-    return struct.pack("<I", value)
+def put(data: bytes, position: int, length: int, new: bytes) -> bytes:
+    """Put other bytes in the place of some, under a checksum that holds."""
+    return with_checksum(data[:position] + new + data[position + length :])
 
+
+def varint_of(value: int) -> bytes:
+    """LEB128 of any size, written apart from the package's."""
+    digits = [value >> shift & 0x7F for shift in range(0, max(value.bit_length(), 1), 7)]
+    return bytes([*(digit | 0x80 for digit in digits[:-1]), digits[-1]])
+
+
+IMPROPER = DecodeReason.FIELD, "the number of levels of tensor 'w' .* is not a proper number"
 
 HOSTILE = [
-    (5, b"\4", DecodeReason.KIND, "payload kind 4 is not known"),
-    (5, b"\2", DecodeReason.FIELD, "a client's report stands where none belongs, or lacks"),
-    (7, b"\1", DecodeReason.FIELD, "a client's report stands where none belongs, or lacks"),
-    (7, b"\x10", DecodeReason.FIELD, "flags 0x10 hold an unknown bit"),
-    (7, b"\x80", DecodeReason.FIELD, "flags 0x80 hold an unknown bit"),
-    (29, b"\3", DecodeReason.FIELD, "the block bitmap names a block past the last"),
-    (29, b"\0", DecodeReason.TRAILING, "bytes follow the last frame"),
-    (30, b"\4", DecodeReason.FIELD, "coding of tensor 'w' at offset 30 is 4, which is not known"),
-    (30, b"\3", DecodeReason.FIELD, "coding MASKED of tensor 'w' at offset 30 is not allowed"),
-    (31, u32(0), DecodeReason.LIMIT, "0 levels of tensor 'w' .* allowed are 1 to 4194304"),
-    (31, u32(2**22 + 1), DecodeReason.LIMIT, "4194305 levels of tensor 'w'"),
-    (31, u32(2**32 - 1), DecodeReason.LIMIT, "4294967295 levels of tensor 'w'"),
-    (35, f32(math.nan), DecodeReason.FIELD, "range 1.0 and offset nan of tensor 'w'"),
-    (35, f32(-math.inf), DecodeReason.FIELD, "range 1.0 and offset -inf of tensor 'w'"),
-    (35, f32(1.1 * 2.0**126), DecodeReason.FIELD, "of tensor 'w' .* out of range"),
-    (39, f32(0.0), DecodeReason.FIELD, "range 0.0 and offset 0.0 of tensor 'w'"),
-    (39, f32(-1.0), DecodeReason.FIELD, "range -1.0 and offset 0.0 of tensor 'w'"),
-    (39, f32(math.nan), DecodeReason.FIELD, "range nan and offset 0.0 of tensor 'w'"),
-    (39, f32(math.inf), DecodeReason.FIELD, "range inf and offset 0.0 of tensor 'w'"),
-    (39, f32(1.1 * 2.0**126), DecodeReason.FIELD, "of tensor 'w' .* out of range"),
-    (43, b"\xff" * 8, DecodeReason.TRUNCATED, "ends inside the levels of block 'b0'"),
-    (43, b"\0" * 8, DecodeReason.TRAILING, "bytes follow the last frame"),
+    (5, 1, b"\4", DecodeReason.KIND, "payload kind 4 is not known"),
+    (5, 1, b"\2", DecodeReason.FIELD, "a client's report stands where none belongs, or lacks"),
+    (7, 1, b"\1", DecodeReason.FIELD, "a client's report stands where none belongs, or lacks"),
+    (7, 1, b"\x40", DecodeReason.FIELD, "flags 0x40 hold an unknown bit"),
+    (7, 1, b"\x80", DecodeReason.FIELD, "flags 0x80 hold an unknown bit"),
+    (29, 1, b"\3", DecodeReason.FIELD, "the block bitmap names a block past the last"),
+    (29, 1, b"\0", DecodeReason.TRAILING, "bytes follow the last frame"),
+    (30, 1, b"\4", DecodeReason.FIELD, "coding of tensor 'w' at offset 30 is 4, which is not"),
+    (30, 1, b"\3", DecodeReason.FIELD, "coding MASKED of tensor 'w' at offset 30 is not allowed"),
+    (31, 1, b"\0", DecodeReason.LIMIT, "0 levels of tensor 'w' .* allowed are 1 to 4194304"),
+    (31, 1, varint_of(2**22 + 1), DecodeReason.LIMIT, "4194305 levels of tensor 'w'"),
+    (31, 1, varint_of(2**32 - 1), DecodeReason.LIMIT, "4294967295 levels of tensor 'w'"),
+    (31, 1, varint_of(2**63 - 1), DecodeReason.LIMIT, "9223372036854775807 levels of tensor"),
+    (31, 1, varint_of(2**63), *IMPROPER),
+    (31, 1, b"\xff" * 300, *IMPROPER),
+    (31, 1, b"\xc2\0", *IMPROPER),
+    (31, 1, b"\xc2\x80\x80\0", *IMPROPER),
+    (32, 4, f32(math.nan), DecodeReason.FIELD, "range 1.0 and offset nan of tensor 'w'"),
+    (32, 4, f32(-math.inf), DecodeReason.FIELD, "range 1.0 and offset -inf of tensor 'w'"),
+    (32, 4, f32(1.1 * 2.0**126), DecodeReason.FIELD, "of tensor 'w' .* out of range"),
+    (36, 4, f32(0.0), DecodeReason.FIELD, "range 0.0 and offset 0.0 of tensor 'w'"),
+    (36, 4, f32(-1.0), DecodeReason.FIELD, "range -1.0 and offset 0.0 of tensor 'w'"),
+    (36, 4, f32(math.nan), DecodeReason.FIELD, "range nan and offset 0.0 of tensor 'w'"),
+    (36, 4, f32(math.inf), DecodeReason.FIELD, "range inf and offset 0.0 of tensor 'w'"),
+    (36, 4, f32(1.1 * 2.0**126), DecodeReason.FIELD, "of tensor 'w' .* out of range"),
+    (40, 1, varint_of(2000), DecodeReason.TRUNCATED, "ends inside the levels of block 'b0'"),
+    (40, 1, varint_of(4102), DecodeReason.LIMIT, "say they take 4102 bytes; wanted at most 4101"),
+    (40, 1, varint_of(2**62), DecodeReason.LIMIT, "the levels of block 'b0' say they take 4611"),
+    (40, 1, b"\x80\0", DecodeReason.FIELD, "the length of the levels of block 'b0' .* proper"),
+    (40, 1, b"\0", DecodeReason.TRAILING, "bytes follow the last frame"),
 ]
 
 
-@pytest.mark.parametrize(("position", "put", "reason", "match"), HOSTILE)
+@pytest.mark.parametrize(("position", "length", "new", "reason", "match"), HOSTILE)
 def test_illegal_field_is_refused(
-    position: int, put: bytes, reason: DecodeReason, match: str
+    position: int, length: int, new: bytes, reason: DecodeReason, match: str
 ) -> None:
     data = encode(LEVELS_SCHEMA, LEVELS_STATE, None, NNADQ(0.01))
     read_all(data, LEVELS_SCHEMA)
-    altered = data[:position] + put + data[position + len(put) :]
+    assert data[31] == 66
+    assert data[40] == len(data) - 41 - 4
+    altered = put(data, position, length, new)
     assert altered != data
-    expect(reason, with_checksum(altered), LEVELS_SCHEMA, match)
+    expect(reason, altered, LEVELS_SCHEMA, match)
 
 
-def test_largest_legal_levels_decode_to_finite_values() -> None:
+@pytest.mark.parametrize("num_levels", [3, 5, 2**22])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest_legal_levels_decode_to_finite_values(num_levels: int, sign: int) -> None:
+    data = encode(LEVELS_SCHEMA, LEVELS_STATE, None, Stochastic(num_levels))
+    start = 31 + len(varint_of(num_levels))
+    assert data[start : start + 8] == f32(0.0) + f32(1.0)
+    altered = put(data, start, 8, f32(sign * 2.0**126) + f32(2.0**126))
+    ((_, segments),) = Payload.parse(altered, LEVELS_SCHEMA).blocks()
+    assert bool(torch.isfinite(segments[0].values).all())
+    assert float(segments[0].values.abs().max()) == 2.0**127
+
+
+def test_other_number_of_levels_is_refused_or_decodes_to_finite_values() -> None:
     data = encode(LEVELS_SCHEMA, LEVELS_STATE, None, Stochastic(3))
-    for num_levels in (3, 5, 2**22):
-        for sign in (1, -1):
-            fields = u32(num_levels) + f32(sign * 2.0**126) + f32(2.0**126)
-            altered = with_checksum(data[:31] + fields + data[43:])
-            if value_or_decode_error(altered, LEVELS_SCHEMA) is None:
-                for _, segments in Payload.parse(altered, LEVELS_SCHEMA).blocks():
-                    assert bool(torch.isfinite(segments[0].values).all())
-    assert value_or_decode_error(altered, LEVELS_SCHEMA) is DecodeReason.STREAM  # three planes
+    for num_levels in (1, 2, 4, 5, 100, 2048, 2**22):
+        altered = put(data, 31, 1, varint_of(num_levels))
+        assert value_or_decode_error(altered, LEVELS_SCHEMA) in (None, DecodeReason.STREAM)
+
+
+def test_only_a_server_refers_to_the_initial_model() -> None:
+    data = encode(LEVELS_SCHEMA, LEVELS_STATE, header_of(LEVELS_SCHEMA, start=b"f" * 16))
+    assert read_all(data, LEVELS_SCHEMA).header.start == b"f" * 16
+    assert len(data) == 29 + 16 + 1 + 4
+    wanted = "only a server's payload stands for a model"
+    expect(DecodeReason.FIELD, put(data, 5, 1, bytes([Kind.DELIVERY])), LEVELS_SCHEMA, wanted)
+    upload = encode(LEVELS_SCHEMA, LEVELS_STATE, header_of(LEVELS_SCHEMA, Kind.UPLOAD))
+    forged = put(upload, 7, 1, bytes([upload[7] | 32]))
+    expect(DecodeReason.FIELD, forged, LEVELS_SCHEMA, wanted)
 
 
 def test_illegal_coding_of_a_buffer_is_refused() -> None:
@@ -268,10 +305,11 @@ def test_illegal_report_is_refused(position: int, put: bytes, match: str) -> Non
     expect(DecodeReason.FIELD, altered, LEVELS_SCHEMA, match)
 
 
-@pytest.mark.parametrize("wrong", [0, 11, 13, 2**64 - 1])
+@pytest.mark.parametrize("wrong", [0, 11, 13, 2**63 - 1])
 def test_plain_frame_of_another_length_is_refused(wrong: int) -> None:
     schema = make_schema([parameter("w", 3)])
     data = encode(schema, random_state(schema, 1))
-    assert data[31:39] == struct.pack("<Q", 12)
-    altered = with_checksum(data[:31] + struct.pack("<Q", wrong) + data[39:])
-    expect(DecodeReason.FIELD, altered, schema, rf"says it has {wrong} bytes; .* wants 12")
+    assert data[31] == 12
+    altered = put(data, 31, 1, varint_of(wrong))
+    match = rf"values of block 'b0': {wrong} bytes came; the schema wants 12"
+    expect(DecodeReason.FIELD, altered, schema, match)

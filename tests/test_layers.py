@@ -13,14 +13,14 @@ PACKAGE = Path(fedobd.__file__).parent
 
 LAYERS = (
     ("_errors",),
-    ("_seeds", "_imports"),
+    ("_seeds", "_imports", "_parallel", "_kernels", "_varint", "_planes"),
     ("_schema",),
     ("_state",),
     ("_blocks",),
     ("_quantization", "_masks"),
-    ("_entropy",),
-    ("_wire",),
-    ("_payload",),
+    ("_entropy", "_wire"),
+    ("_frames",),
+    ("_encoding", "_payload"),
     ("_selection", "_aggregation", "_rounds"),
     ("_codec", "_method"),
     ("_server",),
@@ -93,7 +93,7 @@ def test_no_import_cycle_within_a_package() -> None:
         visit(module, ())
 
 
-def test_the_core_imports_only_torch_numpy_and_zstandard() -> None:
+def test_the_core_imports_only_torch_numpy_numba_and_zstandard() -> None:
     code = (
         "import sys\n"
         "class Absent:\n"

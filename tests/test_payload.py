@@ -14,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedobd._blocks import decompose
+from fedobd._encoding import encode_payload
 from fedobd._errors import UsageError
 from fedobd._masks import Mask
-from fedobd._payload import Payload, encode_payload
+from fedobd._payload import Payload
 from fedobd._quantization import NNADQ, Coding, Quantizer, Stochastic, Unquantized
 from fedobd._schema import ModelSchema, Role, Segment
 from fedobd._state import ModelState, get_state
+from fedobd._varint import write_varint
 from fedobd._wire import Header, Kind, Report
 from tests.helpers import (
     Piece,
@@ -81,7 +83,7 @@ class Case:
                         bound = code.range / max(1, code.num_levels) + 5 * ulp_of(code.range)
                     assert float(error.max()) <= bound
         assert next(codes, None) is None
-        assert tuple(numbers) == self.header.kept
+        assert tuple(numbers) == self.header.coded
         self._check_frozen(payload)
         self._check_bytes(payload)
 
@@ -119,7 +121,7 @@ class Case:
 
     def _check_frozen(self, payload: Payload) -> None:
         came = dict(payload.frozen())
-        if self.header.kind is not Kind.OPENING:
+        if self.header.kind is not Kind.OPENING or self.header.start is not None:
             assert came == {}
             return
         assert list(came) == [t for t in self.schema.tensors if t.role is Role.FROZEN]
@@ -129,9 +131,9 @@ class Case:
 
     def _check_bytes(self, payload: Payload) -> None:
         raw = buffers = lengths = 0
-        if self.header.kind is Kind.OPENING and self.schema.frozen():
+        if self.header.holds_frozen(self.schema):
             raw = sum(self.state[t.name].nbytes for t, _ in payload.frozen())
-            lengths = 8
+            lengths = len(write_varint(raw))
         in_frames = raw + lengths
         for _, segments in payload.blocks():
             for decoded in segments:
@@ -144,9 +146,15 @@ class Case:
             if code.coding in (Coding.RAW, Coding.MASKED) and not is_buffer:
                 raw += values.nbytes
         count = payload.num_bytes
-        assert (count.raw, count.buffers) == (raw, buffers)
         in_blocks = payload.block_bytes()
-        assert tuple(in_blocks) == self.header.kept
+        assert tuple(in_blocks) == self.header.coded
+        if self.header.is_lossless:
+            frames = count.levels + count.raw + count.buffers
+            assert sum(in_blocks.values()) <= frames + 9 * 3 * len(in_blocks)
+            assert bool(raw) <= bool(count.raw)  # a frame of nothing has bytes too
+            assert bool(buffers) <= bool(count.buffers)
+            return
+        assert (count.raw, count.buffers) == (raw, buffers)
         without_frames = count.total - in_frames - sum(in_blocks.values())
         assert 29 + 4 <= without_frames <= count.header
 
@@ -256,6 +264,30 @@ def table() -> dict[str, Case]:
         "opening with all": Case(
             tied, header_of(tied, Kind.OPENING), get_state(model), NNADQ(1e-2)
         ),
+        "broadcast lossless": Case(
+            types, header_of(types, is_lossless=True), types_state, NNADQ(1e-3)
+        ),
+        "upload masked lossless": Case(
+            mixed,
+            header_of(mixed, upload, mask=Mask.of_rate(11, 0.5), is_lossless=True),
+            mixed_state,
+            Unquantized(),
+        ),
+        "opening lossless": Case(
+            ice,
+            header_of(ice, Kind.OPENING, is_lossless=True),
+            random_state(ice, 5),
+            Unquantized(),
+        ),
+        "broadcast of the start": Case(
+            mixed, header_of(mixed, start=bytes(range(16))), mixed_state, NNADQ(1e-3)
+        ),
+        "opening of the start": Case(
+            ice,
+            header_of(ice, Kind.OPENING, kept=(), start=bytes(range(16))),
+            random_state(ice, 5),
+            Unquantized(),
+        ),
         "broadcast of no block": Case(
             mixed, header_of(mixed, kept=()), mixed_state, Unquantized()
         ),
@@ -299,7 +331,7 @@ def test_other_buffers_are_read_alike(name: str) -> None:
     for other in (bytearray(data), memoryview(data), memoryview(padded)[1:-1]):
         payload = Payload.parse(other, CASES[name].schema)
         assert payload.header == CASES[name].header
-        assert len(list(payload.blocks())) == len(CASES[name].header.kept)
+        assert len(list(payload.blocks())) == len(CASES[name].header.coded)
 
 
 shapes = st.sampled_from([(), (0,), (1,), (5,), (2, 3), (2, 0), (4, 2), (3, 1, 2)])
@@ -346,6 +378,8 @@ def cases(draw: st.DrawFn) -> Case:
         is_difference=is_difference,
         mask=mask if kind is Kind.UPLOAD and draw(st.booleans()) else None,
         block_differences=(0.5,) * len(blocks) if draw(st.booleans()) else None,
+        is_lossless=draw(st.booleans()),
+        start=b"0123456789abcdef" if kind.value < 2 and draw(st.booleans()) else None,
     )
     quantizer: Quantizer = draw(
         st.one_of(
@@ -400,8 +434,8 @@ def test_byte_count_of_a_case_worked_by_hand() -> None:
     schema = make_schema([parameter("w", 3), buffer("seen", dtype=torch.int64)], [0, 1])
     data = encode(schema, random_state(schema, 1), header_of(schema, Kind.UPLOAD))
     count = Payload.parse(data, schema).num_bytes
-    # 29 fixed, 32 of the report, 1 of the bitmap, 2 codings, a length, the checksum
-    assert count.header == 29 + 32 + 1 + 2 + 8 + 4
+    # 29 fixed, 32 of the report, 1 of the bitmap, 2 codings, 2 lengths, the checksum
+    assert count.header == 29 + 32 + 1 + 2 + 2 + 4
     assert (count.levels, count.raw, count.buffers) == (0, 12, 8)
 
 

@@ -60,7 +60,7 @@ def decoded_of(values: Float32, code: SegmentCode, quantizer: NNADQ) -> Float32:
         return values
     if code.coding is Coding.CONSTANT:
         return np.full(values.shape, code.offset, np.float32)
-    return dequantize(quantizer.quantize(values, code, None), code)
+    return dequantize(quantizer.quantize(values, code, None).signed(), code)
 
 
 @law(400)
@@ -74,7 +74,7 @@ def test_nnadq_equals_the_slow_reference(values: Float32, weight: float, bits: i
     assert code.offset == wanted.offset
     assert code.range == wanted.range
     if code.coding is Coding.LEVELS:
-        levels = quantizer.quantize(values, code, None)
+        levels = quantizer.quantize(values, code, None).signed()
         assert levels.dtype == np.int32
         assert levels.tolist() == list(wanted.levels)
         assert dequantize(levels, code).tolist() == list(wanted.decoded)
@@ -103,7 +103,7 @@ def test_nnadq_levels_reach_the_range_and_never_pass_it(values: Float32, weight:
     quantizer = NNADQ(weight)
     code = quantizer.measure(values, 32)
     if code.coding is Coding.LEVELS:
-        levels = quantizer.quantize(values, code, None)
+        levels = quantizer.quantize(values, code, None).signed()
         assert int(np.abs(levels).max()) == code.num_levels
 
 
@@ -139,7 +139,7 @@ def test_number_of_levels_of_a_case_worked_by_hand() -> None:
     values = np.array([-1.0, 1.0, 0.25], np.float32)
     assert NNADQ(1e-3).measure(values, 32) == SegmentCode(Coding.LEVELS, 210, 0.0, 1.0)
     assert NNADQ(1e-3).measure(values, 16) == SegmentCode(Coding.LEVELS, 148, 0.0, 1.0)
-    levels = NNADQ(1e-3).quantize(values, NNADQ(1e-3).measure(values, 32), None)
+    levels = NNADQ(1e-3).quantize(values, NNADQ(1e-3).measure(values, 32), None).signed()
     assert levels.tolist() == [-210, 210, 52]  # 52.5 is rounded to even
 
 
@@ -166,7 +166,11 @@ def test_all_negative_tensor_is_centred_with_the_right_sign() -> None:
     quantizer = NNADQ(1e-3)
     code = quantizer.measure(values, 32)
     assert (code.offset, code.range) == (-4.0, 1.0)
-    assert dequantize(quantizer.quantize(values, code, None), code).tolist() == [-5.0, -4.0, -3.0]
+    assert dequantize(quantizer.quantize(values, code, None).signed(), code).tolist() == [
+        -5.0,
+        -4.0,
+        -3.0,
+    ]
 
 
 # Which zero is the smallest depends on the order in which a machine compares; the code must not
@@ -240,7 +244,7 @@ def test_bad_number_of_levels_is_refused(num_levels: int) -> None:
 def stochastic_levels(values: Float32, num_levels: int, seed: int) -> NDArray[np.int32]:
     quantizer = Stochastic(num_levels)
     code = quantizer.measure(values, 32)
-    return quantizer.quantize(values, code, torch.Generator().manual_seed(seed))
+    return quantizer.quantize(values, code, torch.Generator().manual_seed(seed)).signed()
 
 
 def test_stochastic_is_unbiased() -> None:

@@ -144,9 +144,9 @@ ANY_METHOD: dict[str, tuple[Forgery, str, str]] = {
     "bit flipped in the checksum": (bit_flipped(1.0), "checksum", "was cut or altered"),
     "no payload at all": (lambda s: b"GET " + s.upload[4:], "version", "no payload of fedobd"),
     "another version": (
-        lambda s: forge(s.upload, version=2),
+        lambda s: forge(s.upload, version=1),
         "version",
-        "format version 2 came; this side reads 1",
+        "format version 1 came; this side reads 2",
     ),
     "another model": (other_model, "schema", "the payload is for another model or other blocks"),
     "other blocks": (other_blocks, "schema", "the payload is for another model or other blocks"),

@@ -164,7 +164,7 @@ class RunningMean:
                 weights[where] += sign * num_examples
         else:
             mask = decoded.mask.numpy()
-            sums[where][mask] += np.rint(as_array * scale).astype(np.int64)
+            sums[where][mask] += np.rint(as_array.astype(np.float64) * scale).astype(np.int64)
             if weights is not None:
                 weights[where][mask] += sign * num_examples
 
@@ -175,7 +175,8 @@ class RunningMean:
         them.
 
         Raises:
-            EmptyRoundError: nothing was folded; the mean can still be used.
+            EmptyRoundError: nothing was folded, so that the mean can still be used; or it has been
+                finished already.
         """
         import fedobd._kernels as kernels  # when first needed: importing numba takes its time
 
@@ -204,4 +205,5 @@ class RunningMean:
             )
             state[spec.name] = after
             self._sums[number] = self._weights[number] = None
+        self._num_examples = 0
         return state

@@ -208,14 +208,17 @@ def decode_levels(
         raise _damaged("has bits set between its tables and its chunks")
     lengths = [count for count, _ in segments]
     values = [np.empty(count, np.float32) for count in lengths]
-    slots = [_slots(table, code) for table, (_, code) in zip(tables, segments, strict=True)]
+    shared = cache(lambda number: _slots(tables[number], segments[number][1]))
 
     def decode(chunk: tuple[int, int, memoryview]) -> None:
         start, stop, data = chunk
         reader = _ChunkReader(data)
         for number, part, first in _pieces(lengths, start, stop):
             code, table = segments[number][1], tables[number]
-            reader.take(code, table, slots[number], first, values[number][part])
+            # half a megabyte each, so those of many small segments are not kept
+            is_whole = part.stop - part.start == lengths[number]
+            slots = _slots(table, code) if is_whole else shared(number)
+            reader.take(code, table, slots, first, values[number][part])
         reader.close()
 
     spread(executor, decode, list(_cut_chunks(stream, (position + 7) // 8, sum(lengths))))
@@ -229,7 +232,10 @@ def _cut_chunks(
     for number, (start, stop) in enumerate(bounds):
         length = len(stream) - position
         if number < len(bounds) - 1:
-            num_words, position = read_varint(stream, position, "a chunk's length")
+            try:
+                num_words, position = read_varint(stream, position, "a chunk's length")
+            except DecodeError as error:
+                raise _damaged("has a chunk of no proper length") from error
             length = _LANES * _STATE_BYTES + 2 * num_words
         if length < _LANES * _STATE_BYTES or length % 2 or position + length > len(stream):
             raise _damaged("has a chunk of no proper length")

@@ -28,6 +28,7 @@ from fedobd._wire import (
     Cursor,
     Header,
     check_checksum,
+    check_length,
     check_version,
     read_code,
     read_header,
@@ -210,7 +211,8 @@ class Payload:
             DecodeError: it is cut, altered, of another version or for another model.
         """
         buffer = memoryview(data).cast("B")
-        check_version(buffer)
+        check_length(buffer)
+        check_version(bytes(buffer[:4]), buffer[4])
         check_checksum(zlib.crc32(buffer[: -CHECKSUM.size]), buffer[-CHECKSUM.size :])
         cursor = Cursor(buffer[: -CHECKSUM.size])
         reader = _FrameReader(cursor, schema)
@@ -266,36 +268,30 @@ class _ChunkCursor(Cursor):
     def __init__(self, chunks: Iterable[Bytes]) -> None:
         super().__init__(memoryview(b""))
         self._chunks = iter(chunks)
-        self._waiting: list[memoryview] = []
-        self._available = 0
         self.checksum = 0
 
     def take(self, count: int, what: str) -> memoryview:
-        while self._available < count:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                raise DecodeError(
-                    DecodeReason.TRUNCATED,
-                    f"the payload ends inside {what}: {count} bytes wanted at offset "
-                    f"{self.position}, {self._available} came",
-                )
-            view = memoryview(chunk).cast("B")
-            self._waiting.append(view)
-            self._available += len(view)
-        parts, missing = [], count
-        while missing:
-            head = self._waiting[0]
-            parts.append(head[:missing])
-            if len(head) > missing:
-                self._waiting[0] = head[missing:]
-            else:
-                self._waiting.pop(0)
-            missing -= len(parts[-1])
-        self._available -= count
+        whole, self._buffer = self._buffer[:count], self._buffer[count:]
+        if len(whole) < count:
+            whole = memoryview(self._gathered(bytearray(whole), count, what))
         self.position += count
-        whole = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
         self.checksum = zlib.crc32(whole, self.checksum)
         return whole
+
+    def _gathered(self, parts: bytearray, count: int, what: str) -> bytearray:
+        """Add chunks until there are as many bytes as wanted; the rest of the last one waits."""
+        for chunk in self._chunks:
+            view = memoryview(chunk).cast("B")
+            missing = count - len(parts)
+            parts += view[:missing]
+            if len(parts) == count:
+                self._buffer = view[missing:]
+                return parts
+        raise DecodeError(
+            DecodeReason.TRUNCATED,
+            f"the payload ends inside {what}: {count} bytes wanted at offset "
+            f"{self.position}, {len(parts)} came",
+        )
 
     def close(self) -> None:
         """Check that the checksum, and nothing else, is left.
@@ -305,7 +301,7 @@ class _ChunkCursor(Cursor):
         """
         came = self.checksum
         check_checksum(came, self.take(CHECKSUM.size, "the checksum"))
-        left = self._available + sum(len(memoryview(chunk).cast("B")) for chunk in self._chunks)
+        left = len(self._buffer) + sum(len(memoryview(chunk).cast("B")) for chunk in self._chunks)
         if left:
             raise DecodeError(DecodeReason.TRAILING, f"{left} bytes follow the checksum")
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedobd._errors import DecodeError, DecodeReason
 
 _ZSTD_LEVEL = 3
+_LEAST_BLOCK = 1024  # bytes of a plane that are worth a block
 
 
 def to_bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:
@@ -43,13 +44,21 @@ def compress(parts: Sequence[bytes], itemsizes: Sequence[int]) -> bytes:
         parts: the bytes of each segment.
         itemsizes: the bytes of one element of each.
     """
-    planes = b"".join(
-        _transposed(part, itemsize, len(part) // itemsize).tobytes()
-        for part, itemsize in zip(parts, itemsizes, strict=True)
-    )
-    return zstandard.ZstdCompressor(
+    total = sum(map(len, parts))
+    compressor = zstandard.ZstdCompressor(
         level=_ZSTD_LEVEL, write_checksum=False, write_content_size=True
-    ).compress(planes)
+    )
+    if total == 0:
+        return compressor.compress(b"")
+    stream = compressor.compressobj(size=total)
+    made = []
+    for part, itemsize in zip(parts, itemsizes, strict=True):
+        for plane in _transposed(part, itemsize, len(part) // itemsize):
+            made.append(stream.compress(plane.tobytes()))
+            if plane.size >= _LEAST_BLOCK:  # a block of its own has a code of its own
+                made.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    made.append(stream.flush())
+    return b"".join(made)
 
 
 def decompress(frame: memoryview, lengths: Sequence[int], itemsizes: Sequence[int]) -> bytes:

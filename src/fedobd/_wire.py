@@ -287,7 +287,7 @@ class Cursor:
         digits = bytearray()
         while not digits or digits[-1] >= 0x80:
             digits += self.take(1, what)
-            if len(digits) > MAX_VARINT_BYTES:
+            if len(digits) >= MAX_VARINT_BYTES:
                 break
         return read_varint(memoryview(digits), 0, f"{what} before offset {self.position}")[0]
 
@@ -296,25 +296,25 @@ class Cursor:
         return layout.unpack(self.take(layout.size, what))
 
 
-def check_version(buffer: memoryview) -> None:
-    """Refuse what is no payload of this version.
-
-    Raises:
-        DecodeError: it is too short, or magic or version are wrong.
-    """
+def check_length(buffer: memoryview) -> None:
+    """Refuse what is shorter than any payload."""
     if len(buffer) < _HEADER.size + CHECKSUM.size:
         raise DecodeError(
             DecodeReason.TRUNCATED,
             f"{len(buffer)} bytes came; the shortest payload has {_HEADER.size + CHECKSUM.size}",
         )
-    if buffer[:4] != MAGIC:
+
+
+def check_version(magic: bytes, version: int) -> None:
+    """Refuse what is no payload of this version."""
+    if magic != MAGIC:
         raise DecodeError(
             DecodeReason.VERSION,
-            f"this is no payload of fedobd: it starts with {bytes(buffer[:4])!r}, not {MAGIC!r}",
+            f"this is no payload of fedobd: it starts with {magic!r}, not {MAGIC!r}",
         )
-    if buffer[4] != VERSION:
+    if version != VERSION:
         raise DecodeError(
-            DecodeReason.VERSION, f"format version {buffer[4]} came; this side reads {VERSION}"
+            DecodeReason.VERSION, f"format version {version} came; this side reads {VERSION}"
         )
 
 
@@ -338,9 +338,10 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
     Raises:
         DecodeError: a field is illegal, or the payload is for another model.
     """
-    _, _, kind, method, flag_bits, number, stage, fingerprint = cursor.unpack(
+    magic, version, kind, method, flag_bits, number, stage, fingerprint = cursor.unpack(
         _HEADER, "the header"
     )
+    check_version(magic, version)
     if kind not in Kind.__members__.values():
         raise DecodeError(DecodeReason.KIND, f"payload kind {kind} is not known")
     if flag_bits & ~sum(Flag):

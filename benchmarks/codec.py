@@ -559,6 +559,37 @@ def memory_of_streaming(parameters: int) -> None:
     )
 
 
+def beyond_four_gibibytes() -> None:
+    """Stream a payload of more than 4 GiB from encoder to decoder; print its length."""
+    from fedobd import Block, Role, Segment, TensorSpec
+    from fedobd._encoding import encode_payload
+    from fedobd._payload import PayloadStream
+    from fedobd._quantization import Unquantized
+    from fedobd._wire import Header, Kind
+
+    count, parts = 1 << 28, 9
+    values = torch.arange(count, dtype=torch.int32).remainder_(1000).to(torch.bfloat16)
+    schema = ModelSchema(
+        tuple(TensorSpec(f"w{i}", (count,), torch.bfloat16, Role.PARAMETER) for i in range(parts)),
+        tuple(Block(f"b{i}", "made", (), (Segment(i, 0, count),), count) for i in range(parts)),
+    )
+    header = Header(
+        kind=Kind.BROADCAST, method=FedAvg.wire_id, round=1, stage=1, kept=tuple(range(parts))
+    )
+    sent = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal sent
+        for chunk in encode_payload(schema, header, lambda segment: values, Unquantized()):
+            sent += len(chunk)
+            yield chunk
+
+    equal = 0
+    for _, segments in PayloadStream(chunks(), schema).blocks():
+        equal += torch.equal(segments[0].values, values)
+    print(json.dumps({"payload_bytes": sent, "blocks": parts, "blocks_equal": equal}))
+
+
 def memory_of_aggregation(uploads: int) -> None:
     """Aggregate many uploads of a model of 20 M parameters; print what memory it took."""
     schema = decompose(transformer(20_000_000))
@@ -602,7 +633,11 @@ def aggregate(path: Path, uploads: int) -> None:
 
 def memory(results: dict[str, Any]) -> None:
     """Print the memory figures, each from a process of its own."""
-    parts = {"streaming": ["--stream", "1100000000"], "aggregation": ["--many", "200"]}
+    parts = {
+        "streaming": ["--stream", "1100000000"],
+        "aggregation": ["--many", "200"],
+        "above 4 GiB": ["--huge"],
+    }
     for name, words in parts.items():
         done = subprocess.run(
             [sys.executable, __file__, *words], capture_output=True, text=True, check=False
@@ -640,12 +675,15 @@ def main() -> None:
     parser.add_argument("--stream", type=int)
     parser.add_argument("--many", type=int)
     parser.add_argument("--aggregate", nargs=2)
+    parser.add_argument("--huge", action="store_true")
     parser.add_argument("--json", type=Path)
     words = parser.parse_args()
     if words.stream:
         return memory_of_streaming(words.stream)
     if words.many:
         return memory_of_aggregation(words.many)
+    if words.huge:
+        return beyond_four_gibibytes()
     if words.aggregate:
         return aggregate(Path(words.aggregate[0]), int(words.aggregate[1]))
     results: dict[str, Any] = {"machine": platform.platform(), "cpus": os.cpu_count()}

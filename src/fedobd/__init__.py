@@ -7,7 +7,7 @@ from fedobd._client import Broadcast, ClientSession
 from fedobd._codec import Codec
 from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError, FedOBDError, UsageError
 from fedobd._method import Method, Shipment, UplinkContext
-from fedobd._payload import Payload
+from fedobd._payload import Payload, PayloadStream
 from fedobd._quantization import NNADQ, Stochastic, Unquantized
 from fedobd._rounds import (
     EarlyStop,
@@ -20,7 +20,7 @@ from fedobd._rounds import (
 from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
 from fedobd._server import SavedSession, ServerSession
 from fedobd._state import ModelState, get_state, load_state
-from fedobd._wire import ByteCount, Header, Report
+from fedobd._wire import ByteCount, Header, Limits, Report
 from fedobd.methods import METHODS, SMAFD, FedAvg, FedDropoutAvg, FedOBD, FedPAQ
 
 __version__ = "0.1.0"
@@ -45,10 +45,12 @@ __all__ = [
     "FedOBDError",
     "FedPAQ",
     "Header",
+    "Limits",
     "Method",
     "ModelSchema",
     "ModelState",
     "Payload",
+    "PayloadStream",
     "Refusal",
     "Report",
     "Role",

@@ -36,7 +36,12 @@ NUM_LANES = 4
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a loop when it is first called, and keep it on disk; it runs without the GIL."""
-    result: Callable[..., Any] = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    options = {"nogil": True, "error_model": "numpy"}
+    result: Callable[..., Any]
+    try:
+        result = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # there is no folder to keep it in: it is compiled in every process
+        result = numba.njit(**options)(function)
     return result
 
 

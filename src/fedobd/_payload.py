@@ -23,10 +23,12 @@ from fedobd._quantization import Coding, SegmentCode
 from fedobd._schema import ModelSchema, Segment, TensorSpec
 from fedobd._wire import (
     CHECKSUM,
+    DEFAULT_LIMITS,
     ByteCount,
     Bytes,
     Cursor,
     Header,
+    Limits,
     check_checksum,
     check_length,
     check_version,
@@ -200,21 +202,22 @@ class Payload:
     _frozen: memoryview | None = field(repr=False)
 
     @classmethod
-    def parse(cls, data: Bytes, schema: ModelSchema) -> Payload:
+    def parse(cls, data: Bytes, schema: ModelSchema, limits: Limits = DEFAULT_LIMITS) -> Payload:
         """Verify a payload and find its frames.
 
         Args:
             data: the whole payload.
             schema: the schema of the model that it is to be for.
+            limits: what is taken at most.
 
         Raises:
-            DecodeError: it is cut, altered, of another version or for another model.
+            DecodeError: it is cut, altered, of another version, for another model, or too large.
         """
         buffer = memoryview(data).cast("B")
-        check_length(buffer)
+        check_length(buffer, limits)
         check_version(bytes(buffer[:4]), buffer[4])
         check_checksum(zlib.crc32(buffer[: -CHECKSUM.size]), buffer[-CHECKSUM.size :])
-        cursor = Cursor(buffer[: -CHECKSUM.size])
+        cursor = Cursor(buffer[: -CHECKSUM.size], limits)
         reader = _FrameReader(cursor, schema)
         frozen = reader.frozen()
         frames = tuple(reader.blocks())
@@ -265,12 +268,17 @@ class Payload:
 class _ChunkCursor(Cursor):
     """Reads chunks of bytes as they come, and keeps what it has not given out."""
 
-    def __init__(self, chunks: Iterable[Bytes]) -> None:
-        super().__init__(memoryview(b""))
+    def __init__(self, chunks: Iterable[Bytes], limits: Limits) -> None:
+        super().__init__(memoryview(b""), limits)
         self._chunks = iter(chunks)
         self.checksum = 0
 
     def take(self, count: int, what: str) -> memoryview:
+        if self.position + count > self.limits.max_payload_bytes:
+            raise DecodeError(
+                DecodeReason.LIMIT,
+                f"{what} would end past {self.limits.max_payload_bytes} bytes, the most taken",
+            )
         whole, self._buffer = self._buffer[:count], self._buffer[count:]
         if len(whole) < count:
             whole = memoryview(self._gathered(bytearray(whole), count, what))
@@ -312,13 +320,16 @@ class PayloadStream:
     Args:
         chunks: the payload in pieces of any size.
         schema: the schema of the model that it is to be for.
+        limits: what is taken at most.
 
     Raises:
         DecodeError: its header is not legal, or for another model.
     """
 
-    def __init__(self, chunks: Iterable[Bytes], schema: ModelSchema) -> None:
-        self._cursor = _ChunkCursor(chunks)
+    def __init__(
+        self, chunks: Iterable[Bytes], schema: ModelSchema, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        self._cursor = _ChunkCursor(chunks, limits)
         self._reader = _FrameReader(self._cursor, schema)
         self._frozen = self._reader.frozen()
         self.schema = schema

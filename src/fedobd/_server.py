@@ -37,7 +37,7 @@ from fedobd._rounds import (
 from fedobd._schema import ModelSchema, Role
 from fedobd._seeds import derive_seed, make_generator
 from fedobd._state import ModelState, cast_state, master_state, segment_of, state_fingerprint
-from fedobd._wire import ByteCount, Bytes, Header, Kind
+from fedobd._wire import DEFAULT_LIMITS, ByteCount, Bytes, Header, Kind, Limits
 
 MAX_EXAMPLES = 10_000_000
 """Largest number of examples that an upload may claim, unless the operator says otherwise."""
@@ -83,6 +83,7 @@ class ServerSession:
         max_examples: the largest number of examples that an upload may claim.
         shared_start: clients hold the initial model already (the same seed and factory, the same
             checkpoint): the first broadcast and openings are then its fingerprint, not its values.
+        limits: what an upload may take at most.
         executor: spreads the work on large blocks; the bytes are the same with and without.
 
     Raises:
@@ -100,6 +101,7 @@ class ServerSession:
         seed: int = 0,
         max_examples: int = MAX_EXAMPLES,
         shared_start: bool = False,
+        limits: Limits = DEFAULT_LIMITS,
         executor: Executor | None = None,
     ) -> None:
         if num_clients < 1:
@@ -118,6 +120,7 @@ class ServerSession:
         self._state = master_state(schema, state)
         start = state_fingerprint(schema, self.state).hex() if shared_start else None
         self._progress = Progress(uploads_by_block=[0] * len(schema.blocks), start=start)
+        self._limits = limits
         self._executor = executor
         self._open: _OpenRound | None = None
 
@@ -312,7 +315,7 @@ class ServerSession:
                 DecodeReason.DUPLICATE,
                 f"client {client} has uploaded in round {plan.round} already",
             )
-        payload = Payload.parse(upload, self.schema)
+        payload = Payload.parse(upload, self.schema, self._limits)
         header, report = payload.header, payload.header.report
         check_addressed(header, Kind.UPLOAD, self.method, plan.round, plan.stage)
         assert report is not None

@@ -82,6 +82,31 @@ _NEEDS_ELEMENTS = (Coding.CONSTANT, Coding.LEVELS)
 Bytes = bytes | bytearray | memoryview
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a reader takes at most; a caller may lower it.
+
+    Args:
+        max_payload_bytes: length of a payload.
+        max_levels: number of levels s of a segment, at most 2^22.
+
+    Raises:
+        UsageError: a limit is below 1, or above what the format allows.
+    """
+
+    max_payload_bytes: int = 2**62
+    max_levels: int = MAX_LEVELS
+
+    def __post_init__(self) -> None:
+        for name, most in (("max_payload_bytes", 2**62), ("max_levels", MAX_LEVELS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise UsageError(f"{name} is {getattr(self, name)}; allowed are 1 to {most}")
+
+
+DEFAULT_LIMITS = Limits()
+"""What a reader takes unless its caller lowers it: all that the format allows."""
+
+
 class Kind(IntEnum):
     """What a payload is for."""
 
@@ -263,10 +288,12 @@ class Cursor:
 
     Args:
         buffer: the bytes.
+        limits: what is taken at most.
     """
 
-    def __init__(self, buffer: memoryview) -> None:
+    def __init__(self, buffer: memoryview, limits: Limits = DEFAULT_LIMITS) -> None:
         self._buffer = buffer
+        self.limits = limits
         self.position = 0
 
     def take(self, count: int, what: str) -> memoryview:
@@ -296,8 +323,13 @@ class Cursor:
         return layout.unpack(self.take(layout.size, what))
 
 
-def check_length(buffer: memoryview) -> None:
-    """Refuse what is shorter than any payload."""
+def check_length(buffer: memoryview, limits: Limits) -> None:
+    """Refuse what is shorter than any payload, or longer than is taken."""
+    if len(buffer) > limits.max_payload_bytes:
+        raise DecodeError(
+            DecodeReason.LIMIT,
+            f"{len(buffer)} bytes came; at most {limits.max_payload_bytes} are taken",
+        )
     if len(buffer) < _HEADER.size + CHECKSUM.size:
         raise DecodeError(
             DecodeReason.TRUNCATED,
@@ -439,9 +471,10 @@ def read_code(
     elif coding == Coding.LEVELS:
         num_levels = cursor.varint(f"the number of levels {where}")
         offset, span = cursor.unpack(_LEVELS, f"the range {where}")
-        if not 1 <= num_levels <= MAX_LEVELS:
+        if not 1 <= num_levels <= cursor.limits.max_levels:
             raise DecodeError(
-                DecodeReason.LIMIT, f"{num_levels} levels {where}; allowed are 1 to {MAX_LEVELS}"
+                DecodeReason.LIMIT,
+                f"{num_levels} levels {where}; allowed are 1 to {cursor.limits.max_levels}",
             )
         if not 0 < span <= MAX_RANGE or not abs(offset) <= MAX_RANGE:
             raise DecodeError(

@@ -36,7 +36,7 @@ NUM_LANES = 4
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a loop when it is first called, and keep it on disk; it runs without the GIL."""
-    options = {"nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     result: Callable[..., Any]
     try:
         result = numba.njit(cache=True, **options)(function)

@@ -33,7 +33,6 @@ from fedobd import (
     Codec,
     FedAvg,
     FedOBD,
-    ModelSchema,
     Payload,
     Report,
     RoundPlan,
@@ -46,8 +45,9 @@ from fedobd._client import Broadcast
 from fedobd._entropy import decode_levels, encode_levels
 from fedobd._quantization import NNADQ, Float32, level_bits
 from fedobd.data import ClientData, Examples
-from fedobd.models import DenseNet40, TransformerClassifier, use_batch_statistics
+from fedobd.models import DenseNet40, use_batch_statistics
 from fedobd.training import TrainingOptions, train_locally
+from memory import made_upload, transformer
 
 CACHE = Path(os.environ.get("FEDOBD_BENCH_CACHE", Path.home() / ".cache" / "fedobd-bench"))
 RUNS = 5
@@ -334,14 +334,6 @@ def _flare_environment() -> Path | None:
     return python
 
 
-def transformer(parameters: int) -> torch.nn.Module:
-    """Return a Transformer classifier of about so many parameters."""
-    layers = max(1, (parameters - 5_120_000) // 1_315_072)
-    return TransformerClassifier(
-        vocab_size=20_000, d_model=256, nhead=8, dim_feedforward=2048, num_layers=layers
-    )
-
-
 def uploads(results: dict[str, Any], executor: Executor) -> None:
     """Print whole uploads against the sum of their tensors' entropies."""
     table = Table(title="Whole uploads, every byte counted")
@@ -417,7 +409,7 @@ def folding(results: dict[str, Any], executor: Executor) -> None:
     model = transformer(20_000_000)
     schema = decompose(model)
     start = get_state(model)
-    upload = _made_upload(schema, start, executor)
+    upload = made_upload(schema, start, executor)
     reference = {name: value.to(torch.float32) for name, value in start.items()}
     mean = RunningMean(schema, reference, cohort_size=1000, max_examples=10**7)
     payload = Payload.parse(upload, schema)
@@ -435,212 +427,19 @@ def folding(results: dict[str, Any], executor: Executor) -> None:
     results["fold"] = rows
 
 
-def _made_upload(
-    schema: ModelSchema, start: dict[str, torch.Tensor], executor: Executor | None, seed: int = 0
-) -> bytes:
-    """Return an upload whose differences are normal with standard deviation 0.005."""
-    method = FedOBD(codec=Codec(selection="none", downlink_quantizer="none"))
-    server = ServerSession(method, schema, start, num_clients=1)
-    server.begin_round()
-    client = ClientSession(method, schema, client=0, executor=executor)
-    client.receive(b"".join(server.broadcast()))
-    generator = torch.Generator().manual_seed(seed)
-    after = {
-        name: value + 0.005 * torch.randn(value.shape, generator=generator)
-        for name, value in start.items()
-    }
-    return b"".join(client.upload(after, Report(num_examples=1, train_loss=0.0)))
-
-
-def warm_up() -> None:
-    """Play a small round, so that all compiled code is loaded before memory is read."""
-    model = torch.nn.Linear(8, 8)
-    schema, start = decompose(model), get_state(model)
-    mean = RunningMean(schema, start, cohort_size=1, max_examples=1)
-    payload = Payload.parse(_made_upload(schema, start, None), schema)
-    mean.fold(payload.blocks, 1, differences=True)
-    mean.finish()
-
-
-def peak_megabytes() -> float:
-    """Return the largest memory that this process has had, in MB.
-
-    Not from `getrusage`, whose figure a process inherits from the one that started it.
-    """
-    status = Path("/proc/self/status").read_text()
-    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024 / 1e6
-
-
-def resident_megabytes() -> float:
-    """Return the memory that this process has now, in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def large_state(parameters: int) -> tuple[ModelSchema, dict[str, torch.Tensor]]:
-    """Return a Llama-like bfloat16 state of about so many random values, without its modules."""
-    width, hidden, vocabulary = 2048, 5632, 32_000
-    layers = round((parameters - 2 * vocabulary * width) / (4 * width**2 + 3 * width * hidden))
-    shapes = {"embed.weight": (vocabulary, width)}
-    for layer in range(layers):
-        for name in ("q", "k", "v", "o"):
-            shapes[f"layers.{layer}.{name}.weight"] = (width, width)
-        for name in ("gate", "up"):
-            shapes[f"layers.{layer}.{name}.weight"] = (hidden, width)
-        shapes[f"layers.{layer}.down.weight"] = (width, hidden)
-    shapes["head.weight"] = (vocabulary, width)
-    from fedobd import Block, Role, Segment, TensorSpec
-
-    specs = tuple(TensorSpec(n, s, torch.bfloat16, Role.PARAMETER) for n, s in shapes.items())
-    groups: dict[str, list[int]] = {}
-    for number, spec in enumerate(specs):
-        groups.setdefault(spec.name.rsplit(".", 2)[0], []).append(number)
-    blocks = tuple(
-        Block(name, "made", (name,), tuple(Segment(n, 0, specs[n].num_elements) for n in numbers),
-              sum(specs[n].num_elements for n in numbers))
-        for name, numbers in groups.items()
-    )  # fmt: skip
-    state = {}
-    for name, shape in shapes.items():
-        state[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
-    return ModelSchema(specs, blocks), state
-
-
-def memory_of_streaming(parameters: int) -> None:
-    """Encode a large state to a file and decode it from there; print what memory it took."""
-    from fedobd._encoding import encode_payload
-    from fedobd._payload import PayloadStream
-    from fedobd._state import segment_of
-    from fedobd._wire import Header, Kind
-
-    schema, state = large_state(parameters)
-    block = max(b.num_parameters for b in schema.blocks)
-    warm_up()
-    base = resident_megabytes()
-    header = Header(
-        kind=Kind.BROADCAST, method=FedOBD.wire_id, round=1, stage=1,
-        kept=tuple(range(len(schema.blocks))),
-    )  # fmt: skip
-    began = time.perf_counter()
-    with tempfile.TemporaryFile() as file:
-        chunks = encode_payload(
-            schema,
-            header,
-            lambda s: segment_of(state, schema.tensors[s.tensor], s),
-            NNADQ(1e-3),
-        )
-        for chunk in chunks:
-            file.write(chunk)
-        encoded = time.perf_counter() - began
-        size = file.tell()
-        above_encode = peak_megabytes() - base
-        file.seek(0)
-        began = time.perf_counter()
-        checked = 0
-        stream = PayloadStream(iter(lambda: file.read(1 << 20), b""), schema)
-        for _, segments in stream.blocks():
-            checked += sum(len(decoded.values) for decoded in segments)
-        decoded_s = time.perf_counter() - began
-    print(
-        json.dumps(
-            {
-                "parameters": schema.num_parameters,
-                "payload_bytes": size,
-                "largest_block_mb": block * 4 / 1e6,
-                "allowed_mb": 2 * block * 4 / 1e6 + 200,
-                "encode_mb": above_encode,
-                "decode_mb": peak_megabytes() - base,
-                "encode_s": encoded,
-                "decode_s": decoded_s,
-                "decoded": checked,
-            }
-        )
-    )
-
-
-def beyond_four_gibibytes() -> None:
-    """Stream a payload of more than 4 GiB from encoder to decoder; print its length."""
-    from fedobd import Block, Role, Segment, TensorSpec
-    from fedobd._encoding import encode_payload
-    from fedobd._payload import PayloadStream
-    from fedobd._quantization import Unquantized
-    from fedobd._wire import Header, Kind
-
-    count, parts = 1 << 28, 9
-    values = torch.arange(count, dtype=torch.int32).remainder_(1000).to(torch.bfloat16)
-    schema = ModelSchema(
-        tuple(TensorSpec(f"w{i}", (count,), torch.bfloat16, Role.PARAMETER) for i in range(parts)),
-        tuple(Block(f"b{i}", "made", (), (Segment(i, 0, count),), count) for i in range(parts)),
-    )
-    header = Header(
-        kind=Kind.BROADCAST, method=FedAvg.wire_id, round=1, stage=1, kept=tuple(range(parts))
-    )
-    sent = 0
-
-    def chunks() -> Iterator[bytes]:
-        nonlocal sent
-        for chunk in encode_payload(schema, header, lambda segment: values, Unquantized()):
-            sent += len(chunk)
-            yield chunk
-
-    equal = 0
-    for _, segments in PayloadStream(chunks(), schema).blocks():
-        equal += torch.equal(segments[0].values, values)
-    print(json.dumps({"payload_bytes": sent, "blocks": parts, "blocks_equal": equal}))
-
-
-def memory_of_aggregation(uploads: int) -> None:
-    """Aggregate many uploads of a model of 20 M parameters; print what memory it took."""
-    schema = decompose(transformer(20_000_000))
-    generator = torch.Generator().manual_seed(0)
-    start = {t.name: torch.randn(t.shape, generator=generator) * 0.02 for t in schema.tensors}
-    upload = _made_upload(schema, start, None)
-    path = Path(tempfile.mkdtemp()) / "upload"
-    path.write_bytes(upload)
-    (path.parent / "schema.json").write_text(json.dumps(schema.to_json()))
-    done = subprocess.run(
-        [sys.executable, __file__, "--aggregate", str(path), str(uploads)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    print(done.stdout or done.stderr)
-
-
-def aggregate(path: Path, uploads: int) -> None:
-    """Fold one upload's bytes so many times, each as another client's, in a fresh process."""
-    schema = ModelSchema.from_json(json.loads((path.parent / "schema.json").read_text()))
-    warm_up()
-    base = resident_megabytes()
-    generator = torch.Generator().manual_seed(0)
-    state = {t.name: torch.randn(t.shape, generator=generator) * 0.02 for t in schema.tensors}
-    mean = RunningMean(schema, state, cohort_size=uploads, max_examples=10**6)
-    for client in range(uploads):
-        payload = Payload.parse(path.read_bytes(), schema)
-        mean.fold(payload.blocks, 100 + client, differences=True)
-    mean.finish()
-    model = schema.num_parameters * 4 / 1e6
-    print(
-        json.dumps(
-            {
-                "uploads": uploads,
-                "model_mb": model,
-                "peak_above_mb": peak_megabytes() - base,
-                "times_model": (peak_megabytes() - base) / model,
-            }
-        )
-    )
-
-
 def memory(results: dict[str, Any]) -> None:
     """Print the memory figures, each from a process of its own."""
     parts = {
-        "streaming": ["--stream", "1100000000"],
-        "aggregation": ["--many", "200"],
-        "above 4 GiB": ["--huge"],
+        "streaming": ["stream", "1100000000"],
+        "aggregation": ["aggregate", "200"],
+        "above 4 GiB": ["huge"],
     }
     for name, words in parts.items():
         done = subprocess.run(
-            [sys.executable, __file__, *words], capture_output=True, text=True, check=False
+            [sys.executable, str(Path(__file__).with_name("memory.py")), *words],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         console.print(f"{name}: {(done.stdout or done.stderr).strip()}", soft_wrap=True)
         results[name] = json.loads(done.stdout) if done.returncode == 0 else done.stderr
@@ -670,22 +469,10 @@ def lossless(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run all of it, or the part that a process of its own is for."""
+    """Run all of it."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--stream", type=int)
-    parser.add_argument("--many", type=int)
-    parser.add_argument("--aggregate", nargs=2)
-    parser.add_argument("--huge", action="store_true")
     parser.add_argument("--json", type=Path)
     words = parser.parse_args()
-    if words.stream:
-        return memory_of_streaming(words.stream)
-    if words.many:
-        return memory_of_aggregation(words.many)
-    if words.huge:
-        return beyond_four_gibibytes()
-    if words.aggregate:
-        return aggregate(Path(words.aggregate[0]), int(words.aggregate[1]))
     results: dict[str, Any] = {"machine": platform.platform(), "cpus": os.cpu_count()}
     with ThreadPoolExecutor(2) as executor:
         speeds(results, executor)
@@ -698,7 +485,6 @@ def main() -> None:
         memory(results)
     if words.json:
         words.json.write_text(json.dumps(results, indent=1))
-    return None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ if __name__ == "__main__":
     import atheris  # type: ignore[import-not-found, unused-ignore]
 
     sys.path.insert(0, str(ROOT))
-    with atheris.instrument_imports(include=["fedobd"], exclude=["fedobd._kernels"]):
+    with atheris.instrument_imports(
+        include=["fedobd"], exclude=["fedobd._kernels", "fedobd._tables"]
+    ):
         import fedobd._payload  # noqa: F401
 
 from fedobd._quantization import MAX_LEVELS, Coding, SegmentCode  # noqa: E402

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedobd import _entropy, _kernels
+from fedobd import _entropy, _tables
 from fedobd._entropy import decode_levels, encode_levels
 from fedobd._errors import DecodeError, DecodeReason
 from fedobd._quantization import (
@@ -419,8 +419,8 @@ def tables_of(made: Sequence[Coded]) -> tuple[list[slow.Part], list[int]]:
         _, size, width = slow.alphabet(c.code.num_levels)
         frequencies = np.zeros(size, np.int64)
         scratch = np.zeros(64 + 24 * size, np.uint8)
-        log2 = _kernels.log2_table((1 << 16) + 1)
-        k, mantissa, largest, _ = _kernels.choose_table(
+        log2 = _tables.log2_table((1 << 16) + 1)
+        k, mantissa, largest, _ = _tables.choose_table(
             levels.counts, c.levels.size, width, log2, scratch, frequencies
         )
         table = slow.Table(tuple(frequencies.tolist()), k) if k else slow.uniform(size)

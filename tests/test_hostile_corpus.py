@@ -250,13 +250,13 @@ def read_with_checked_indices() -> None:
 
     Prints how many were read, how many refused, and by how many bytes the process grew meanwhile.
     """
-    from fedobd import _kernels
+    from fedobd import _tables
 
     assert os.environ["NUMBA_BOUNDSCHECK"] == "1"
     for name in schemas():
         read_whole(*golden(name))
     with pytest.raises(IndexError):  # or else the checks are not there
-        _kernels.make_slots(np.array([2]), np.zeros(1, np.uint32), np.zeros(1, np.uint64))
+        _tables.make_slots(np.array([2]), np.zeros(1, np.uint32), np.zeros(1, np.uint64))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     readings = [read_whole(data, schema) for data, schema, _ in map(hostile, CORPUS)]
     for name in schemas():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedobd import _kernels as kernels
+from fedobd import _tables as tables
 from fedobd._entropy import decode_levels, encode_levels
 from fedobd._quantization import NNADQ, Coding, Levels, SegmentCode, dequantize, level_shift
 from tests import rans_reference as slow
@@ -20,7 +21,7 @@ from tests.nnadq_reference import reference_nnadq
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
-LOG2: Int64 = kernels.log2_table((1 << 16) + 1)
+LOG2: Int64 = tables.log2_table((1 << 16) + 1)
 
 
 def test_log2_table_is_log2_rounded_down() -> None:
@@ -69,7 +70,7 @@ def mantissa_bits(frequency: int) -> int:
 def test_normalized_frequencies(counts: Int64, k: int, mantissa: int) -> None:
     frequencies = np.full(counts.size, -1, np.int64)
     largest = int(counts.argmax())
-    worked = kernels.normalize(counts, int(counts.sum()), largest, k, mantissa, frequencies)
+    worked = tables.normalize(counts, int(counts.sum()), largest, k, mantissa, frequencies)
     assert int(frequencies.sum()) == 2**k
     assert bool(worked) is (int(frequencies[largest]) >= 1)
     if worked:
@@ -87,7 +88,7 @@ def test_chosen_table(counts: Int64) -> None:
     total, width = int(counts.sum()), max(1, (counts.size - 1).bit_length())
     frequencies = np.full(counts.size, -1, np.int64)
     scratch = np.zeros(64 + 24 * counts.size, np.uint8)
-    k, mantissa, largest, bits = kernels.choose_table(
+    k, mantissa, largest, bits = tables.choose_table(
         counts, total, width, LOG2, scratch, frequencies
     )
     assert not scratch.any()
@@ -113,7 +114,7 @@ def test_chosen_table(counts: Int64) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 255, 4095, 4096])
 def test_uniform_frequencies(size: int) -> None:
     frequencies = np.zeros(size, np.int64)
-    kernels.uniform(frequencies)
+    tables.uniform(frequencies)
     assert tuple(frequencies.tolist()) == slow.uniform(size).frequencies
     assert int(frequencies.sum()) == 2**16
     assert int(frequencies.max() - frequencies.min()) <= 1
@@ -133,11 +134,11 @@ def test_table_is_written_and_read_as_by_the_slow_reference(
     counts: Int64, k: int, mantissa: int, position: int
 ) -> None:
     frequencies, largest = np.zeros(counts.size, np.int64), int(counts.argmax())
-    if not kernels.normalize(counts, int(counts.sum()), largest, k, mantissa, frequencies):
+    if not tables.normalize(counts, int(counts.sum()), largest, k, mantissa, frequencies):
         return
     width = max(1, (counts.size - 1).bit_length())
     buffer = np.zeros(64 + 24 * counts.size, np.uint8)
-    end = kernels.write_table(frequencies, largest, k, mantissa, width, buffer, position)
+    end = tables.write_table(frequencies, largest, k, mantissa, width, buffer, position)
     bits = unpacked(buffer)
     wanted = slow.table_bits(frequencies.tolist(), largest, k, mantissa, width)
     assert bits[position:end] == wanted
@@ -145,7 +146,7 @@ def test_table_is_written_and_read_as_by_the_slow_reference(
     assert not any(bits[end:])
 
     read = np.zeros(counts.size, np.int64)
-    assert kernels.read_table(buffer, position, width, read) == (k, end)
+    assert tables.read_table(buffer, position, width, read) == (k, end)
     assert np.array_equal(read, frequencies)
     reader = slow.Bits(bits, position)
     assert slow.read_table(reader, counts.size, width) == slow.Table(tuple(read.tolist()), k)
@@ -156,7 +157,7 @@ def read_both_ways(buffer: NDArray[np.uint8], position: int, size: int) -> bool:
     """Read bits with the kernel and with the reference; whether they are a table to both."""
     width = max(1, (size - 1).bit_length())
     frequencies = np.zeros(size, np.int64)
-    k, end = kernels.read_table(buffer, position, width, frequencies)
+    k, end = tables.read_table(buffer, position, width, frequencies)
     reader = slow.Bits(unpacked(buffer), position)
     try:
         table = slow.read_table(reader, size, width)
@@ -178,9 +179,9 @@ def test_any_bits_are_read_as_by_the_slow_reference(data: bytes, position: int, 
 def test_altered_tables_are_read_as_by_the_slow_reference() -> None:
     counts = np.array([0, 3, 100, 0, 0, 40, 7, 1, 0], np.int64)
     frequencies = np.zeros(9, np.int64)
-    assert kernels.normalize(counts, 151, 2, 10, 2, frequencies)
+    assert tables.normalize(counts, 151, 2, 10, 2, frequencies)
     buffer = np.zeros(16, np.uint8)
-    end = kernels.write_table(frequencies, 2, 10, 2, 4, buffer, 0)
+    end = tables.write_table(frequencies, 2, 10, 2, 4, buffer, 0)
     whole = buffer[: (end + 7) // 8]
     read = 0
     for bit in range(end):

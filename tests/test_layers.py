@@ -14,6 +14,7 @@ PACKAGE = Path(fedobd.__file__).parent
 LAYERS = (
     ("_errors",),
     ("_seeds", "_imports", "_parallel", "_kernels", "_varint", "_planes"),
+    ("_tables",),
     ("_schema",),
     ("_state",),
     ("_blocks",),

@@ -60,8 +60,16 @@ def _kernels() -> Any:
 
 
 @cache
+def _tables() -> Any:
+    """Import the loops of the tables, likewise."""
+    import fedobd._tables as tables
+
+    return tables
+
+
+@cache
 def _log2() -> NDArray[np.int64]:
-    table: NDArray[np.int64] = _kernels().log2_table((1 << 16) + 1)
+    table: NDArray[np.int64] = _tables().log2_table((1 << 16) + 1)
     return table
 
 
@@ -87,7 +95,6 @@ def encode_levels(segments: Sequence[Levels], executor: Executor | None = None) 
         segments: the levels of each segment, none empty.
         executor: spreads chunks; the bytes are the same with and without.
     """
-    kernels = _kernels()
     tables: list[_Table] = []
     room = sum(64 + 24 * levels.counts.size for levels in segments)
     bits = np.zeros(room, np.uint8)
@@ -96,12 +103,12 @@ def encode_levels(segments: Sequence[Levels], executor: Executor | None = None) 
         _, size, width = _alphabet(levels.num_levels)
         frequencies = np.empty(size, np.int64)
         scratch = np.zeros(64 + 24 * size, np.uint8)
-        k, mantissa, largest, coded = kernels.choose_table(
+        k, mantissa, largest, coded = _tables().choose_table(
             levels.counts, levels.symbols.size, width, _log2(), scratch, frequencies
         )
         cost += coded + levels.symbols.size * level_shift(levels.num_levels)
         if k:
-            position = kernels.write_table(
+            position = _tables().write_table(
                 frequencies, largest, k, mantissa, width, bits, position
             )
         else:
@@ -157,7 +164,7 @@ def _encode_chunk(
     for number, part, first in reversed(list(_pieces(lengths, start, stop))):
         levels, table = segments[number], tables[number]
         entries = np.zeros(4 * table.frequencies.size, np.uint64)
-        kernels.make_entries(table.frequencies, table.k, entries)
+        _tables().make_entries(table.frequencies, table.k, entries)
         shift = level_shift(levels.num_levels)
         symbols = levels.symbols[part]
         if shift:
@@ -191,18 +198,17 @@ def decode_levels(
     """
     if not len(stream) or not _MIN_CHUNK_LOG2 <= stream[0] <= _MAX_CHUNK_LOG2:
         raise _damaged("has no proper chunk size")
-    kernels = _kernels()
     buffer = np.frombuffer(stream, np.uint8)
     position = 8
     tables = []
     for _, code in segments:
         _, size, width = _alphabet(code.num_levels)
         frequencies = np.zeros(size, np.int64)
-        k, position = kernels.read_table(buffer, position, width, frequencies)
+        k, position = _tables().read_table(buffer, position, width, frequencies)
         if k < 0:
             raise _damaged("has a table that no encoder writes")
         if k == 0:
-            kernels.uniform(frequencies)
+            _tables().uniform(frequencies)
         tables.append(_Table(frequencies, k or 16))
     if position % 8 and int(buffer[position // 8]) >> (position % 8):
         raise _damaged("has bits set between its tables and its chunks")
@@ -251,7 +257,7 @@ def _slots(table: _Table, code: SegmentCode) -> NDArray[np.uint64]:
         levels = np.arange(-code.num_levels, code.num_levels + 1, dtype=np.int32)
         contents = dequantize(levels, code).view(np.uint32)
     slots = np.empty(1 << table.k, np.uint64)
-    _kernels().make_slots(table.frequencies, contents, slots)
+    _tables().make_slots(table.frequencies, contents, slots)
     return slots
 
 

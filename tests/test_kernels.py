@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -264,3 +265,32 @@ def test_add_scaled_rounds_each_product_once(seed: int, count: int, exponent: in
         came = sums.copy()
         kernels.add_scaled(values.astype(kind), scale, came)
         assert came.tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("scale", "beta"), [(0.005, 1e-3), (1.0, 1e-4), (50.0, 1e-9), (1e-30, 1e-3), (3.0, 1e-7)]
+)
+def test_a_tensor_is_quantized_where_it_lies_to_the_same_levels(scale: float, beta: float) -> None:
+    # on a GPU the same operations run there; here both paths run on the CPU
+    values = (np.random.default_rng(1).standard_t(3, 20_001) * scale).astype(np.float32)
+    quantizer = NNADQ(beta)
+    code = quantizer.measure(values, 32)
+    here = quantizer.quantize(values, code)
+    there = quantizer.quantize(torch.from_numpy(values), code)
+    assert np.array_equal(here.symbols, there.symbols)
+    assert here.symbols.dtype == there.symbols.dtype
+    assert np.array_equal(here.counts, there.counts)
+
+
+def test_loops_are_compiled_where_they_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+
+    def refuse(cache: bool = False, **options: object) -> object:
+        calls.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(kernels.numba, "njit", refuse)
+    assert kernels.compiled(len)([1, 2]) == 2
+    assert calls == [True, False]

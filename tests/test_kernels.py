@@ -291,6 +291,6 @@ def test_loops_are_compiled_where_they_cannot_be_kept(monkeypatch: pytest.Monkey
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(kernels.numba, "njit", refuse)
+    monkeypatch.setattr("numba.njit", refuse)
     assert kernels.compiled(len)([1, 2]) == 2
     assert calls == [True, False]

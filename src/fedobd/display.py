@@ -16,6 +16,7 @@ from fedobd._quantization import Coding
 from fedobd._rounds import RoundPlan
 from fedobd._schema import ModelSchema, Role
 from fedobd._selection import parameter_budget
+from fedobd._wire import Header
 from fedobd.experiments.compare import Comparison, Row
 from fedobd.experiments.config import RunConfig
 from fedobd.experiments.runner import Summary
@@ -259,6 +260,12 @@ def never_fitting(schema: ModelSchema, dropout_rate: float) -> list[str]:
     return [block.name for block in schema.blocks if block.num_parameters > budget]
 
 
+def _content(header: Header) -> str:
+    if header.start is not None:
+        return f"the initial model's, {header.start.hex()}"
+    return "differences" if header.is_difference else "values"
+
+
 def payload_tables(payload: Payload) -> list[Table]:
     """Return what a payload holds: its header and its blocks."""
     schema, header, count = payload.schema, payload.header, payload.num_bytes
@@ -270,7 +277,7 @@ def payload_tables(payload: Payload) -> list[Table]:
         "method": method_of_wire_id(header.method).name,
         "round": str(header.round),
         "stage": str(header.stage),
-        "parameters are": "differences" if header.is_difference else "values",
+        "parameters are": _content(header),
         "blocks kept": f"{len(header.kept)} of {len(schema.blocks)}",
         "parameters kept": f"{held:,} of {schema.num_parameters:,} "
         f"({format_share(held / schema.num_parameters)})",

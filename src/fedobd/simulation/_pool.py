@@ -62,21 +62,8 @@ def check_workers(workers: int) -> None:
         raise UsageError(f"workers is {workers}; allowed are whole numbers from 0")
 
 
-class SequentialPool:
-    """Plays the clients in this process, one after another; while open, torch has one thread here.
-
-    Args:
-        setup: what the clients share.
-    """
-
-    def __init__(self, setup: ClientSetup) -> None:
-        self._client = LocalClient(setup)
-        self._threads = torch.get_num_threads()
-
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
-        """See `ClientPool.run`."""
-        for task in tasks:
-            yield self._client.run(task)
+class _SingleThread:
+    """While open, torch has one thread in this process; then as many as before."""
 
     def __enter__(self) -> Self:
         self._threads = torch.get_num_threads()
@@ -90,6 +77,22 @@ class SequentialPool:
         trace: TracebackType | None,
     ) -> None:
         torch.set_num_threads(self._threads)
+
+
+class SequentialPool(_SingleThread):
+    """Plays the clients in this process, one after another; while open, torch has one thread here.
+
+    Args:
+        setup: what the clients share.
+    """
+
+    def __init__(self, setup: ClientSetup) -> None:
+        self._client = LocalClient(setup)
+
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
+        """See `ClientPool.run`."""
+        for task in tasks:
+            yield self._client.run(task)
 
 
 _worker_client: LocalClient | None = None
@@ -107,7 +110,7 @@ def _run_in_worker(task: ClientTask) -> ClientResult:
     return _worker_client.run(task)
 
 
-class ProcessPool:
+class ProcessPool(_SingleThread):
     """Plays the clients in worker processes with one torch thread each.
 
     Args:
@@ -117,7 +120,6 @@ class ProcessPool:
 
     def __init__(self, setup: ClientSetup, workers: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._threads = torch.get_num_threads()
         self._executor = ProcessPoolExecutor(
             workers, mp_context=context, initializer=_start_worker, initargs=(setup,)
         )
@@ -142,11 +144,6 @@ class ProcessPool:
             for future in pending:
                 future.cancel()
 
-    def __enter__(self) -> Self:
-        self._threads = torch.get_num_threads()
-        single_thread()
-        return self
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -154,4 +151,4 @@ class ProcessPool:
         trace: TracebackType | None,
     ) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(self._threads)
+        super().__exit__(kind, error, trace)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedobd._errors import UsageError
+from fedobd._frames import BlockLayout, PlainPart
 from fedobd._quantization import (
     MAX_LEVELS,
     MAX_RANGE,
@@ -23,6 +24,7 @@ from fedobd._quantization import (
     dequantize,
     level_bits,
 )
+from fedobd._schema import Segment
 from tests.helpers import error_bound, law, ulp_of
 from tests.nnadq_reference import nominal_bits_of_level, reference_nnadq
 
@@ -223,10 +225,13 @@ def test_level_bits() -> None:
 
 
 def test_nominal_bits_of_each_coding() -> None:
-    assert SegmentCode(Coding.LEVELS, 255, 0.0, 1.0).nominal_bits(10, 32) == 90
-    assert SegmentCode(Coding.RAW).nominal_bits(10, 16) == 160
-    assert SegmentCode(Coding.MASKED).nominal_bits(3, 32) == 96
-    assert SegmentCode(Coding.CONSTANT, offset=1.0).nominal_bits(10, 32) == 0
+    ten = Segment(0, 0, 10)
+    levels = BlockLayout(((ten, SegmentCode(Coding.LEVELS, 255, 0.0, 1.0)),), (), ())
+    assert levels.nominal_bits == 90
+    assert BlockLayout((), (PlainPart(ten, torch.float16),), ()).nominal_bits == 160
+    three = torch.arange(10) < 3
+    assert BlockLayout((), (PlainPart(ten, torch.float32, three),), ()).nominal_bits == 96
+    assert BlockLayout((), (), ()).nominal_bits == 0  # a constant stands in no frame
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf, -math.inf])

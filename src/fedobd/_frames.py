@@ -51,14 +51,18 @@ class BlockLayout:
     @property
     def most_level_bytes(self) -> int:
         """Bytes that no frame of these levels passes: 1.25 times the nominal ones, and 4,096."""
-        bits = sum(s.num_elements * level_bits(code.num_levels) for s, code in self.levels)
+        bits = self._level_bits
         return bits // 8 + bits // 32 + 4096
 
     @property
     def nominal_bits(self) -> int:
         """Bits by the papers' formula."""
-        bits = sum(s.num_elements * level_bits(code.num_levels) for s, code in self.levels)
-        return bits + 8 * sum(part.num_bytes for part in (*self.raw, *self.buffers))
+        plain_bytes = sum(part.num_bytes for part in (*self.raw, *self.buffers))
+        return self._level_bits + 8 * plain_bytes
+
+    @property
+    def _level_bits(self) -> int:
+        return sum(s.num_elements * level_bits(code.num_levels) for s, code in self.levels)
 
 
 def lay_out(

@@ -68,15 +68,6 @@ class SegmentCode:
     offset: float = 0.0
     range: float = 0.0
 
-    def nominal_bits(self, num_elements: int, wire_bits: int) -> int:
-        """Bits by the papers' count.
-
-        Levels of fixed width with their sign, or plain values, are counted, and no headers.
-        """
-        if self.coding is Coding.LEVELS:
-            return num_elements * level_bits(self.num_levels)
-        return 0 if self.coding is Coding.CONSTANT else num_elements * wire_bits
-
 
 def level_bits(num_levels: int) -> int:
     """Nominal bits of one level from -s to s: ⌈log2(s + 1)⌉ + 1."""

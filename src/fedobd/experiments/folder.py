@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
@@ -218,10 +217,6 @@ class RunFolder:
         """Write the trained model."""
         tensors = {name: value.contiguous() for name, value in state.items()}
         write_atomically(self.path / MODEL, save(tensors, {"format": "pt"}))
-
-    def read_model(self) -> dict[str, torch.Tensor]:
-        """Return the trained model."""
-        return dict(load_file(self.path / MODEL))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one of the folder's JSON files."""

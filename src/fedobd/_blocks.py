@@ -16,7 +16,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +33,7 @@ BlockStyle = Literal["semantic", "layer", "tensor"]
 UNIT_CLASSES = (
     r"\w*Embeddings?",
     r"\w*Layer",
-    r"(?!\w*Dense)\w*Block([123]D)?",
+    r"(?!\w*Dense)\w*Block(V\d)?([123]D)?",
     r"\w*Bottle[nN]eck",
     r"\w*Residual(Unit)?",
     r"\w*MBConv",
@@ -45,7 +45,7 @@ and is none."""
 
 _LONGEST_RUN = 16  # layers that are looked at for one run
 _CONVOLUTION = re.compile(r"(Lazy)?Conv(Transpose)?[123]d")
-_NORMALIZATION = re.compile(r"\w*(Batch|Instance|Group|Layer|RMS)Norm([123]d)?")
+_NORMALIZATION = re.compile(r"\w*(Batch|Instance|Group|Layer|RMS)Norm(Act)?([123]d)?")
 _ACTIVATION = re.compile(
     r"(Leaky|P|R)?ReLU6?|ELU|SELU|CELU|GELU|SiLU|Mish|Hard(swish|tanh|sigmoid)|Sigmoid|Tanh"
     r"|Soft(plus|sign)|Dropout[123]?d?|Identity"
@@ -100,7 +100,7 @@ class BlockRules:
 
 
 @dataclass(slots=True)
-class _Group:
+class Group:
     """A block in the making: its modules with their names, in order."""
 
     name: str
@@ -137,14 +137,34 @@ def decompose(model: nn.Module, rules: BlockRules | None = None) -> ModelSchema:
                 f"tensor {name!r} has no shape yet; run a lazy model once before it is cut"
             )
         spec = TensorSpec(name, tuple(tensor.shape), tensor.dtype, role)
-        if role is Role.PARAMETER and not spec.is_floating:
-            raise UsageError(f"parameter {name!r} has element type {spec.dtype}; wanted a float")
         specs.append(spec)
         by_module.setdefault(name.rpartition(".")[0], []).append(number)
+    return build_schema(specs, by_module, _groups(model, rules), rules)
+
+
+def build_schema(
+    specs: Sequence[TensorSpec],
+    by_module: Mapping[str, Sequence[int]],
+    groups: Iterable[Group],
+    rules: BlockRules,
+) -> ModelSchema:
+    """Turn tensors and groups of modules into a schema; with style "tensor", groups are ignored.
+
+    Args:
+        specs: every tensor of the model.
+        by_module: numbers of the tensors by the module that holds them.
+        groups: modules that act as one; every module with tensors is in exactly one.
+        rules: how to cut.
+    """
+    for spec in specs:
+        if spec.role is Role.PARAMETER and not spec.is_floating:
+            raise UsageError(
+                f"parameter {spec.name!r} has element type {spec.dtype}; wanted a float"
+            )
     if rules.style == "tensor":
         blocks = _tensor_blocks(specs)
     else:
-        blocks = _grouped_blocks(specs, by_module, list(_groups(model, rules)))
+        blocks = _grouped_blocks(specs, by_module, groups)
     total = sum(block.num_parameters for block in blocks)
     if rules.max_block_fraction is not None:
         limit = max(1, math.floor(rules.max_block_fraction * total))
@@ -152,11 +172,11 @@ def decompose(model: nn.Module, rules: BlockRules | None = None) -> ModelSchema:
     return ModelSchema(tuple(specs), tuple(blocks))
 
 
-def _groups(model: nn.Module, rules: BlockRules) -> Iterator[_Group]:
+def _groups(model: nn.Module, rules: BlockRules) -> Iterator[Group]:
     """Yield groups of modules; every module with tensors is in exactly one."""
     if rules.style == "layer":
         for path, module in model.named_modules():
-            yield _Group(path, type(module).__name__, [path])
+            yield Group(path, type(module).__name__, [path])
         return
     extra = [re.compile(pattern) for pattern in (*UNIT_CLASSES, *rules.unit_classes)]
 
@@ -182,14 +202,14 @@ def _check_patterns(model: nn.Module, rules: BlockRules) -> None:
 
 def _walk(
     module: nn.Module, path: str, is_unit: Callable[[str, nn.Module], bool], seen: set[int]
-) -> Iterator[_Group]:
+) -> Iterator[Group]:
     if id(module) in seen:
         return
     if is_unit(path, module) or is_parametrized(module):
-        yield _Group(path, type(module).__name__, _claim(module, path, seen))
+        yield Group(path, type(module).__name__, _claim(module, path, seen))
         return
     seen.add(id(module))
-    yield _Group(path, type(module).__name__, [path])
+    yield Group(path, type(module).__name__, [path])
     children = [(f"{path}.{n}" if path else n, child) for n, child in module.named_children()]
     position = 0
     while position < len(children):
@@ -198,7 +218,7 @@ def _walk(
             run = children[position : position + length]
             kind = "+".join(type(child).__name__ for _, child in run if _holds_tensors(child))
             claimed = [inner for name, child in run for inner in _claim(child, name, seen)]
-            yield _Group(run[0][0], kind, claimed)
+            yield Group(run[0][0], kind, claimed)
         else:
             name, child = children[position]
             yield from _walk(child, name, is_unit, seen)
@@ -247,13 +267,15 @@ def _run_length(
 
 
 def _grouped_blocks(
-    specs: Sequence[TensorSpec], by_module: dict[str, list[int]], groups: Sequence[_Group]
+    specs: Sequence[TensorSpec],
+    by_module: Mapping[str, Sequence[int]],
+    groups: Iterable[Group],
 ) -> list[Block]:
     """Turn groups of modules into blocks.
 
     Buffers without trainable company join the block before them.
     """
-    blocks: list[tuple[_Group, list[int]]] = []
+    blocks: list[tuple[Group, list[int]]] = []
     strays: list[int] = []
     for group in groups:
         numbers = [n for name in group.modules for n in by_module.get(name, ())]

@@ -7,6 +7,7 @@ from fedobd._client import Broadcast, ClientSession
 from fedobd._codec import Codec
 from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError, FedOBDError, UsageError
 from fedobd._method import Method, Shipment, UplinkContext
+from fedobd._naming import decompose_names, guess_roles
 from fedobd._payload import Payload, PayloadStream
 from fedobd._quantization import NNADQ, Stochastic, Unquantized
 from fedobd._rounds import (
@@ -68,6 +69,8 @@ __all__ = [
     "UploadRecord",
     "UsageError",
     "decompose",
+    "decompose_names",
     "get_state",
+    "guess_roles",
     "load_state",
 ]

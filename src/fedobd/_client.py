@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedobd._clipping import bound_norms
 from fedobd._encoding import encode_payload
 from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd._frames import check_finite
@@ -282,7 +283,7 @@ class ClientSession:
         return encode_payload(
             schema,
             header,
-            source,
+            bound_norms(source, schema, shipment.quantizer) if shipment.bound_norm else source,
             shipment.quantizer,
             generator=make_generator(self.seed, "rounding", received.round, self.client),
             executor=self._executor,

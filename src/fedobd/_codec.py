@@ -37,6 +37,9 @@ class Codec:
             blocks drawn at random, `"none"` all blocks.
         dropout_rate: λ in [0, 1): at most (1 - λ)·|W| parameters are uploaded where blocks are
             selected.
+        bound_norm: shrink what clients send where needed, so that quantization raises the L2 norm
+            of no tensor's difference: clip norms of differential privacy then hold. Not with
+            stochastic rounding, which has no such bound.
 
     Raises:
         UsageError: a value is outside what is allowed.
@@ -49,6 +52,7 @@ class Codec:
     stochastic_levels: int = 255
     selection: SelectionName = "mbd"
     dropout_rate: float = 0.3
+    bound_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("uplink_quantizer", "downlink_quantizer"):
@@ -65,6 +69,11 @@ class Codec:
                 f"selection is {self.selection!r}; allowed are 'mbd', 'random' and 'none'"
             )
         check_dropout_rate(self.dropout_rate)
+        if self.bound_norm and self.uplink_quantizer == "stochastic":
+            raise UsageError(
+                "bound_norm is set, and uplink_quantizer is 'stochastic', whose rounding raises "
+                "norms at random; wanted 'nnadq' or 'none'"
+            )
 
     @property
     def uplink(self) -> Quantizer:

@@ -34,6 +34,8 @@ class Shipment:
         mask: which elements of them travel; None for all.
         block_differences: mean block differences that travel with an upload.
         lossless: whether plain values are compressed, without loss.
+        bound_norm: whether differences are shrunk where needed, so that quantization raises the
+            L2 norm of none.
     """
 
     kept: tuple[int, ...]
@@ -41,6 +43,7 @@ class Shipment:
     mask: Mask | None = None
     block_differences: tuple[float, ...] | None = None
     lossless: bool = False
+    bound_norm: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

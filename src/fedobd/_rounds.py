@@ -6,7 +6,7 @@ All of it is plain, frozen data that turns into JSON with `dataclasses.asdict`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -52,15 +52,31 @@ def is_count(value: object) -> bool:
 
 
 def sample_cohort(
-    cohort: int | float, num_clients: int, seed: int, round_number: int
+    cohort: int | float,
+    num_clients: int,
+    seed: int,
+    round_number: int,
+    available: Collection[int] | None = None,
 ) -> tuple[int, ...]:
     """Return the clients of a round, ascending.
 
-    They are a uniform sample without replacement that depends on seed and round alone.
+    They are a uniform sample without replacement that depends on seed, round and `available`
+    alone: the first of one random order of all clients that are available.
+
+    Args:
+        cohort: count, or fraction of all clients.
+        num_clients: all clients.
+        seed: the run's seed.
+        round_number: the round.
+        available: the clients that can be reached; None for all. Where they are fewer than the
+            cohort wants, all of them take part.
     """
     size = cohort_size(cohort, num_clients)
     generator = make_generator(seed, "cohort", round_number)
-    return tuple(sorted(torch.randperm(num_clients, generator=generator)[:size].tolist()))
+    order = torch.randperm(num_clients, generator=generator).tolist()
+    if available is not None:
+        order = [client for client in order if client in available]
+    return tuple(sorted(order[:size]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,11 +162,12 @@ class UploadRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """One upload that was refused.
+    """One upload that was refused, or never came.
 
     Args:
         client: whose connection it came on.
-        reason: the kind of fault.
+        reason: the kind of fault: a `DecodeReason`, or what an engine says of an upload that did
+            not come (`"late"`, `"failed"`).
         message: the fault in words.
         uplink_bytes: its length; it was sent all the same.
     """
@@ -170,18 +187,22 @@ class RoundRecord:
         stage: its stage.
         cohort: the clients that were asked.
         uploads: accepted uploads by client.
-        refusals: refused ones in order of client.
+        refusals: refused or missing ones in order of client.
         train_loss: mean over accepted uploads, weighted by examples.
         validation_loss: mean over accepted uploads of the received model's loss, weighted by
             validation examples; None without any.
         validation_metric: the same of its metric.
-        uplink_bytes: bytes of all uploads, refused ones included.
-        downlink_bytes: bytes of the broadcast to each client of the cohort and of openings.
+        uplink_bytes: bytes of all uploads, refused ones included, and those of attempts at the
+            round that were aborted.
+        downlink_bytes: bytes of the broadcast to each client of the cohort and of openings, with
+            those that were sent again, and those of aborted attempts.
         uplink_nominal_bits: accepted uploads by the papers' formula.
         downlink_nominal_bits: the same of what went down.
         broadcast: bytes of one broadcast by what they are for.
         opening_bytes: bytes of the opening payloads of this round, part of downlink_bytes.
         opened: clients that were sent one.
+        reopened: clients that had lost what an earlier opening gave them, and were sent opening
+            and broadcast again.
     """
 
     round: int
@@ -199,6 +220,7 @@ class RoundRecord:
     broadcast: ByteCount
     opening_bytes: int
     opened: tuple[int, ...]
+    reopened: tuple[int, ...] = ()
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float | None:
@@ -269,6 +291,8 @@ class Progress:
         uploads_by_block: accepted uploads of each block in stage 1.
         memory: what the method keeps between rounds.
         start: fingerprint of the initial model in hexadecimal, where clients hold it already.
+        aborted_uplink: bytes of uploads in rounds that were aborted since the last one that ended.
+        aborted_downlink: the same of what went down.
     """
 
     rounds: int = 0
@@ -279,3 +303,5 @@ class Progress:
     uploads_by_block: list[int] = field(default_factory=list)
     memory: dict[str, object] = field(default_factory=dict)
     start: str | None = None
+    aborted_uplink: int = 0
+    aborted_downlink: int = 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,9 +65,11 @@ class _OpenRound:
     mean: RunningMean
     broadcast: ByteCount | None = None
     opening: ByteCount | None = None
+    opening_payload: bytes | None = None
     uploads: dict[int, UploadRecord] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     opened: set[int] = field(default_factory=set)
+    reopened: list[int] = field(default_factory=list)
 
 
 class ServerSession:
@@ -144,14 +146,18 @@ class ServerSession:
         """Whether the last stage is over."""
         return self._progress.stage >= len(self._stages)
 
-    def begin_round(self) -> RoundPlan | None:
+    def begin_round(self, available: Collection[int] | None = None) -> RoundPlan | None:
         """Begin the next round.
+
+        Args:
+            available: the clients that can be reached, from which the cohort is drawn; None for
+                all. With all of them the cohort is that of None.
 
         Returns:
             The plan, or None when the last stage is over.
 
         Raises:
-            UsageError: a round is open.
+            UsageError: a round is open, or no client is available.
         """
         if self._open is not None:
             raise UsageError(f"round {self._open.plan.round} has not been ended")
@@ -160,11 +166,14 @@ class ServerSession:
             return None
         stage = self._stages[progress.stage]
         number = progress.rounds + 1
+        cohort = sample_cohort(stage.cohort, self.num_clients, self.seed, number, available)
+        if not cohort:
+            raise UsageError(f"no client is available for round {number}")
         epochs_before = sum(s.rounds * s.epochs for s in self._stages[: progress.stage])
         plan = RoundPlan(
             round=number,
             stage=stage.number,
-            cohort=sample_cohort(stage.cohort, self.num_clients, self.seed, number),
+            cohort=cohort,
             epochs=stage.epochs,
             schedule_start=progress.stage_rounds * stage.epochs if stage.one_schedule else 0,
             schedule_epochs=stage.epochs * (stage.rounds if stage.one_schedule else 1),
@@ -206,9 +215,13 @@ class ServerSession:
     def needs_opening(self, client: int) -> bool:
         """Whether a client of the round must be sent an opening payload before the broadcast."""
         self._check_member(client)
-        has_content = self.method.keeps_client_state or bool(self.schema.frozen())
         opened = self._progress.opened | self._current().opened
-        return has_content and client not in opened
+        return self.has_opening and client not in opened
+
+    @property
+    def has_opening(self) -> bool:
+        """Whether a client is sent an opening payload before its first broadcast."""
+        return self.method.keeps_client_state or bool(self.schema.frozen())
 
     def opening(self, client: int) -> Iterator[bytes]:
         """Encode the opening payload of a client and note that it was sent.
@@ -224,17 +237,28 @@ class ServerSession:
         current.opened.add(client)
         yield payload
 
+    def reopen(self, client: int) -> Iterator[bytes]:
+        """Encode the opening payload again, for a client that has lost what it was given.
+
+        The record names the client, and counts opening and broadcast once more.
+
+        Yields:
+            Chunks; none where the method's clients are not sent an opening.
+        """
+        current = self._current()
+        self._check_member(client)
+        current.reopened.append(client)
+        if self.has_opening:
+            yield self._opening(current)
+
     def _opening(self, current: _OpenRound) -> bytes:
         kept = all_blocks(self.schema) if self.method.keeps_client_state else ()
-        payload = b"".join(
-            self._encode(
-                Kind.OPENING,
-                Shipment(kept=kept, lossless=self.method.lossless),
-                current.plan.round,
-            )
-        )
-        current.opening = Payload.parse(payload, self.schema).num_bytes
-        return payload
+        if current.opening_payload is None:
+            shipment = Shipment(kept=kept, lossless=self.method.lossless)
+            chunks = self._encode(Kind.OPENING, shipment, current.plan.round)
+            current.opening_payload = b"".join(chunks)
+            current.opening = Payload.parse(current.opening_payload, self.schema).num_bytes
+        return current.opening_payload
 
     def delivery(self) -> Iterator[bytes]:
         """Encode the trained model's delivery to one client.
@@ -361,12 +385,28 @@ class ServerSession:
         current.uploads[client] = record
         return record
 
+    def report_missing(self, client: int, reason: str, message: str) -> None:
+        """Record why a client of the round has sent no upload.
+
+        Args:
+            client: which one.
+            reason: one word for programs, such as `"late"` or `"failed"`.
+            message: what happened, for people.
+        """
+        self._check_member(client)
+        self._current().refusals.append(
+            Refusal(client=client, reason=reason, message=message, uplink_bytes=0)
+        )
+
     def abort_round(self) -> None:
         """Forget the open round, as if it had not begun.
 
-        Its clients' openings count as not sent.
+        Its clients' openings count as not sent; only the bytes that it took are added to those of
+        the round that is ended next.
         """
-        self._current()
+        up, down = _traffic(self._current())
+        self._progress.aborted_uplink += up
+        self._progress.aborted_downlink += down
         self._open = None
 
     def end_round(self) -> RoundRecord:
@@ -394,6 +434,7 @@ class ServerSession:
             for upload in record.uploads:
                 for number in upload.blocks_kept:
                     progress.uploads_by_block[number] += 1
+        progress.aborted_uplink = progress.aborted_downlink = 0
         self._open = None
         rule = self.method.stop
         metric = record.validation_metric if rule.source == "validation" else None
@@ -425,8 +466,10 @@ class ServerSession:
         uploads = tuple(current.uploads[c] for c in sorted(current.uploads))
         if current.broadcast is None:
             raise UsageError(f"round {current.plan.round} was ended before its broadcast was made")
-        broadcasts = len(current.plan.cohort)
+        broadcasts = len(current.plan.cohort) + len(current.reopened)
         opening = current.opening or ByteCount()
+        openings = len(current.opened) + len(current.reopened)
+        uplink_bytes, downlink_bytes = _traffic(current)
         train_loss = weighted_mean(
             [u.train_loss for u in uploads], [u.num_examples for u in uploads]
         )
@@ -441,16 +484,15 @@ class ServerSession:
             train_loss=train_loss,
             validation_loss=weighted_mean([u.validation_loss for u in uploads], validation),
             validation_metric=weighted_mean([u.validation_metric for u in uploads], validation),
-            uplink_bytes=sum(u.uplink.total for u in uploads)
-            + sum(r.uplink_bytes for r in current.refusals),
-            downlink_bytes=current.broadcast.total * broadcasts
-            + opening.total * len(current.opened),
+            uplink_bytes=uplink_bytes + self._progress.aborted_uplink,
+            downlink_bytes=downlink_bytes + self._progress.aborted_downlink,
             uplink_nominal_bits=sum(u.uplink.nominal_bits for u in uploads),
             downlink_nominal_bits=current.broadcast.nominal_bits * broadcasts
-            + opening.nominal_bits * len(current.opened),
+            + opening.nominal_bits * openings,
             broadcast=current.broadcast,
-            opening_bytes=opening.total * len(current.opened),
+            opening_bytes=opening.total * openings,
             opened=tuple(sorted(current.opened)),
+            reopened=tuple(sorted(current.reopened)),
         )
 
     def never_uploaded(self) -> tuple[int, ...]:
@@ -500,6 +542,17 @@ class ServerSession:
             raise UsageError(
                 f"client {client} takes no part in round {self._current().plan.round}"
             )
+
+
+def _traffic(current: _OpenRound) -> tuple[int, int]:
+    """Return the bytes that went up and down in an open round."""
+    uploads = sum(upload.uplink.total for upload in current.uploads.values())
+    refused = sum(refusal.uplink_bytes for refusal in current.refusals)
+    broadcast = current.broadcast.total if current.broadcast else 0
+    opening = current.opening.total if current.opening else 0
+    again = len(current.reopened)
+    down = broadcast * (len(current.plan.cohort) + again) + opening * (len(current.opened) + again)
+    return uploads + refused, down
 
 
 def _check_unit(method: Method, schema: ModelSchema) -> None:

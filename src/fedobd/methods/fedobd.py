@@ -97,6 +97,7 @@ class FedOBD(Method):
             quantizer=self.codec.uplink,
             block_differences=differences,
             lossless=self.lossless,
+            bound_norm=self.codec.bound_norm,
         )
 
     def check_upload(self, header: Header, schema: ModelSchema, received: tuple[int, ...]) -> None:

@@ -154,8 +154,11 @@ def test_evaluation_can_be_left_out_of_rounds_and_stops_a_run_on_the_test_set() 
     )
     scores = iter([0.5, 0.6, 0.6, 0.6004, 0.9])
 
+    measure = experiment.evaluate
+    assert measure is not None
+
     def evaluate(state: dict[str, torch.Tensor]) -> Any:
-        return replace(experiment.evaluate(state), metric=next(scores))
+        return replace(measure(state), metric=next(scores))
 
     with open_pool(experiment.setup) as pool:
         rounds = list(simulate(server, pool, evaluate=evaluate))

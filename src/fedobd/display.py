@@ -36,6 +36,11 @@ def format_share(share: float | None, digits: int = 1) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
+def format_metric(metric: float | None) -> str:
+    """Return a metric with four decimals, or a dash."""
+    return "–" if metric is None else f"{metric:.4f}"
+
+
 class Display:
     """An observer of runs: progress bars on a terminal, plain lines elsewhere.
 
@@ -92,7 +97,7 @@ class Display:
         """See `Observer.end_round`."""
         self._bytes += record["uplink_bytes"] + record["downlink_bytes"]
         if record["test_metric"] is not None:
-            self._metric = f"{record['test_metric']:.4f}"
+            self._metric = format_metric(record["test_metric"])
         self._progress.update(
             self._task,
             completed=record["round"],
@@ -114,7 +119,7 @@ class Display:
     def end_run(self, summary: Summary) -> None:
         """See `Observer.end_run`: warns of blocks that were never uploaded."""
         self._progress.update(
-            self._task, completed=self._planned, metric=f"{summary.final_metric:.4f}"
+            self._task, completed=self._planned, metric=format_metric(summary.final_metric)
         )
         warn_never_uploaded(self._console, summary)
 
@@ -143,9 +148,9 @@ def summary_table(summary: Summary) -> Table:
     table.add_column(justify="right")
     rows = {
         "rounds": str(summary.rounds),
-        "test accuracy, final": f"{summary.final_metric:.4f}",
-        "test accuracy, best": f"{summary.best_metric:.4f}",
-        "test accuracy of what clients hold": f"{summary.broadcast_metric:.4f}",
+        "test accuracy, final": format_metric(summary.final_metric),
+        "test accuracy, best": format_metric(summary.best_metric),
+        "test accuracy of what clients hold": format_metric(summary.broadcast_metric),
         "uplink": format_bytes(summary.uplink_bytes),
         "downlink": format_bytes(summary.downlink_bytes),
         "total": format_bytes(summary.total_bytes),

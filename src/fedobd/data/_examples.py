@@ -58,7 +58,8 @@ class FederatedData:
 
     Args:
         clients: each client's data, by client number.
-        test: examples that no client has; only reported on.
+        test: examples that no client has; only reported on. May be empty, where nobody but the
+            clients has examples.
 
     Raises:
         UsageError: a client has nothing to train on.
@@ -68,13 +69,9 @@ class FederatedData:
     test: Examples
 
     def __post_init__(self) -> None:
-        if not self.clients:
-            raise UsageError("a federated data set needs at least one client")
         for number, client in enumerate(self.clients):
             if len(client.train) == 0:
                 raise UsageError(
                     f"client {number} has no training examples; "
                     f"use fewer clients than {len(self.clients)} or more data"
                 )
-        if len(self.test) == 0:
-            raise UsageError("the test set is empty")

@@ -54,21 +54,32 @@ def federate(
     """
     if not 0 < test_fraction < 1:
         raise UsageError(f"test_fraction is {test_fraction}; allowed are 0 < fraction < 1")
+    order = torch.randperm(len(examples), generator=make_generator(seed, "test split"))
+    num_test = max(1, round(test_fraction * len(examples)))
+    rest = order[num_test:]
+    clients = tuple(
+        hold_out(examples.take(rest[share]), validation_fraction)
+        for share in partition_iid(len(rest), num_clients, seed=seed)
+    )
+    return FederatedData(clients, examples.take(order[:num_test]))
+
+
+def hold_out(examples: Examples, validation_fraction: float) -> ClientData:
+    """Hold the first examples of a client out for validation.
+
+    Args:
+        examples: all that the client has.
+        validation_fraction: share of them, in [0, 1).
+
+    Raises:
+        UsageError: the fraction is out of range.
+    """
     if not 0 <= validation_fraction < 1:
         raise UsageError(
             f"validation_fraction is {validation_fraction}; allowed are 0 <= fraction < 1"
         )
-    order = torch.randperm(len(examples), generator=make_generator(seed, "test split"))
-    num_test = max(1, round(test_fraction * len(examples)))
-    rest = order[num_test:]
-    clients = []
-    for share in partition_iid(len(rest), num_clients, seed=seed):
-        num_validation = int(validation_fraction * len(share))
-        numbers = rest[share]
-        clients.append(
-            ClientData(
-                train=examples.take(numbers[num_validation:]),
-                validation=examples.take(numbers[:num_validation]),
-            )
-        )
-    return FederatedData(tuple(clients), examples.take(order[:num_test]))
+    count = int(validation_fraction * len(examples))
+    numbers = torch.arange(len(examples))
+    return ClientData(
+        train=examples.take(numbers[count:]), validation=examples.take(numbers[:count])
+    )

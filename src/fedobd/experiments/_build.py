@@ -17,7 +17,14 @@ from fedobd._method import Method
 from fedobd._schema import ModelSchema
 from fedobd._seeds import derive_seed
 from fedobd._state import ModelState, get_state, load_state
-from fedobd.data import ClientData, FederatedData, federate, load_digits
+from fedobd.data import (
+    ClientData,
+    Examples,
+    FederatedData,
+    federate,
+    load_arrays,
+    load_digits,
+)
 from fedobd.experiments.config import ModelConfig, RunConfig
 from fedobd.models import build_model, use_batch_statistics
 from fedobd.simulation import ClientSetup
@@ -43,14 +50,17 @@ class Experiment:
         schema: the model's schema, cut as the method wants.
         initial: the initial values.
         setup: what the clients share.
-        evaluate: evaluates a state on the test set.
+        evaluate: evaluates a state on the test set; None without one.
     """
 
     method: Method
     schema: ModelSchema
     initial: ModelState
     setup: ClientSetup
-    evaluate: Callable[[ModelState], Evaluation]
+    evaluate: Callable[[ModelState], Evaluation] | None
+
+
+_NO_EXAMPLES = Examples(torch.empty(0), torch.empty(0))
 
 
 def build_experiment(config: RunConfig) -> Experiment:
@@ -98,7 +108,11 @@ def build_experiment(config: RunConfig) -> Experiment:
         return evaluate(model, data.test, loss=loss, metric=metric)
 
     return Experiment(
-        method=method, schema=schema, initial=initial, setup=setup, evaluate=evaluate_state
+        method=method,
+        schema=schema,
+        initial=initial,
+        setup=setup,
+        evaluate=evaluate_state if len(data.test) else None,
     )
 
 
@@ -118,6 +132,10 @@ def build_data(config: RunConfig) -> FederatedData:
             else.
     """
     data, federation = config.data, config.federation
+    if data.name == "nodes":
+        return FederatedData((), load_arrays(data.test_path) if data.test_path else _NO_EXAMPLES)
+    if data.test_path is not None:
+        raise UsageError(f"data.test_path is for data 'nodes'; data is {data.name!r}")
     if data.name == "digits":
         return federate(
             load_digits(),
@@ -139,6 +157,11 @@ def build_data(config: RunConfig) -> FederatedData:
 
 
 def _data_of(clients: tuple[ClientData, ...], number: int) -> ClientData:
+    if not clients:
+        raise UsageError(
+            f"client {number} has no data: data 'nodes' lies on the nodes of a deployment, each "
+            "with a data-path in its node config"
+        )
     return clients[number]
 
 

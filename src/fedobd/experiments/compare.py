@@ -138,8 +138,10 @@ def _row(name: str, found: list[Summary]) -> Row:
     def spread(values: list[float]) -> float:
         return stdev(values) if len(values) > 1 else 0.0
 
-    finals = [s.final_metric for s in found]
-    bests = [s.best_metric for s in found]
+    finals = [s.final_metric for s in found if s.final_metric is not None]
+    bests = [s.best_metric for s in found if s.best_metric is not None]
+    if not len(finals) == len(bests) == len(found):
+        raise UsageError(f"method {name!r} was not tested; a comparison needs a test set")
     overheads = [s.overhead for s in found if s.overhead is not None]
     return Row(
         method=name,

@@ -37,8 +37,14 @@ class DataConfig(_Section):
 
     name: str = Field(
         "digits",
-        description="`digits`, or `package.module:function` that is called with num_clients, seed "
-        "and the options and returns a FederatedData.",
+        description="`digits`; `nodes` where each node of a deployment has data of its own; or "
+        "`package.module:function` that is called with num_clients, seed and the options and "
+        "returns a FederatedData.",
+    )
+    test_path: str | None = Field(
+        None,
+        description="File of arrays to test on, with data `nodes`; without it nothing is tested "
+        "on the server.",
     )
     test_fraction: float = Field(0.2, gt=0, lt=1, description="Share of the examples to test on.")
     validation_fraction: float = Field(
@@ -125,7 +131,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check_methods(self) -> RunConfig:
-        checked = {name: _make_method(name, options) for name, options in self.methods.items()}
+        checked = {name: make_method(name, options) for name, options in self.methods.items()}
         if self.method not in METHODS:
             raise UsageError(
                 f"method {self.method!r} is unknown; allowed are {', '.join(METHODS)}"
@@ -155,7 +161,7 @@ class RunConfig(_Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, every key present that has a value."""
-        plain = _plain(self)
+        plain = plain_values(self)
         assert isinstance(plain, dict)
         return plain
 
@@ -164,19 +170,25 @@ class RunConfig(_Section):
         return tomli_w.dumps(self.to_dict())
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """Return a section or a method's options as what JSON and TOML can hold, without None."""
     if isinstance(value, BaseModel):
-        return _plain({name: getattr(value, name) for name in type(value).model_fields})
+        return plain_values({name: getattr(value, name) for name in type(value).model_fields})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+        return plain_values({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items() if item is not None}
+        return {name: plain_values(item) for name, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_values(item) for item in value]
     return value
 
 
-def _make_method(name: str, options: Any) -> Method:
+def make_method(name: str, options: Any) -> Method:
+    """Return the method of this name with options given as plain values.
+
+    Raises:
+        UsageError: there is no such method, or an option is unknown or not allowed.
+    """
     if isinstance(options, Method):
         return options
     if name not in METHODS:

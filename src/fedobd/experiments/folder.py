@@ -20,17 +20,17 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from fedobd._errors import UsageError
 from fedobd._server import SavedSession
 from fedobd._state import ModelState
-from fedobd.experiments.config import RunConfig
 
 CONFIG = "config.toml"
 SUMMARY = "summary.json"
@@ -93,8 +93,12 @@ class RunFolder:
         self._states = path / "checkpoint" / "clients"
         self._state_rounds: dict[int, int] = {}
 
-    def start(self, config: RunConfig, *, resume: bool) -> None:
+    def start(self, config: Mapping[str, Any], *, resume: bool) -> None:
         """Claim the folder and write, or compare, the configuration.
+
+        Args:
+            config: plain values, complete; what TOML can hold.
+            resume: whether to go on with the run that is there.
 
         Raises:
             UsageError: the folder cannot be had, or holds a run of another configuration.
@@ -104,14 +108,14 @@ class RunFolder:
         if file.exists():
             with file.open("rb") as stream:
                 before = tomllib.load(stream)
-            changed = sorted(_differences(before, config.to_dict()))
+            changed = sorted(_differences(before, config))
             if changed:
                 raise UsageError(
                     f"the run in {str(self.path)!r} has another configuration and cannot be "
                     f"resumed: " + "; ".join(changed)
                 )
         else:
-            write_atomically(file, config.to_toml().encode())
+            write_atomically(file, tomli_w.dumps(config).encode())
         self._states.mkdir(parents=True, exist_ok=True)
 
     @property

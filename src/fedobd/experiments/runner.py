@@ -8,7 +8,8 @@ import platform
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +23,33 @@ from fedobd._wire import Kind
 from fedobd.experiments._build import Experiment, build_experiment
 from fedobd.experiments.config import RunConfig
 from fedobd.experiments.folder import SUMMARY, RunFolder
-from fedobd.simulation import SimulatedRound, Watcher, check_workers, open_pool, simulate
+from fedobd.simulation import (
+    ClientStates,
+    PlayedRound,
+    Watcher,
+    check_workers,
+    open_pool,
+    simulate,
+)
 
 OVERHEAD_PHASES = ("broadcast", "fold", "mean", "decode", "encode")
 """Phases of a round that are the core's own work, in the seconds of a record."""
+
+
+class Engine(Protocol):
+    """Plays the remaining rounds of a run, wherever its clients are."""
+
+    def __call__(
+        self,
+        experiment: Experiment,
+        server: ServerSession,
+        *,
+        should_evaluate: Callable[[RoundPlan], bool],
+        states: ClientStates,
+        watcher: Watcher,
+    ) -> Iterator[PlayedRound]:
+        """Yield each round when it has ended; see `fedobd.simulation.simulate`."""
+        ...
 
 
 class Observer(Protocol):
@@ -56,9 +80,10 @@ class Summary:
         method: the method's name.
         seed: the run's seed.
         rounds: rounds that were run.
-        final_metric: the server's W on the test set after the last round.
-        best_metric: the best of all rounds in which W was tested.
-        broadcast_metric: Ŵ, what clients hold after the last delivery, on the test set.
+        final_metric: the server's W on the test set after the last round; None without one.
+        best_metric: the best of all rounds in which W was tested; None without a test set.
+        broadcast_metric: Ŵ, what clients hold after the last delivery, on the test set; None
+            without one.
         uplink_bytes: all uploads.
         downlink_bytes: all broadcasts and openings.
         total_bytes: both.
@@ -73,15 +98,16 @@ class Summary:
         stops_on_test: whether the test set decided when to stop, which flatters the result.
         seconds: wall-clock seconds by phase over all rounds; clients' phases overlap where there
             are workers.
-        overhead: share of a round's time that the core's own work took; None with workers.
+        overhead: share of a round's time that the core's own work took; None where clients are
+            played beside each other.
     """
 
     method: str
     seed: int
     rounds: int
-    final_metric: float
-    best_metric: float
-    broadcast_metric: float
+    final_metric: float | None
+    best_metric: float | None
+    broadcast_metric: float | None
     uplink_bytes: int
     downlink_bytes: int
     total_bytes: int
@@ -103,6 +129,7 @@ def run(
     workers: int = 0,
     resume: bool = False,
     observer: Observer | None = None,
+    engine: Engine | None = None,
 ) -> Summary:
     """Run a configuration to its end, or go on with a run that was cut off.
 
@@ -112,12 +139,15 @@ def run(
         workers: worker processes; 0 for none. The results do not depend on it.
         resume: go on from the folder's checkpoint.
         observer: sees the run as it goes.
+        engine: plays the rounds; None for the clients on this machine.
 
     Raises:
         UsageError: the configuration cannot be run, or the folder holds another run.
         EmptyRoundError: no upload of a round was accepted.
     """
     check_workers(workers)
+    one_at_a_time = engine is None and workers == 0
+    engine = engine or partial(_play_here, workers=workers)
     experiment = build_experiment(config)
     server = ServerSession(
         experiment.method,
@@ -129,11 +159,11 @@ def run(
         shared_start=config.federation.shared_start,
     )
     folder = RunFolder(path)
-    folder.start(config, resume=resume)
+    folder.start(config.to_dict(), resume=resume)
     if observer is not None:
         observer.begin_run(config, server.planned_rounds, path)
     if folder.is_finished:
-        summary = Summary(**folder.read_json(SUMMARY))
+        summary = read_summary(folder)
     else:
         saved = folder.load_checkpoint()
         if saved is not None:
@@ -144,8 +174,8 @@ def run(
         if observer is not None:
             for record in folder.records():
                 observer.end_round(record)
-        _play(config, experiment, server, folder, workers, observer)
-        summary = _finish(config, experiment, server, folder, workers)
+        _play(config, experiment, server, folder, engine, observer)
+        summary = _finish(config, experiment, server, folder, one_at_a_time)
     if observer is not None:
         observer.end_run(summary)
     return summary
@@ -156,7 +186,7 @@ def _play(
     experiment: Experiment,
     server: ServerSession,
     folder: RunFolder,
-    workers: int,
+    engine: Engine,
     observer: Observer | None,
 ) -> None:
     every = config.output.evaluate_every
@@ -166,44 +196,70 @@ def _play(
     )
     if server.is_finished:
         return
+    rounds = engine(
+        experiment,
+        server,
+        should_evaluate=lambda plan: plan.round % every == 0,
+        states=folder,
+        watcher=watcher,
+    )
+    for played in rounds:
+        record = make_record(played)
+        folder.append_record(record)
+        folder.save_checkpoint(server.save())
+        if observer is not None:
+            observer.end_round(record)
+
+
+def _play_here(
+    experiment: Experiment,
+    server: ServerSession,
+    *,
+    should_evaluate: Callable[[RoundPlan], bool],
+    states: ClientStates,
+    watcher: Watcher,
+    workers: int,
+) -> Iterator[PlayedRound]:
+    """Play the clients on this machine."""
     with open_pool(experiment.setup, workers) as pool:
-        rounds = simulate(
+        yield from simulate(
             server,
             pool,
             evaluate=experiment.evaluate,
-            should_evaluate=lambda plan: plan.round % every == 0,
-            states=folder,
+            should_evaluate=should_evaluate,
+            states=states,
             watcher=watcher,
         )
-        for simulated in rounds:
-            record = make_record(simulated)
-            folder.append_record(record)
-            folder.save_checkpoint(server.save())
-            if observer is not None:
-                observer.end_round(record)
 
 
-def make_record(simulated: SimulatedRound) -> dict[str, Any]:
+def read_summary(folder: RunFolder) -> Summary:
+    """Return the summary of a run that has ended."""
+    return Summary(**folder.read_json(SUMMARY))
+
+
+def make_record(played: PlayedRound) -> dict[str, Any]:
     """Return a round's line of rounds.jsonl; only `seconds` depends on the clock."""
-    record = simulated.record
+    record = played.record
     values = dataclasses.asdict(record)
     uploads = values.pop("uploads")
-    seconds = {phase: round(spent, 6) for phase, spent in sorted(simulated.seconds.items())}
+    seconds = {phase: round(spent, 6) for phase, spent in sorted(played.seconds.items())}
     clients = []
+    sent = len(record.opened) + len(record.reopened)
+    opening = record.opening_bytes // sent if sent else 0
     for upload in uploads:
-        opening = record.opening_bytes // len(record.opened) if record.opened else 0
-        was_opened = upload["client"] in record.opened
+        again = record.reopened.count(upload["client"])
+        openings = again + (upload["client"] in record.opened)
         clients.append(
             {
                 **upload,
                 "uplink_bytes": sum(upload["uplink"][part] for part in BYTE_PARTS),
-                "downlink_bytes": record.broadcast.total + (opening if was_opened else 0),
+                "downlink_bytes": record.broadcast.total * (1 + again) + opening * openings,
             }
         )
     return {
         **values,
-        "test_loss": simulated.test.loss if simulated.test else None,
-        "test_metric": simulated.test.metric if simulated.test else None,
+        "test_loss": played.test.loss if played.test else None,
+        "test_metric": played.test.metric if played.test else None,
         "clients": clients,
         "seconds": seconds,
     }
@@ -218,17 +274,18 @@ def _finish(
     experiment: Experiment,
     server: ServerSession,
     folder: RunFolder,
-    workers: int,
+    one_at_a_time: bool,
 ) -> Summary:
-    final = experiment.evaluate(server.state)
     delivery = b"".join(server.delivery())
     received = Broadcast.decode(delivery, experiment.method, experiment.schema, Kind.DELIVERY)
     held = {**server.state, **received.values}
+    test = experiment.evaluate
+    final = test(server.state).metric if test else None
     records = folder.records()
     total = experiment.schema.num_parameters
     blocks = experiment.schema.blocks
     never = server.never_uploaded()
-    metrics = [r["test_metric"] for r in records if r["test_metric"] is not None]
+    metrics = [m for m in (*(r["test_metric"] for r in records), final) if m is not None]
     uplink_bytes = sum(r["uplink_bytes"] for r in records)
     downlink_bytes = sum(r["downlink_bytes"] for r in records)
     seconds: dict[str, float] = defaultdict(float)
@@ -240,9 +297,9 @@ def _finish(
         method=config.method,
         seed=config.federation.seed,
         rounds=server.rounds,
-        final_metric=final.metric,
-        best_metric=max([*metrics, final.metric]),
-        broadcast_metric=experiment.evaluate(held).metric,
+        final_metric=final,
+        best_metric=max(metrics, default=None),
+        broadcast_metric=test(held).metric if test else None,
         uplink_bytes=uplink_bytes,
         downlink_bytes=downlink_bytes,
         total_bytes=uplink_bytes + downlink_bytes,
@@ -264,7 +321,7 @@ def _finish(
         refusals=sum(len(r["refusals"]) for r in records),
         stops_on_test=experiment.method.stop.source == "test",
         seconds={phase: round(spent, 3) for phase, spent in sorted(seconds.items())},
-        overhead=None if workers else overhead,
+        overhead=overhead if one_at_a_time else None,
     )
     folder.write_model(server.state)
     folder.write_json(SUMMARY, dataclasses.asdict(summary))

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from fedobd.simulation._client import ClientResult, ClientSetup, ClientTask, LocalClient
-from fedobd.simulation._engine import ClientStates, MemoryStates, SimulatedRound, Watcher, simulate
+from fedobd.simulation._client import (
+    ClientResult,
+    ClientSetup,
+    ClientTask,
+    LocalClient,
+    single_thread,
+)
+from fedobd.simulation._engine import ClientStates, MemoryStates, PlayedRound, Watcher, simulate
 from fedobd.simulation._pool import (
     ClientPool,
     ProcessPool,
@@ -20,11 +26,12 @@ __all__ = [
     "ClientTask",
     "LocalClient",
     "MemoryStates",
+    "PlayedRound",
     "ProcessPool",
     "SequentialPool",
-    "SimulatedRound",
     "Watcher",
     "check_workers",
     "open_pool",
     "simulate",
+    "single_thread",
 ]

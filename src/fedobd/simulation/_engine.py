@@ -46,16 +46,17 @@ class MemoryStates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatedRound:
-    """One simulated round.
+class PlayedRound:
+    """One round, as an engine has played it.
 
     Args:
         plan: what was planned.
         record: what happened.
         test: the new state's figures on the test set, where they were asked for.
         seconds: wall-clock seconds by phase: `round` in all; `broadcast`, `fold`, `mean` and
-            `evaluate` on the server; `decode`, `validate`, `train` and `encode` summed over
-            clients, which overlap where there are workers.
+            `evaluate` on the server; where clients are played here, `decode`, `validate`, `train`
+            and `encode` summed over them, which overlap where there are workers; where they are
+            not, `wait` for their uploads.
     """
 
     plan: RoundPlan
@@ -86,7 +87,7 @@ def simulate(
     should_evaluate: Callable[[RoundPlan], bool] = lambda plan: True,
     states: ClientStates | None = None,
     watcher: Watcher | None = None,
-) -> Iterator[SimulatedRound]:
+) -> Iterator[PlayedRound]:
     """Play the remaining rounds of a run.
 
     Between two yields the server session is between rounds and can be saved.
@@ -122,7 +123,7 @@ def simulate(
                 test = evaluate(server.state)
             server.observe_test_metric(test.metric)
         seconds["round"] = time.perf_counter() - began
-        yield SimulatedRound(plan=plan, record=record, test=test, seconds=dict(seconds))
+        yield PlayedRound(plan=plan, record=record, test=test, seconds=dict(seconds))
 
 
 def _play(

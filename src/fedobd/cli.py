@@ -1,4 +1,4 @@
-"""The command line: `fedobd run | compare | blocks | inspect | presets`.
+"""The command line: `fedobd run | compare | blocks | inspect | presets | flower`.
 
 A mistake of the user ends with exit status 2 and one message, never a traceback.
 """
@@ -11,8 +11,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Protocol
 
 import typer
 from rich.console import Console
@@ -32,7 +34,15 @@ from fedobd.display import (
     payload_tables,
     summary_table,
 )
-from fedobd.experiments import RunConfig, compare, list_presets, load_config, run
+from fedobd.experiments import (
+    Observer,
+    RunConfig,
+    Summary,
+    compare,
+    list_presets,
+    load_config,
+    run,
+)
 from fedobd.models import build_model
 
 app = typer.Typer(
@@ -42,6 +52,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+flower_app = typer.Typer(
+    name="flower", help="Flower Apps that run a configuration.", no_args_is_help=True
+)
+app.add_typer(flower_app)
 console = Console()
 errors = Console(stderr=True)
 
@@ -100,16 +114,74 @@ def run_command(
     overrides: Overrides = None,
     workers: Workers = 0,
     resume: Resume = False,
+    engine: Annotated[
+        str, typer.Option(help="local, or flower for Flower's simulation; the same results.")
+    ] = "local",
 ) -> None:
     """Run one method with one seed."""
+    play = _engine(engine)
     config = load_config(source, overrides=overrides or [])
     chosen = method or config.method
     single = config.for_method(chosen, config.federation.seed if seed is None else seed)
     folder = _folder(output, source, chosen, resume)
     with _interruptible(folder), Display(console) as display:
-        summary = run(single, folder, workers=workers, resume=resume, observer=display)
+        summary = play(single, folder, workers=workers, resume=resume, observer=display)
     console.print(summary_table(summary))
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+
+
+class _Play(Protocol):
+    """Runs a configuration; `fedobd.experiments.run` is one."""
+
+    def __call__(
+        self,
+        config: RunConfig,
+        path: Path,
+        *,
+        workers: int = 0,
+        resume: bool = False,
+        observer: Observer | None = None,
+    ) -> Summary: ...
+
+
+def _engine(name: str) -> _Play:
+    if name == "local":
+        return run
+    if name != "flower":
+        raise UsageError(f"--engine {name!r}: allowed are local and flower")
+    play: _Play = _flower().run_in_simulation
+    return play
+
+
+def _flower() -> ModuleType:
+    """Return `fedobd.flower`, which needs Flower."""
+    try:
+        return import_module("fedobd.flower")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("fedobd"):
+            raise
+        raise UsageError(
+            f"this needs Flower, and {error.name!r} is not installed; pip install 'fedobd[flower]'"
+        ) from error
+
+
+@flower_app.command("new")
+def flower_new_command(
+    folder: Annotated[Path, typer.Argument(help="The app's folder, new or empty.")],
+    source: Annotated[
+        str, typer.Argument(help="A preset's name or the path of a TOML file.")
+    ] = "digits",
+    method: Annotated[str | None, typer.Option(help="The method to run.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The run's seed.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write a Flower App that runs one method with one seed."""
+    config = load_config(source, overrides=overrides or [])
+    single = config.for_method(
+        method or config.method, config.federation.seed if seed is None else seed
+    )
+    _flower().write_app(folder, single)
+    console.print(f"wrote {folder}; its README.md says how to run it", soft_wrap=True)
 
 
 @app.command("compare")

@@ -1,0 +1,134 @@
+"""Layout: which key of an ArrayRecord is which tensor of the model.
+
+A state dict names tied tensors more than once, the schema once; and it knows nothing of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import nn
+
+from fedobd._blocks import BlockRules, decompose
+from fedobd._errors import UsageError
+from fedobd._naming import decompose_names, guess_roles
+from fedobd._schema import DTYPES, ModelSchema
+from fedobd._state import ModelState, named_tensors
+
+_ARRAY_TYPES = frozenset(
+    name for name in DTYPES if name != "bfloat16"
+)  # what NumPy, and so Flower, has
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The arrays of a record, in order.
+
+    Args:
+        keys: each key with the name of its tensor in the schema; tied tensors have several keys.
+    """
+
+    keys: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, schema: ModelSchema) -> Layout:
+        """Return the layout in which each tensor stands under its own name."""
+        return cls(tuple((spec.name, spec.name) for spec in schema.tensors))
+
+    def to_state(self, record: ArrayRecord, schema: ModelSchema) -> ModelState:
+        """Return a record's values by tensor name, cast to the schema's element types.
+
+        Raises:
+            UsageError: the record has other keys or shapes.
+        """
+        wanted = [key for key, _ in self.keys]
+        if set(record) != set(wanted):
+            missing = sorted(set(wanted) - set(record))
+            unknown = sorted(set(record) - set(wanted))
+            raise UsageError(
+                "the ArrayRecord has other arrays than this run's model: "
+                f"{_some(missing)} missing, {_some(unknown)} unknown"
+            )
+        specs = {spec.name: spec for spec in schema.tensors}
+        state: ModelState = {}
+        for key, name in self.keys:
+            if name not in state:
+                values = torch.from_numpy(_writable(record[key]))
+                if tuple(values.shape) != specs[name].shape:
+                    raise UsageError(
+                        f"array {key!r} has shape {tuple(values.shape)}; this run's model has "
+                        f"{specs[name].shape}"
+                    )
+                state[name] = values.to(specs[name].dtype)
+        return state
+
+    def to_arrays(self, state: Mapping[str, torch.Tensor]) -> ArrayRecord:
+        """Return a record of a state's values; bfloat16, which Flower lacks, becomes float32."""
+        arrays: dict[str, Array] = {}
+        made: dict[str, Array] = {}
+        for key, name in self.keys:
+            if name not in made:
+                values = state[name].detach().to("cpu").contiguous()
+                if values.dtype == torch.bfloat16:
+                    values = values.to(torch.float32)
+                made[name] = Array(values.numpy())
+            arrays[key] = made[name]
+        return ArrayRecord(arrays)
+
+
+def describe(
+    record: ArrayRecord,
+    model_factory: Callable[[], nn.Module] | None = None,
+    rules: BlockRules | None = None,
+) -> tuple[ModelSchema, Layout]:
+    """Return schema and layout of the model whose values a record holds.
+
+    Args:
+        record: all values of the model.
+        model_factory: makes the model; None to go by names and shapes alone.
+        rules: how to cut it into blocks.
+
+    Raises:
+        UsageError: the record does not fit the model, or an array is of a type that cannot be
+            averaged.
+    """
+    if model_factory is None:
+        for key, array in record.items():
+            if array.dtype not in _ARRAY_TYPES:
+                raise UsageError(
+                    f"array {key!r} has element type {array.dtype}; supported are "
+                    f"{', '.join(sorted(_ARRAY_TYPES))}"
+                )
+        specs = guess_roles(
+            list(record),
+            [tuple(array.shape) for array in record.values()],
+            [DTYPES[array.dtype] for array in record.values()],
+        )
+        schema = decompose_names(specs, rules)
+        layout = Layout.of(schema)
+    else:
+        model = model_factory()
+        schema = decompose(model, rules)
+        names = {id(tensor): name for name, tensor, _ in named_tensors(model)}
+        layout = Layout(
+            tuple((key, names[id(t)]) for key, t in model.state_dict(keep_vars=True).items())
+        )
+    layout.to_state(record, schema)
+    return schema, layout
+
+
+def _writable(array: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+    try:
+        values = array.numpy()
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"an array cannot be read: {error}") from error
+    return np.array(values)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:3]))
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"

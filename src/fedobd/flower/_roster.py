@@ -1,0 +1,125 @@
+"""Roster: which node plays which client, asked when a node first appears."""
+
+from __future__ import annotations
+
+import time
+from logging import INFO, WARNING, getLogger
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedobd._errors import FedOBDError
+from fedobd.flower._carrier import IDENTIFY
+from fedobd.flower._exchange import POLL_SECONDS, collect, push
+from fedobd.flower._identity import Identity
+
+logger = getLogger("flwr")  # where Flower shows what a ServerApp says
+
+IDENTIFY_SECONDS = 120.0
+"""How long a new node may take to say who it is; it is asked again afterwards."""
+
+
+class Roster:
+    """The nodes of a run that can take part.
+
+    Args:
+        grid: how nodes are reached.
+        num_clients: how many clients the run has.
+        wants_model: whether their mods must have a model.
+        poll_seconds: pause between two looks for replies.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        num_clients: int,
+        *,
+        wants_model: bool = False,
+        poll_seconds: float = POLL_SECONDS,
+    ) -> None:
+        self._grid = grid
+        self._num_clients = num_clients
+        self._wants_model = wants_model
+        self._poll_seconds = poll_seconds
+        self._clients: dict[int, int] = {}
+        self.refused: dict[int, str] = {}
+        """Nodes that cannot take part, with the reason."""
+
+    def online(self) -> dict[int, int]:
+        """Ask new nodes who they are, and return the node of each client that can be reached.
+
+        Of two nodes with one client-id the first keeps it for as long as it is online; the other
+        is refused, and asked for again when the first has gone.
+        """
+        present = list(self._grid.get_node_ids())
+        self._identify([n for n in present if n not in self._clients and n not in self.refused])
+        nodes: dict[int, int] = {}
+        for node in (node for node in self._clients if node in present):
+            client = self._clients[node]
+            first = nodes.setdefault(client, node)
+            if first != node:
+                self._refuse(node, f"its client-id {client} is that of node {first}")
+        for node in [n for n in self.refused if n in self._clients]:
+            if nodes.get(self._clients[node]) == node or node not in present:
+                del self.refused[node]
+        return nodes
+
+    def gather(self, wanted: int, least: int, seconds: float) -> dict[int, int]:
+        """Wait until enough clients can be reached.
+
+        Args:
+            wanted: how many to wait for.
+            least: with how many to go on when the time is over.
+            seconds: how long to wait.
+
+        Raises:
+            FedOBDError: fewer than `least` can be reached when the time is over; the message says
+                which nodes were refused, and why.
+        """
+        deadline = time.monotonic() + seconds
+        told = -1
+        while True:
+            nodes = self.online()
+            if len(nodes) >= wanted:
+                return nodes
+            if time.monotonic() >= deadline:
+                break
+            if len(nodes) != told:
+                told = len(nodes)
+                logger.log(INFO, "fedobd: %d of %d clients are online", told, wanted)
+            time.sleep(self._poll_seconds)
+        if len(nodes) >= least:
+            return nodes
+        refused = "; ".join(f"node {node}: {reason}" for node, reason in self.refused.items())
+        raise FedOBDError(
+            f"{len(nodes)} clients are online after {seconds:.0f} s; wanted at least {least}"
+            + (f". Refused: {refused}" if refused else "")
+        )
+
+    def _identify(self, nodes: list[int]) -> None:
+        content = RecordDict({IDENTIFY: ConfigRecord({"num-clients": self._num_clients})})
+        sent = push(
+            self._grid,
+            [Message(content, node, "train", ttl=IDENTIFY_SECONDS) for node in nodes],
+        )
+        deadline = time.monotonic() + IDENTIFY_SECONDS
+        for reply in collect(self._grid, set(sent), deadline, self._poll_seconds):
+            message = sent.get(reply.metadata.reply_to_message_id)
+            if message is not None:
+                self._enter(message.metadata.dst_node_id, Identity.read(reply))
+
+    def _enter(self, node: int, identity: Identity | str) -> None:
+        if isinstance(identity, str):
+            self._refuse(node, identity)
+            return
+        objection = identity.objection(self._num_clients, wants_model=self._wants_model)
+        if objection is not None or identity.client is None:
+            self._refuse(node, objection or "")
+        else:
+            self._clients[node] = identity.client
+            logger.log(INFO, "fedobd: node %d is client %d", node, identity.client)
+
+    def _refuse(self, node: int, reason: str) -> None:
+        if node not in self.refused:
+            logger.log(WARNING, "fedobd: node %d is refused: %s", node, reason)
+        self.refused[node] = reason

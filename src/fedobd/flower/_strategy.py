@@ -1,0 +1,401 @@
+"""FedOBDStrategy: a whole method over Flower, thin over the core's ServerSession."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from logging import INFO, WARNING, getLogger
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import nn
+
+from fedobd._blocks import BlockRules
+from fedobd._errors import EmptyRoundError, UsageError
+from fedobd._method import Method
+from fedobd._rounds import RoundPlan, RoundRecord, weighted_mean
+from fedobd._schema import ModelSchema
+from fedobd._server import MAX_EXAMPLES, ServerSession
+from fedobd._state import ModelState
+from fedobd._wire import DEFAULT_LIMITS, Limits
+from fedobd.experiments import RunFolder, make_record, plain_values
+from fedobd.flower._conductor import Conductor
+from fedobd.flower._exchange import POLL_SECONDS
+from fedobd.flower._layout import Layout, describe
+from fedobd.flower._opening import MetricKeys, Opening
+from fedobd.flower._roster import Roster
+from fedobd.methods import FedOBD
+from fedobd.simulation import PlayedRound, Watcher
+from fedobd.training import Evaluation
+
+logger = getLogger("flwr")  # where Flower shows what a ServerApp says
+
+MAX_REASON = 2000
+"""Characters of a client's own words that are kept in a record."""
+
+
+class FedOBDStrategy(Strategy):
+    """Trains with FedOBD, or any other method of fedobd, over Flower.
+
+    Clients have `CompressionMod`. Their identity is the `client-id` of their node config, or else
+    its `partition-id`, from 0 to num_clients - 1: cohorts, seeds and records go by it. A train
+    function finds `epochs`, `stage` and `server-round` in the message's ConfigRecord, beside
+    `schedule-start`, `schedule-epochs`, `run-start` and `run-epochs` for learning-rate schedules.
+
+    Args:
+        method: the method with its options; None for FedOBD with its defaults.
+        num_clients: how many clients there are.
+        model_factory: makes the model, so that blocks and frozen parameters are known; None to go
+            by the names and shapes of the arrays.
+        rules: how the model is cut into blocks; None for the method's.
+        seed: the run's seed.
+        round_timeout: seconds from the sending of a round's messages after which replies are late
+            and are left out.
+        min_replies: the fewest accepted uploads of a round; with fewer it is repeated.
+        max_attempts: how often a round is tried before the run fails.
+        join_timeout: seconds to wait at the start for all clients, and later for `min_replies`.
+        evaluate: have clients evaluate the model that they received, with the app's evaluate
+            function, on the round's broadcast: the model does not travel again.
+        checkpoint_dir: a run folder to keep records and checkpoints in; None for none.
+        resume: go on from the checkpoint in that folder.
+        shared_start: clients hold the initial model already; they need
+            `CompressionMod(model_factory=...)`.
+        max_examples: the largest number of examples that an upload may claim.
+        limits: what an upload may take at most.
+        metric_keys: where clients report examples, loss and evaluation.
+        poll_seconds: pause between two looks for replies.
+
+    Raises:
+        UsageError: a value is outside what is allowed.
+
+    References:
+        FedOBD (arXiv 2208.05174), algorithms 1 and 2.
+    """
+
+    def __init__(
+        self,
+        method: Method | None = None,
+        *,
+        num_clients: int,
+        model_factory: Callable[[], nn.Module] | None = None,
+        rules: BlockRules | None = None,
+        seed: int = 0,
+        round_timeout: float = 3600.0,
+        min_replies: int = 1,
+        max_attempts: int = 3,
+        join_timeout: float = 600.0,
+        evaluate: bool = False,
+        checkpoint_dir: str | Path | None = None,
+        resume: bool = False,
+        shared_start: bool = False,
+        max_examples: int = MAX_EXAMPLES,
+        limits: Limits = DEFAULT_LIMITS,
+        metric_keys: MetricKeys | None = None,
+        poll_seconds: float = POLL_SECONDS,
+    ) -> None:
+        for name, value in (("min_replies", min_replies), ("max_attempts", max_attempts)):
+            if value < 1:
+                raise UsageError(f"{name} is {value}; allowed are numbers from 1")
+        if min_replies > num_clients:
+            raise UsageError(f"min_replies is {min_replies}; there are {num_clients} clients")
+        for name, seconds in (("round_timeout", round_timeout), ("join_timeout", join_timeout)):
+            if not seconds > 0:
+                raise UsageError(f"{name} is {seconds}; allowed are seconds above 0")
+        if resume and checkpoint_dir is None:
+            raise UsageError("resume needs checkpoint_dir, the folder of the run to go on with")
+        self.method = method or FedOBD()
+        self.num_clients = num_clients
+        self.records: list[RoundRecord] = []
+        """The records of the rounds that this object has played."""
+        self._model_factory = model_factory
+        self._rules = rules
+        self._seed = seed
+        self._round_timeout = round_timeout
+        self._min_replies = min_replies
+        self._max_attempts = max_attempts
+        self._join_timeout = join_timeout
+        self._evaluate = evaluate
+        self._checkpoint_dir = checkpoint_dir
+        self._resume = resume
+        self._shared_start = shared_start
+        self._max_examples = max_examples
+        self._limits = limits
+        self._metric_keys = metric_keys or MetricKeys()
+        self._poll_seconds = poll_seconds
+
+    # --- a whole run
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Train to the end of the method's last stage.
+
+        Args:
+            grid: the ServerApp's grid.
+            initial_arrays: the initial model.
+            num_rounds: at most so many rounds, and later more with `resume`; None for all that
+                the method plans.
+            timeout: takes the place of `round_timeout`, if given.
+            train_config: entries to add to the config of train messages.
+            evaluate_config: entries to add to that of evaluate messages.
+            evaluate_fn: evaluates the server's model; called before the first round and after
+                each with the round's number.
+
+        Returns:
+            The trained arrays; per round the clients' train metrics (`train_loss`, payload bytes
+            up and down, replies), their evaluation, and what `evaluate_fn` gave.
+
+        Raises:
+            EmptyRoundError: a round had fewer than `min_replies` uploads `max_attempts` times.
+            FedOBDError: fewer than `min_replies` clients can be reached.
+            UsageError: the arrays do not fit the model, or the folder holds another run.
+        """
+        if timeout is not None:
+            self._round_timeout = timeout
+        rules = self._rules
+        if self.method.unit != "semantic":
+            rules = BlockRules(style=self.method.unit)
+        schema, layout = describe(initial_arrays, self._model_factory, rules)
+        server = ServerSession(
+            self.method,
+            schema,
+            layout.to_state(initial_arrays, schema),
+            num_clients=self.num_clients,
+            seed=self._seed,
+            max_examples=self._max_examples,
+            shared_start=self._shared_start,
+            limits=self._limits,
+        )
+        folder = self._open_folder(schema, server)
+        result = Result()
+        self.summary()
+
+        def evaluate(number: int) -> None:
+            arrays = layout.to_arrays(server.state)
+            metrics = evaluate_fn(number, arrays) if evaluate_fn else None
+            if metrics is not None:
+                result.evaluate_metrics_serverapp[number] = metrics
+                logger.log(INFO, "fedobd: round %d: server evaluation %s", number, dict(metrics))
+
+        if server.rounds == 0:
+            evaluate(0)
+        last = None if num_rounds is None else server.rounds + num_rounds
+        played_rounds = self.play(
+            grid,
+            server,
+            layout,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+            result=result,
+        )
+        while not server.is_finished and server.rounds != last:
+            played = next(played_rounds)
+            if folder is not None:
+                folder.append_record(make_record(played))
+                folder.save_checkpoint(server.save())
+            evaluate(played.record.round)
+        result.arrays = layout.to_arrays(server.state)
+        return result
+
+    def _open_folder(self, schema: ModelSchema, server: ServerSession) -> RunFolder | None:
+        if self._checkpoint_dir is None:
+            return None
+        folder = RunFolder(Path(self._checkpoint_dir))
+        options = {
+            "method": self.method.name,
+            "options": plain_values(self.method),
+            "clients": self.num_clients,
+            "seed": self._seed,
+            "model": schema.fingerprint.hex(),
+        }
+        folder.start(options, resume=self._resume)
+        folder.write_json("schema.json", schema.to_json())
+        saved = folder.load_checkpoint()
+        if saved is not None:
+            server.restore(saved)
+        folder.cut_records(server.rounds)
+        return folder
+
+    def play(
+        self,
+        grid: Grid,
+        server: ServerSession,
+        layout: Layout | None = None,
+        *,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate: Callable[[ModelState], Evaluation] | None = None,
+        should_evaluate: Callable[[RoundPlan], bool] = lambda plan: True,
+        watcher: Watcher | None = None,
+        result: Result | None = None,
+    ) -> Iterator[PlayedRound]:
+        """Play the remaining rounds of a session; between two yields it can be saved.
+
+        Args:
+            grid: the ServerApp's grid.
+            server: the session.
+            layout: the arrays that clients see; None for the tensors of the schema.
+            train_config: entries to add to the config of train messages.
+            evaluate_config: entries to add to that of evaluate messages.
+            evaluate: evaluates a state on the test set.
+            should_evaluate: in which rounds.
+            watcher: what else to call.
+            result: where clients' metrics go.
+
+        Yields:
+            Each round when it has ended.
+
+        Raises:
+            EmptyRoundError, FedOBDError: see `start`.
+        """
+        result = result if result is not None else Result()
+        opening = Opening(
+            method=server.method,
+            schema=server.schema,
+            layout=layout or Layout.of(server.schema),
+            seed=server.seed,
+            metrics=self._metric_keys,
+            shared_start=self._shared_start,
+        )
+        self._layout = opening.layout
+        self._server = server
+        self._roster = Roster(
+            grid,
+            self.num_clients,
+            wants_model=self._shared_start,
+            poll_seconds=self._poll_seconds,
+        )
+        conductor = self._conductor = Conductor(
+            grid,
+            server,
+            opening,
+            round_timeout=self._round_timeout,
+            poll_seconds=self._poll_seconds,
+            keep_broadcast=self._evaluate,
+            watcher=watcher,
+        )
+        self._roster.gather(self.num_clients, self._min_replies, self._join_timeout)
+        arrays = ArrayRecord()
+        while not server.is_finished:
+            began = time.perf_counter()
+            conductor.seconds.clear()
+            record = self._train(grid, train_config or ConfigRecord(), result)
+            if self._evaluate:
+                messages = self.configure_evaluate(
+                    record.round, arrays, evaluate_config or ConfigRecord(), grid
+                )
+                metrics = self.aggregate_evaluate(record.round, conductor.exchange(messages))
+                if metrics is not None:
+                    result.evaluate_metrics_clientapp[record.round] = metrics
+            plan = conductor.plan
+            assert plan is not None
+            test = None
+            if evaluate is not None and should_evaluate(plan):
+                test = evaluate(server.state)
+                server.observe_test_metric(test.metric)
+            seconds = {**conductor.seconds, "round": time.perf_counter() - began}
+            yield PlayedRound(plan=plan, record=record, test=test, seconds=seconds)
+
+    def _train(self, grid: Grid, config: ConfigRecord, result: Result) -> RoundRecord:
+        """Play the training of a round, again where too few uploads came."""
+        number = self._server.rounds + 1
+        for _ in range(self._max_attempts):
+            messages = self.configure_train(number, ArrayRecord(), config, grid)
+            _, metrics = self.aggregate_train(number, self._conductor.exchange(messages))
+            if metrics is not None:
+                result.train_metrics_clientapp[number] = metrics
+                return self.records[-1]
+            logger.log(WARNING, "fedobd: round %d had too few uploads and is repeated", number)
+        raise EmptyRoundError(
+            f"round {number} had fewer than {self._min_replies} uploads in {self._max_attempts} "
+            "attempts; the log says why each client was left out"
+        )
+
+    # --- the hooks of Flower's Strategy
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Begin the round and return its messages; the arrays are the session's, not these."""
+        nodes = self._roster.gather(self._min_replies, self._min_replies, self._join_timeout)
+        return self._conductor.begin(nodes, config)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold uploads as they come and end the round.
+
+        Returns:
+            The new arrays and the round's figures; (None, None) where it has to be repeated.
+        """
+        for reply in replies:
+            self._conductor.receive(reply)
+        record = self._conductor.end(self._min_replies)
+        if record is None:
+            return None, None
+        self.records.append(record)
+        return self._layout.to_arrays(self._server.state), _figures(record)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Ask the clients of the round to evaluate the broadcast that they kept."""
+        return self._conductor.evaluation(config)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return the mean of the clients' metrics, weighted by their examples."""
+        found = []
+        for reply in replies:
+            if reply.has_error():
+                logger.log(WARNING, "fedobd: an evaluation failed: %s", reply.error.reason)
+            else:
+                found += list(reply.content.metric_records.values())
+        return _mean(found, self._metric_keys.num_examples)
+
+    def summary(self) -> None:
+        """Log the method with its options."""
+        logger.log(INFO, "fedobd: %s, %d clients", self.method, self.num_clients)
+
+
+def _figures(record: RoundRecord) -> MetricRecord:
+    """Return a round's figures by Flower's and fedobd's names."""
+    figures = MetricRecord(
+        {
+            "num-replies": len(record.uploads),
+            "train_loss": record.train_loss,
+            "uplink-bytes": record.uplink_bytes,
+            "downlink-bytes": record.downlink_bytes,
+        }
+    )
+    if record.validation_loss is not None and record.validation_metric is not None:
+        figures["eval_loss"] = record.validation_loss
+        figures["eval_metric"] = record.validation_metric
+    return figures
+
+
+def _mean(records: list[MetricRecord], weight_key: str) -> MetricRecord | None:
+    """Return the weighted mean of the numbers that all records have.
+
+    Records without a legal weight do not count; None where none is left.
+    """
+    weighted = [(r, w) for r in records if isinstance(w := r.get(weight_key), int) and w > 0]
+    if not weighted:
+        return None
+    means = MetricRecord()
+    for key in weighted[0][0].keys() - {weight_key}:
+        values = [v for r, _ in weighted if isinstance(v := r.get(key), int | float)]
+        if len(values) == len(weighted) and all(map(math.isfinite, values)):
+            means[key] = weighted_mean(values, [weight for _, weight in weighted]) or 0.0
+    return means

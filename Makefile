@@ -3,19 +3,30 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench-digits bench-codec fuzz build clean
+.PHONY: demo demo-deployment test test-all check bench-digits bench-codec bench-deployment fuzz build \
+	clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fedobd compare digits
 
+# A real deployment on this machine: SuperLink with TLS, three SuperNodes with keys, five rounds.
+demo-deployment: $(VENV)/.installed-flower
+	$(BIN)/python examples/deployment/demo.py
+
 test: $(VENV)/.installed-dev check
 	$(BIN)/python -m pytest -n auto
+
+# What is slow: real deployments, Flower's simulation, the oldest and newest versions of Flower.
+FLOWER_VERSIONS := 1.24.0 1.36.0 newest
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python tests/flower_versions.py $(FLOWER_VERSIONS)
+	$(BIN)/python -m pytest -m deployment -v
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --strict tests benchmarks
+	$(BIN)/mypy --strict tests benchmarks examples
 
 # The figures of benchmarks/RESULTS.md for the digits: five methods, three seeds, one process.
 bench-digits: $(VENV)/.installed
@@ -25,6 +36,12 @@ bench-digits: $(VENV)/.installed
 bench-codec: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet pcodec
 	$(BIN)/python benchmarks/codec.py
+
+# FedAvg against FedOBD over a link of 10 Mbit/s between two network namespaces; needs root and
+# iproute2, which it installs where apt can.
+bench-deployment: $(VENV)/.installed-flower
+	command -v tc >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -qq -y iproute2; } || true
+	$(BIN)/python benchmarks/deployment.py
 
 # Coverage-guided fuzzing of the decoder; SECONDS=1800 make fuzz for half an hour.
 SECONDS ?= 60
@@ -41,6 +58,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-flower: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[flower]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,10 +16,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import tomli_w
 
 from fedobd._errors import FedOBDError
@@ -228,43 +228,16 @@ def _wait_until_up(folder: Path, process: subprocess.Popen[bytes], port: int) ->
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End a process and its descendants, which are in sessions of their own."""
-    family = _descendants(process.pid)
+    family: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        own = psutil.Process(process.pid)
+        family = [*own.children(recursive=True), own]
     process.terminate()
-    deadline = time.monotonic() + STOP_SECONDS
-    while time.monotonic() < deadline and (process.poll() is None or family & _running()):
-        time.sleep(0.1)
-    for pid in (family & _running()) | ({process.pid} if process.poll() is None else set()):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
+    for member in alive:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
     process.wait()
-
-
-def _processes() -> dict[int, int]:
-    """Return the parent of every process that has not ended."""
-    listing = subprocess.run(
-        ["ps", "-A", "-o", "pid=,ppid=,state="],  # noqa: S607 - wherever ps is
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = (line.split() for line in listing.stdout.splitlines())
-    return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
-
-
-def _running() -> set[int]:
-    return set(_processes())
-
-
-def _descendants(pid: int) -> set[int]:
-    parents = _processes()
-    found, grown = {pid}, True
-    while grown:
-        more = {child for child, parent in parents.items() if parent in found} - found
-        found |= more
-        grown = bool(more)
-    return found - {pid}
 
 
 def _command(name: str) -> str:

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,33 @@ def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert [line.split()[:2] for line in lines] == [
         ["1", "1"], ["2", "1"], ["3", "1"], ["4", "2"], ["5", "2"]
     ]  # fmt: skip
+
+
+def code_of(document: str, title: str) -> list[str]:
+    """Return the Python blocks of a document that start with a comment."""
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return [block for block in blocks if block.startswith(f"# {title}\n")]
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_the_apps_of_the_flower_page_run(way: int, capsys: pytest.CaptureFixture[str]) -> None:
+    from flwr.app import Context, RecordDict
+
+    from tests.flower_grid import InProcessGrid
+
+    (client,) = code_of("flower.md", "client_app.py")
+    server = code_of("flower.md", "server_app.py")[way]
+    names: list[dict[str, Any]] = [{}, {}]
+    exec(compile(client, "client_app.py", "exec"), names[0])  # noqa: S102 - our own document
+    exec(compile(server, "server_app.py", "exec"), names[1])  # noqa: S102
+    nodes = [{"partition-id": number, "num-partitions": 3} for number in range(3)]
+    grid = InProcessGrid(names[0]["app"], nodes)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    names[1]["app"](grid, context)
+    shown = capsys.readouterr().out.strip().splitlines()
+    assert len(shown) == (1, 3)[way], shown
+    assert all(re.search(r"[1-9]\d{3,}", line) for line in shown), "bytes are shown"
 
 
 def test_the_readme_names_every_command_and_every_module() -> None:

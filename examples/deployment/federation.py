@@ -14,14 +14,11 @@ registered; apps are started with the ``flwr`` command, as a user would. Rules t
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
 import json
 import os
 import re
 import signal
 import socket
-import socketserver
 import subprocess
 import sys
 import threading
@@ -34,16 +31,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
-from cryptography.x509.oid import NameOID
+from credentials import write_certificates, write_node_key
+from counting_proxy import CountingProxy, Traffic
+
+__all__ = ["REFUSED", "Federation", "FederationError", "Run", "Scalar", "Traffic"]
 
 Scalar = str | int | float | bool
 
@@ -63,14 +54,6 @@ _TAIL_CHARACTERS = 3000
 
 class FederationError(RuntimeError):
     """The deployment did something else than was asked of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """Bytes from the nodes to the SuperLink (up) and back (down)."""
-
-    up_bytes: int
-    down_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +114,7 @@ class Federation:
         self._mark = f"{_MARK}={uuid.uuid4().hex}/"
         self._processes: list[_Process] = []
         self._nodes: list[_Process] = []
-        self._proxy: _Proxy | None = None
+        self._proxy: CountingProxy | None = None
         self._signals: list[signal.Signals] = []
 
     def __enter__(self) -> Self:
@@ -273,11 +256,11 @@ class Federation:
         port = _free_port("127.0.0.1" if self.link_prefix else self.host)
         self._superlink_address = self._node_target = f"{self.host}:{port}"
         if self.tls:
-            _write_certificates(self.folder, self._hosts)
+            write_certificates(self.folder, self._hosts)
         self._link = self._launch_link(port)
         self._link.expect(_STARTED, _START_TIMEOUT_S)
         if self.count_bytes:
-            self._proxy = _Proxy(self._proxy_host, (self.host, port))
+            self._proxy = CountingProxy(self._proxy_host, (self.host, port))
             self._node_target = f"{self._proxy_host}:{self._proxy.server_address[1]}"
         everyone = range(len(self._configs))
         with ThreadPoolExecutor() as pool:
@@ -308,7 +291,7 @@ class Federation:
         """Writes a node's configuration and key, and registers the key."""
         _write_toml(self.folder / f"node-{i}.toml", self._configs[i])
         if self.authenticate:
-            public_key = _write_node_key(self.folder / f"node-{i}.key")
+            public_key = write_node_key(self.folder / f"node-{i}.key")
             if registered:
                 self._ask("supernode", "register", str(public_key), _CONNECTION)
 
@@ -388,7 +371,7 @@ class Federation:
     def _server_apps(self) -> list[int]:
         return _marked(f"{self._mark}superlink/", "flwr-serverapp")
 
-    def _counting_proxy(self) -> _Proxy:
+    def _counting_proxy(self) -> CountingProxy:
         if self._proxy is None:
             raise FederationError("wanted the bytes on the sockets, but count_bytes is False")
         return self._proxy
@@ -464,54 +447,6 @@ class _Process:
             time.sleep(0.1)
 
 
-class _Proxy(socketserver.ThreadingTCPServer):
-    """Passes TCP connections on to ``target`` unchanged and counts their bytes."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, host: str, target: tuple[str, int]) -> None:
-        super().__init__((host, 0), _Relay)
-        self.target = target
-        self.traffic = Traffic(0, 0)
-        self._lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
-
-    def count(self, up_bytes: int, down_bytes: int) -> None:
-        with self._lock:
-            so_far = self.traffic
-            self.traffic = Traffic(so_far.up_bytes + up_bytes, so_far.down_bytes + down_bytes)
-
-    def reset(self) -> None:
-        with self._lock:
-            self.traffic = Traffic(0, 0)
-
-    def close(self) -> None:
-        self.shutdown()
-        self.server_close()
-
-
-class _Relay(socketserver.BaseRequestHandler):
-    server: _Proxy
-
-    def handle(self) -> None:
-        with contextlib.suppress(OSError), socket.create_connection(self.server.target) as link:
-            down = threading.Thread(
-                target=self._pump, args=(link, self.request, 0, 1), daemon=True
-            )
-            down.start()
-            self._pump(self.request, link, 1, 0)
-            down.join()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, up: int, down: int) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                self.server.count(up * len(data), down * len(data))
-                sink.sendall(data)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
-
-
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
@@ -545,67 +480,3 @@ def _write_toml(path: Path, values: Mapping[str, Scalar]) -> Path:
     lines = (f"{json.dumps(key)} = {json.dumps(value)}\n" for key, value in values.items())
     path.write_text("".join(lines))
     return path
-
-
-def _write_node_key(path: Path) -> Path:
-    """Writes a SuperNode's key pair in OpenSSH's format and returns the public key's path."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    _write_private_key(path, key, PrivateFormat.OpenSSH)
-    public_key = path.with_suffix(".pub")
-    public_key.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
-    return public_key
-
-
-def _write_private_key(path: Path, key: ec.EllipticCurvePrivateKey, form: PrivateFormat) -> None:
-    path.touch(mode=0o600)
-    path.write_bytes(key.private_bytes(Encoding.PEM, form, NoEncryption()))
-
-
-def _write_certificates(folder: Path, hosts: Sequence[str]) -> None:
-    """Writes an authority (``ca.crt``) and the SuperLink's key and certificate, signed by it."""
-    authority, link = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    signs_certificates = x509.KeyUsage(
-        *(False, False, False, False, False),
-        key_cert_sign=True,
-        crl_sign=True,
-        encipher_only=False,
-        decipher_only=False,
-    )
-    root = (
-        _certificate("federation authority", authority, authority)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(signs_certificates, critical=True)
-    )
-    names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
-    leaf = _certificate("federation SuperLink", link, authority).add_extension(names, False)
-    for name, builder in (("ca.crt", root), ("server.crt", leaf)):
-        signed = builder.sign(authority, hashes.SHA256())
-        (folder / name).write_bytes(signed.public_bytes(Encoding.PEM))
-    _write_private_key(folder / "server.key", link, PrivateFormat.PKCS8)
-
-
-def _certificate(
-    name: str, key: ec.EllipticCurvePrivateKey, authority: ec.EllipticCurvePrivateKey
-) -> x509.CertificateBuilder:
-    """A certificate of ``key`` without what an authority and a server differ in."""
-    subject, issuer = (
-        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-        for common_name in (name, "federation authority")
-    )
-    now = datetime.datetime.now(datetime.UTC)
-    holder = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
-    return (
-        x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=30))
-        .add_extension(holder, critical=False)
-        .add_extension(signer, critical=False)
-    )
-
-
-def _general_name(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)

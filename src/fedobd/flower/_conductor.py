@@ -69,10 +69,12 @@ class Conductor:
         self._watcher = watcher or Watcher()
         self._opened: set[int] = set()  # nodes that were sent an opening in this run
         self._nodes: dict[int, int] = {}
-        self._waiting: dict[int, str] = {}  # clients of the round with what they are waited for
+        self._waiting: set[int] = set()  # clients of the round that have not answered
         self._accepted: list[int] = []
         self._broadcast = b""
         self._sent: dict[str, Message] = {}
+        self.left_out: dict[int, str] = {}
+        """Why clients of the last round were left out."""
         self.plan: RoundPlan | None = None
         """The plan of the last round that was begun."""
         self.opening_bytes = 0
@@ -95,7 +97,7 @@ class Conductor:
         if plan is None:
             raise UsageError("the last stage is over; there is no round to begin")
         self._nodes = {client: nodes[client] for client in plan.cohort}
-        self._waiting, self._accepted = dict.fromkeys(plan.cohort, "no reply"), []
+        self._waiting, self._accepted, self.left_out = set(plan.cohort), [], {}
         began = time.perf_counter()
         self._broadcast = b"".join(server.broadcast())
         self.seconds["broadcast"] += time.perf_counter() - began
@@ -173,24 +175,27 @@ class Conductor:
         node = message.metadata.dst_node_id
         return next(client for client, own in self._nodes.items() if own == node)
 
-    def receive(self, reply: Message) -> None:
-        """Take in a client's reply to a train message; a bad one is recorded with its reason."""
+    def receive(self, reply: Message) -> bool:
+        """Take in a client's reply to a train message, and say whether its upload counts.
+
+        What does not count is recorded with its reason.
+        """
         message = self._sent.get(reply.metadata.reply_to_message_id)
         assert self.plan is not None
         if message is None:
-            return
+            return False
         client = self._client_of(message)
         if client not in self._waiting:
-            return
-        del self._waiting[client]
+            return False
+        self._waiting.remove(client)
         if reply.has_error():
             reason = (reply.error.reason or "no reason")[:MAX_REASON]
             self._miss(client, "failed", f"error {reply.error.code}: {reason}")
-            return
+            return False
         key = carrier(reply.content, UPLOAD)
         if key is None:
             self._miss(client, "failed", "the reply holds no upload")
-            return
+            return False
         upload = carried(reply.content[key], UPLOAD) or b""
         self._see(f"upload-{client}", upload)
         began = time.perf_counter()
@@ -198,22 +203,25 @@ class Conductor:
             self._server.receive(client, upload)
         except DecodeError as error:
             logger.log(WARNING, "fedobd: the upload of client %d is refused: %s", client, error)
-            return
+            self.left_out[client] = str(error)
+            return False
         finally:
             self.seconds["fold"] += time.perf_counter() - began
         self._accepted.append(client)
         if self._watcher.on_client is not None:
             self._watcher.on_client(self.plan, len(self._accepted))
+        return True
 
     def _miss(self, client: int, reason: str, message: str) -> None:
         logger.log(WARNING, "fedobd: client %d is left out: %s", client, message)
         self._server.report_missing(client, reason, message)
+        self.left_out[client] = message
 
     def end(self, min_replies: int) -> RoundRecord | None:
         """End the round, or forget it where it has fewer than `min_replies` uploads."""
-        for client in self._waiting:
+        for client in sorted(self._waiting):
             self._miss(client, "late", f"no reply within {self._round_timeout:g} seconds")
-        self._waiting = {}
+        self._waiting = set()
         if len(self._accepted) < min_replies:
             self._server.abort_round()
             return None

@@ -184,6 +184,7 @@ class CodecGrid(Grid):
         Raises:
             UsageError: arrays are not finite, or not those of the model that was sent before.
         """
+        self._forget_expired()
         pending = self._encode(list(messages))
         ids = list(self._grid.push_messages([entry.message for entry in pending]))
         for number, entry in zip(ids, pending, strict=False):
@@ -210,7 +211,18 @@ class CodecGrid(Grid):
         """Send messages and return their replies; see `Grid.send_and_receive`."""
         ids = {number for number in self.push_messages(messages) if number}
         deadline = None if timeout is None else time.monotonic() + timeout
-        return list(collect(self, ids, deadline, self._poll_seconds))
+        replies = list(collect(self, ids, deadline, self._poll_seconds))
+        for late in ids:
+            self._pending.pop(late, None)
+        return replies
+
+    def _forget_expired(self) -> None:
+        """Let go of models that are kept for replies that cannot come any more."""
+        now = time.time()
+        for number, pending in list(self._pending.items()):
+            metadata = pending.message.metadata
+            if metadata.created_at + metadata.ttl < now:
+                del self._pending[number]
 
     def _encode(self, messages: list[Message]) -> list[_Pending]:
         """Return the messages to send; those that shared a content share the new one too."""

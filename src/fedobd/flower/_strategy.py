@@ -33,9 +33,6 @@ from fedobd.training import Evaluation
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
 
-MAX_REASON = 2000
-"""Characters of a client's own words that are kept in a record."""
-
 
 class FedOBDStrategy(Strategy):
     """Trains with FedOBD, or any other method of fedobd, over Flower.
@@ -152,8 +149,9 @@ class FedOBDStrategy(Strategy):
                 each with the round's number.
 
         Returns:
-            The trained arrays; per round the clients' train metrics (`train_loss`, payload bytes
-            up and down, replies), their evaluation, and what `evaluate_fn` gave.
+            The trained arrays; per round the mean of the clients' train metrics with
+            `num-replies`, `uplink-bytes` and `downlink-bytes` (payloads), the mean of their
+            evaluation, and what `evaluate_fn` gave.
 
         Raises:
             EmptyRoundError: a round had fewer than `min_replies` uploads `max_attempts` times.
@@ -316,9 +314,11 @@ class FedOBDStrategy(Strategy):
                 result.train_metrics_clientapp[number] = metrics
                 return self.records[-1]
             logger.log(WARNING, "fedobd: round %d had too few uploads and is repeated", number)
+        left_out = self._conductor.left_out
         raise EmptyRoundError(
             f"round {number} had fewer than {self._min_replies} uploads in {self._max_attempts} "
-            "attempts; the log says why each client was left out"
+            "attempts; the last one left out "
+            + "; ".join(f"client {client}: {why}" for client, why in sorted(left_out.items()))
         )
 
     # --- the hooks of Flower's Strategy
@@ -338,13 +338,20 @@ class FedOBDStrategy(Strategy):
         Returns:
             The new arrays and the round's figures; (None, None) where it has to be repeated.
         """
-        for reply in replies:
-            self._conductor.receive(reply)
+        reported = [
+            metrics
+            for reply in replies
+            if self._conductor.receive(reply)
+            for metrics in reply.content.metric_records.values()
+        ]
         record = self._conductor.end(self._min_replies)
         if record is None:
             return None, None
         self.records.append(record)
-        return self._layout.to_arrays(self._server.state), _figures(record)
+        figures = _mean(reported, self._metric_keys.num_examples) or MetricRecord()
+        for name, figure in _figures(record).items():
+            figures[name] = figure
+        return self._layout.to_arrays(self._server.state), figures
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -369,20 +376,13 @@ class FedOBDStrategy(Strategy):
         logger.log(INFO, "fedobd: %s, %d clients", self.method, self.num_clients)
 
 
-def _figures(record: RoundRecord) -> MetricRecord:
-    """Return a round's figures by Flower's and fedobd's names."""
-    figures = MetricRecord(
-        {
-            "num-replies": len(record.uploads),
-            "train_loss": record.train_loss,
-            "uplink-bytes": record.uplink_bytes,
-            "downlink-bytes": record.downlink_bytes,
-        }
-    )
-    if record.validation_loss is not None and record.validation_metric is not None:
-        figures["eval_loss"] = record.validation_loss
-        figures["eval_metric"] = record.validation_metric
-    return figures
+def _figures(record: RoundRecord) -> dict[str, int | float]:
+    """Return what is in a round's record and in no client's report."""
+    return {
+        "num-replies": len(record.uploads),
+        "uplink-bytes": record.uplink_bytes,
+        "downlink-bytes": record.downlink_bytes,
+    }
 
 
 def _mean(records: list[MetricRecord], weight_key: str) -> MetricRecord | None:

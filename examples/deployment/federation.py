@@ -31,8 +31,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
 
-from credentials import write_certificates, write_node_key
 from counting_proxy import CountingProxy, Traffic
+from credentials import write_certificates, write_node_key
 
 __all__ = ["REFUSED", "Federation", "FederationError", "Run", "Scalar", "Traffic"]
 

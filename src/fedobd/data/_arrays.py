@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,17 @@ def load_arrays(path: str | Path) -> Examples:
         UsageError: the file cannot be read, or lacks an array.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: torch.from_numpy(archive[name]) for name in archive.files}
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UsageError(f"data file {str(path)!r} cannot be read: {error}") from error
     missing = [name for name in ("inputs", "targets") if name not in arrays]
     if missing:
@@ -33,6 +42,9 @@ def load_arrays(path: str | Path) -> Examples:
             f"data file {str(path)!r} holds {', '.join(sorted(arrays)) or 'no arrays'}; "
             f"{' and '.join(missing)} lacks"
         )
+    empty = [name for name in ("inputs", "targets") if not sum(arrays[name].shape[:1])]
+    if empty:
+        raise UsageError(f"data file {str(path)!r}: {' and '.join(empty)} hold no examples")
     return Examples(_in_common_type(arrays["inputs"]), _in_common_type(arrays["targets"]))
 
 

@@ -17,7 +17,7 @@ of the configuration's data set.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from logging import ERROR, INFO, getLogger
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,14 @@ def _serve(grid: Grid, context: Context, config_file: Path) -> None:
     options = context.run_config
     config = read_config(context, config_file)
     path = Path(str(options.get("output") or f"runs/{context.run_id}")).absolute()
+    strategy = FedOBDStrategy(
+        config.chosen,
+        num_clients=config.federation.clients,
+        round_timeout=_number(options, "round-timeout", 3600.0),
+        join_timeout=_number(options, "join-timeout", 600.0),
+        min_replies=int(_number(options, "min-replies", 1)),
+        shared_start=config.federation.shared_start,
+    )
 
     def engine(
         experiment: Experiment,
@@ -88,21 +96,15 @@ def _serve(grid: Grid, context: Context, config_file: Path) -> None:
         watcher: Watcher,
     ) -> Iterator[PlayedRound]:
         """Play the rounds on the grid's nodes, which keep their own states."""
-        strategy = FedOBDStrategy(
-            experiment.method,
-            num_clients=config.federation.clients,
-            round_timeout=float(options.get("round-timeout", 3600)),
-            join_timeout=float(options.get("join-timeout", 600)),
-            min_replies=int(options.get("min-replies", 1)),
-            shared_start=config.federation.shared_start,
-        )
-        return strategy.play(
+        yield from strategy.play(
             grid,
             server,
             evaluate=experiment.evaluate,
             should_evaluate=should_evaluate,
             watcher=watcher,
         )
+        sent = strategy.opening_bytes
+        logger.log(INFO, "fedobd: %d bytes of openings, schema and options included", sent)
 
     run(
         config,
@@ -111,6 +113,13 @@ def _serve(grid: Grid, context: Context, config_file: Path) -> None:
         observer=_LogObserver(),
         engine=engine,
     )
+
+
+def _number(options: Mapping[str, object], key: str, default: float) -> float:
+    value = options.get(key, default)
+    if not isinstance(value, int | float):
+        raise UsageError(f"{key} is {value!r} in the run config; wanted a number")
+    return float(value)
 
 
 class _LogObserver:
@@ -225,5 +234,9 @@ def read_config(context: Context, config_file: Path) -> RunConfig:
     Raises:
         UsageError: the file cannot be read, or a key or value is not allowed.
     """
-    changes = shlex.split(str(context.run_config.get("set", "")))
-    return load_config(str(config_file), overrides=changes)
+    changes = str(context.run_config.get("set", ""))
+    try:
+        overrides = shlex.split(changes)
+    except ValueError as error:
+        raise UsageError(f"set is {changes!r} in the run config: {error}") from error
+    return load_config(str(config_file), overrides=overrides)

@@ -28,6 +28,15 @@ KEEP: Final = "fedobd.keep"
 NEEDS_OPENING: Final = "fedobd: this node holds no opening payload of this run"
 """Start of the reason with which a client says that it has to be opened again."""
 
+MAX_REASON: Final = 2000
+"""Characters of a client's own words that are kept."""
+
+PASSING_ERRORS: Final = (3, 4, 5, 8)
+"""Flower's error codes of messages that did not come through, and of nodes that went away."""
+
+EXPIRED: Final = (3, 4)
+"""Flower's error codes of a message, or a reply, that was not there within its time to live."""
+
 PRECONDITION_FAILED: Final = 6
 """Flower's error code of a mod that cannot do its work."""
 

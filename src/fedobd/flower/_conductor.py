@@ -15,8 +15,10 @@ from fedobd._rounds import RoundPlan, RoundRecord
 from fedobd._server import ServerSession
 from fedobd.flower._carrier import (
     BROADCAST,
+    EXPIRED,
     KEEP,
     KEPT_ROUND,
+    MAX_REASON,
     NEEDS_OPENING,
     OPENING,
     UPLOAD,
@@ -31,9 +33,6 @@ from fedobd.flower._plan import plan_config
 from fedobd.simulation import Watcher
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
-
-MAX_REASON = 2000
-"""Characters of a client's own words that are kept in a record."""
 
 
 class Conductor:
@@ -78,7 +77,8 @@ class Conductor:
         self.plan: RoundPlan | None = None
         """The plan of the last round that was begun."""
         self.opening_bytes = 0
-        """Bytes of openings that were sent, with the schema in them."""
+        """Bytes of all openings that were sent: schema and options, and the method's payloads,
+        which alone are in the records."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Wall-clock seconds of the round by phase."""
 
@@ -109,12 +109,11 @@ class Conductor:
         plain = RecordDict({"arrays": carry(self._broadcast, BROADCAST), "config": full})
         opened = plain
         if new:
-            payload = (
-                b"".join([b"".join(server.opening(c)) for c in new][-1:])
-                if (server.has_opening)
-                else b""
-            )
-            opened = RecordDict({"arrays": self._with_opening(payload), "config": full})
+            openings = {c: b"".join(server.opening(c)) for c in new if server.has_opening}
+            for client, payload in openings.items():
+                self._see(f"opening-{client}", payload)
+            shared = next(iter(openings.values()), b"")
+            opened = RecordDict({"arrays": self._with_opening(shared), "config": full})
         return [
             self._message(client, opened if client in new else plain) for client in plan.cohort
         ]
@@ -175,27 +174,29 @@ class Conductor:
         node = message.metadata.dst_node_id
         return next(client for client, own in self._nodes.items() if own == node)
 
-    def receive(self, reply: Message) -> bool:
-        """Take in a client's reply to a train message, and say whether its upload counts.
+    def receive(self, reply: Message) -> int | None:
+        """Take in a client's reply to a train message.
 
-        What does not count is recorded with its reason.
+        Returns:
+            The client, if its upload counts; what does not is recorded with its reason.
         """
         message = self._sent.get(reply.metadata.reply_to_message_id)
         assert self.plan is not None
         if message is None:
-            return False
+            return None
         client = self._client_of(message)
         if client not in self._waiting:
-            return False
+            return None
         self._waiting.remove(client)
         if reply.has_error():
             reason = (reply.error.reason or "no reason")[:MAX_REASON]
-            self._miss(client, "failed", f"error {reply.error.code}: {reason}")
-            return False
+            kind = "late" if reply.error.code in EXPIRED else "failed"
+            self._miss(client, kind, f"error {reply.error.code}: {reason}")
+            return None
         key = carrier(reply.content, UPLOAD)
         if key is None:
             self._miss(client, "failed", "the reply holds no upload")
-            return False
+            return None
         upload = carried(reply.content[key], UPLOAD) or b""
         self._see(f"upload-{client}", upload)
         began = time.perf_counter()
@@ -204,13 +205,13 @@ class Conductor:
         except DecodeError as error:
             logger.log(WARNING, "fedobd: the upload of client %d is refused: %s", client, error)
             self.left_out[client] = str(error)
-            return False
+            return None
         finally:
             self.seconds["fold"] += time.perf_counter() - began
         self._accepted.append(client)
         if self._watcher.on_client is not None:
             self._watcher.on_client(self.plan, len(self._accepted))
-        return True
+        return client
 
     def _miss(self, client: int, reason: str, message: str) -> None:
         logger.log(WARNING, "fedobd: client %d is left out: %s", client, message)
@@ -244,9 +245,11 @@ class Conductor:
 
 
 def _has_lost_opening(reply: Message, message: Message) -> bool:
-    """Whether a client asks for an opening that this message did not bring."""
+    """Whether a client asks for an opening that this message, with a broadcast, did not bring."""
+    arrays = message.content.get("arrays")
     return (
         reply.has_error()
         and (reply.error.reason or "").startswith(NEEDS_OPENING)
-        and carried(message.content.get("arrays"), OPENING) is None
+        and carried(arrays, BROADCAST) is not None
+        and carried(arrays, OPENING) is None
     )

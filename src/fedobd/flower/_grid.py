@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import WARNING, getLogger
 from typing import Any
@@ -20,10 +20,10 @@ from fedobd._encoding import encode_payload
 from fedobd._errors import DecodeError, DecodeReason
 from fedobd._method import all_blocks
 from fedobd._payload import Payload, refuse_not_finite
-from fedobd._schema import ModelSchema, Role
+from fedobd._schema import ModelSchema, Role, TensorSpec
 from fedobd._seeds import make_generator
 from fedobd._server import MAX_EXAMPLES, check_addressed
-from fedobd._state import ModelState, cast_state, master_state, segment_of, state_fingerprint
+from fedobd._state import ModelState, master_state, segment_of, state_fingerprint
 from fedobd._wire import DEFAULT_LIMITS, Header, Kind, Limits
 from fedobd.flower._carrier import (
     BROADCAST,
@@ -32,6 +32,7 @@ from fedobd.flower._carrier import (
     UPLOAD,
     as_array,
     carried,
+    carrier,
     carry,
     refusal,
 )
@@ -148,7 +149,7 @@ class CodecGrid(Grid):
         self._poll_seconds = poll_seconds
         self._model: _Model | None = None
         self._broadcasts = 0
-        self._last: tuple[ArrayRecord, _Sent] | None = None
+        self._last: tuple[dict[str, Array], _Sent] | None = None
         self._pending: dict[str, _Pending] = {}
         self._moved: dict[str, str] = {}
         self.traffic = Traffic()
@@ -200,6 +201,8 @@ class CodecGrid(Grid):
         for reply in self._grid.pull_messages(list(asked)):
             number = reply.metadata.reply_to_message_id
             pending = self._pending.pop(asked.get(number, number), None)
+            if pending is None and _holds_upload(reply):
+                continue  # its message was given up, and the model in it let go
             answer = reply if pending is None else self._answer(reply, pending)
             if answer is not None:
                 replies.append(answer)
@@ -231,7 +234,7 @@ class CodecGrid(Grid):
         pending = []
         for original in messages:
             record = original.content.get(self._key) if original.has_content() else None
-            if not isinstance(record, ArrayRecord) or not record:
+            if not isinstance(record, ArrayRecord) or not _can_be_averaged(record):
                 pending.append(_Pending(original, None))
                 continue
             if id(record) not in encoded:
@@ -254,13 +257,14 @@ class CodecGrid(Grid):
 
     def _sent(self, record: ArrayRecord) -> _Sent:
         """Encode a model, or find what was made of it for the messages before."""
-        if self._last is not None and self._last[0] is record:
+        if self._last is not None and _same_arrays(self._last[0], record):
             return self._last[1]
         if self._model is None:
             self._model = self._describe(record)
         opening = self._model.opening
         schema = opening.schema
-        state = master_state(schema, opening.layout.to_state(record, schema))
+        values = opening.layout.to_state(record, schema, cast=False)
+        state = master_state(schema, values)
         self._broadcasts += 1
         is_start = self._shared_start and self._broadcasts == 1
         header = Header(
@@ -274,12 +278,12 @@ class CodecGrid(Grid):
         payload = self._payload(schema, header, state)
         sent = _Sent(
             self._broadcasts,
-            state,
+            {spec.name: _own(spec, values[spec.name]) for spec in schema.tensors},
             payload,
             carry(payload, BROADCAST),
             carry(payload, BROADCAST, self._model.array),
         )
-        self._last = (record, sent)
+        self._last = (dict(record), sent)
         return sent
 
     def _describe(self, record: ArrayRecord) -> _Model:
@@ -339,10 +343,12 @@ class CodecGrid(Grid):
             if reason.startswith(NEEDS_OPENING) and self._reopen(pending, sent):
                 return None
             return Message(reply.error, reply_to=message)
-        if message.metadata.message_type.startswith("evaluate"):
-            return Message(reply.content, reply_to=message)
+        content = reply.content
+        is_train = message.metadata.message_type.partition(".")[0] == "train"
         try:
-            content = self._rebuild(reply.content, sent)
+            self._check_examples(content)
+            if is_train or carried(content.get(self._key), UPLOAD) is not None:
+                content = self._rebuild(content, sent)
         except DecodeError as error:
             self.traffic.refused += 1
             node = message.metadata.dst_node_id
@@ -379,10 +385,14 @@ class CodecGrid(Grid):
                 "its ClientApp?",
             )
         self.traffic.uploads += len(upload)
-        for record in content.metric_records.values():
-            self._check_examples(record.get("num-examples", 1))
+        if list(content.array_records) != [self._key]:
+            raise DecodeError(
+                DecodeReason.KIND,
+                f"the reply holds the ArrayRecords {list(content.array_records)}; wanted one, "
+                f"{self._key!r}",
+            )
         state = self._decode(upload, opening.schema, sent)
-        arrays = opening.layout.to_arrays(cast_state(opening.schema, state))
+        arrays = opening.layout.to_arrays(state)
         return RecordDict({**content, self._key: arrays})
 
     def _decode(self, upload: bytes, schema: ModelSchema, sent: _Sent) -> ModelState:
@@ -398,19 +408,43 @@ class CodecGrid(Grid):
                 spec = schema.tensors[decoded.segment.tensor]
                 target = segment_of(state, spec, decoded.segment)
                 if spec.role is Role.PARAMETER:
-                    target += decoded.values.to(torch.float32)
+                    target += decoded.values
                 else:
                     target.copy_(decoded.values)
                 refuse_not_finite(spec, target.to(spec.dtype))
         return state
 
-    def _check_examples(self, claimed: object) -> None:
-        legal = isinstance(claimed, int | float) and math.isfinite(claimed)
-        if not legal or not 1 <= claimed <= self._max_examples:  # type: ignore[operator]
-            raise DecodeError(
-                DecodeReason.LIMIT,
-                f"the client reports {claimed!r} examples; allowed are 1 to {self._max_examples}",
-            )
+    def _check_examples(self, content: RecordDict) -> None:
+        for record in content.metric_records.values():
+            claimed = record.get("num-examples", 1)
+            legal = isinstance(claimed, int | float) and math.isfinite(claimed)
+            if not legal or not 1 <= claimed <= self._max_examples:  # type: ignore[operator]
+                raise DecodeError(
+                    DecodeReason.LIMIT,
+                    f"the client reports {claimed!r} examples; allowed are 1 to "
+                    f"{self._max_examples}",
+                )
+
+
+def _holds_upload(reply: Message) -> bool:
+    return reply.has_content() and carrier(reply.content, UPLOAD) is not None
+
+
+def _can_be_averaged(record: ArrayRecord) -> bool:
+    """Whether there is anything to train; trees of XGBoost are bytes, and pass as they are."""
+    return any("float" in array.dtype or "complex" in array.dtype for array in record.values())
+
+
+def _same_arrays(first: Mapping[str, Array], second: Mapping[str, Array]) -> bool:
+    """Whether two records hold the same objects; a record may be changed in place."""
+    return list(first) == list(second) and all(first[key] is second[key] for key in first)
+
+
+def _own(spec: TensorSpec, values: torch.Tensor) -> torch.Tensor:
+    """Return W's values as replies show them: never coarser than W or the model."""
+    if not spec.is_floating:
+        return values.to(spec.dtype)
+    return values.to(torch.promote_types(values.dtype, spec.dtype))
 
 
 def _copy(message: Message, content: RecordDict) -> Message:

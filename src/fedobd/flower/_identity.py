@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedobd._wire import VERSION
-from fedobd.flower._carrier import IDENTIFY
+from fedobd.flower._carrier import IDENTIFY, MAX_REASON, PASSING_ERRORS
 
 
 def client_id(context: Context) -> int | None:
     """Return the node config's `client-id`, else its `partition-id`, None without both."""
     for key in ("client-id", "partition-id"):
         if key in context.node_config:
+            value = context.node_config[key]
+            if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+                return None
             try:
-                return int(context.node_config[key])
+                return int(value)
             except ValueError:
                 return None
     return None
@@ -53,11 +56,17 @@ class Identity:
         return Message(RecordDict({IDENTIFY: record}), reply_to=request)
 
     @classmethod
-    def read(cls, reply: Message) -> Identity | str:
-        """Return what a node has answered, or in words why that is no identity."""
+    def read(cls, reply: Message) -> Identity | str | None:
+        """Return what a node has answered, or in words why that is no identity.
+
+        None where the question did not reach it, or it went away meanwhile.
+        """
+        if reply.has_error() and reply.error.code in PASSING_ERRORS:
+            return None
         if reply.has_error():
+            reason = (reply.error.reason or "")[:MAX_REASON]
             return (
-                f"it answered with error {reply.error.code}, {reply.error.reason!r}; does its "
+                f"it answered with error {reply.error.code}, {reason!r}; does its "
                 "ClientApp have mods=[fedobd.flower.CompressionMod()]?"
             )
         record = reply.content.config_records.get(IDENTIFY)

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import tomli_w
 
-from fedobd._errors import FedOBDError
+from fedobd._errors import FedOBDError, UsageError
 from fedobd.experiments import (
     Observer,
     RunConfig,
@@ -78,6 +80,8 @@ def run_in_simulation(
     """
     path = path.absolute()
     build_experiment(config)  # so that what cannot be run is said here, and not in Flower's log
+    if config.data.name == "nodes":
+        raise UsageError("data 'nodes' lies on the nodes of a deployment; a simulation has none")
     folder = RunFolder(path)
     folder.start(config.to_dict(), resume=resume)
     if observer is not None:
@@ -206,11 +210,25 @@ def _super_link(folder: Path) -> Iterator[_SuperLink]:
             ],
             env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+    before = _on_terminate(_leave)
     try:
         _wait_until_up(folder, process, port)
         yield _SuperLink(folder, process, env)
     finally:
         _stop(process)
+        _on_terminate(before)
+
+
+def _on_terminate(handler: Any) -> Any:
+    """Set what SIGTERM does, where that can be set, and return what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, handler)
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    """End this process so that what it has started is stopped."""
+    raise SystemExit(128 + number)
 
 
 def _wait_until_up(folder: Path, process: subprocess.Popen[bytes], port: int) -> None:

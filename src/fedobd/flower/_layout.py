@@ -39,8 +39,12 @@ class Layout:
         """Return the layout in which each tensor stands under its own name."""
         return cls(tuple((spec.name, spec.name) for spec in schema.tensors))
 
-    def to_state(self, record: ArrayRecord, schema: ModelSchema) -> ModelState:
+    def to_state(
+        self, record: ArrayRecord, schema: ModelSchema, *, cast: bool = True
+    ) -> ModelState:
         """Return a record's values by tensor name, cast to the schema's element types.
+
+        Without `cast` they keep their own, which may be finer than the model's.
 
         Raises:
             UsageError: the record has other keys or shapes.
@@ -57,13 +61,13 @@ class Layout:
         state: ModelState = {}
         for key, name in self.keys:
             if name not in state:
-                values = torch.from_numpy(_writable(record[key]))
+                values = torch.from_numpy(_writable(key, record[key]))
                 if tuple(values.shape) != specs[name].shape:
                     raise UsageError(
                         f"array {key!r} has shape {tuple(values.shape)}; this run's model has "
                         f"{specs[name].shape}"
                     )
-                state[name] = values.to(specs[name].dtype)
+                state[name] = values.to(specs[name].dtype) if cast else values
         return state
 
     def to_arrays(self, state: Mapping[str, torch.Tensor]) -> ArrayRecord:
@@ -98,11 +102,7 @@ def describe(
     """
     if model_factory is None:
         for key, array in record.items():
-            if array.dtype not in _ARRAY_TYPES:
-                raise UsageError(
-                    f"array {key!r} has element type {array.dtype}; supported are "
-                    f"{', '.join(sorted(_ARRAY_TYPES))}"
-                )
+            _check_type(key, array)
         specs = guess_roles(
             list(record),
             [tuple(array.shape) for array in record.values()],
@@ -121,12 +121,21 @@ def describe(
     return schema, layout
 
 
-def _writable(array: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+def _check_type(key: str, array: Array) -> None:
+    if array.dtype not in _ARRAY_TYPES:
+        raise UsageError(
+            f"array {key!r} has element type {array.dtype}; supported are "
+            f"{', '.join(sorted(_ARRAY_TYPES))}"
+        )
+
+
+def _writable(key: str, array: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+    _check_type(key, array)
     try:
         values = array.numpy()
     except (TypeError, ValueError) as error:
-        raise UsageError(f"an array cannot be read: {error}") from error
-    return np.array(values)
+        raise UsageError(f"array {key!r} cannot be read: {error}") from error
+    return np.array(values, order="C")  # flat views of a tensor must be views
 
 
 def _some(names: list[str]) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from fedobd._client import Broadcast, ClientSession
 from fedobd._errors import FedOBDError, UsageError
 from fedobd._method import Method
-from fedobd._state import ModelState, get_state
+from fedobd._state import ModelState
 from fedobd._wire import Report
 from fedobd.flower._carrier import (
     BROADCAST,
@@ -99,7 +99,8 @@ class CompressionMod:
                 "this run starts from a model that its clients hold already (shared_start), and "
                 "this client has none; wanted CompressionMod(model_factory=...)"
             )
-        return get_state(self._model_factory())
+        entries = self._model_factory().state_dict()  # tied tensors under all of their names
+        return {n: v.to("cpu", copy=True) for n, v in entries.items() if torch.is_tensor(v)}
 
     def _receive(self, message: Message, context: Context) -> _Work | str | None:
         """Return what is to be done, why nothing can be done, or None for a foreign message."""

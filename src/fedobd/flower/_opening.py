@@ -135,11 +135,13 @@ class Opening:
         names = {spec.name for spec in schema.tensors}
         if {name for _, name in layout.keys} != names:
             raise UsageError("the keys of the arrays do not name the tensors of the schema")
+        if type(terms["seed"]) is not int:
+            raise UsageError(f"seed is {terms['seed']!r}; wanted a whole number")
         return cls(
             method=make_method(terms["method"], terms["options"]),
             schema=schema,
             layout=layout,
-            seed=int(terms["seed"]),
+            seed=terms["seed"],
             metrics=None if terms["metrics"] is None else MetricKeys(**terms["metrics"]),
             shared_start=bool(terms["shared_start"]),
         )

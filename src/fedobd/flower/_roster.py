@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedobd._errors import FedOBDError
 from fedobd.flower._carrier import IDENTIFY
-from fedobd.flower._exchange import POLL_SECONDS, collect, push
+from fedobd.flower._exchange import POLL_SECONDS, push
 from fedobd.flower._identity import Identity
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
@@ -41,27 +41,31 @@ class Roster:
         self._num_clients = num_clients
         self._wants_model = wants_model
         self._poll_seconds = poll_seconds
-        self._clients: dict[int, int] = {}
+        self._clients: dict[int, int] = {}  # of each node that said who it is, first ones first
+        self._asked: dict[str, tuple[int, float]] = {}  # message: node, until when
         self.refused: dict[int, str] = {}
         """Nodes that cannot take part, with the reason."""
 
     def online(self) -> dict[int, int]:
-        """Ask new nodes who they are, and return the node of each client that can be reached.
+        """Return the node of each client that can be reached.
 
-        Of two nodes with one client-id the first keeps it for as long as it is online; the other
-        is refused, and asked for again when the first has gone.
+        New nodes are asked who they are, and count once they have answered; nobody waits for them
+        here. A node that went away is asked again when it is back. Of two nodes with one client-id
+        the first keeps it for as long as it is online; until then the other is refused.
         """
         present = list(self._grid.get_node_ids())
-        self._identify([n for n in present if n not in self._clients and n not in self.refused])
+        for known in (self._clients, self.refused):
+            for node in set(known).difference(present):
+                del known[node]
+        self._ask(present)
+        self._listen()
         nodes: dict[int, int] = {}
-        for node in (node for node in self._clients if node in present):
-            client = self._clients[node]
+        for node, client in self._clients.items():
             first = nodes.setdefault(client, node)
-            if first != node:
+            if first == node:
+                self.refused.pop(node, None)
+            else:
                 self._refuse(node, f"its client-id {client} is that of node {first}")
-        for node in [n for n in self.refused if n in self._clients]:
-            if nodes.get(self._clients[node]) == node or node not in present:
-                del self.refused[node]
         return nodes
 
     def gather(self, wanted: int, least: int, seconds: float) -> dict[int, int]:
@@ -96,19 +100,32 @@ class Roster:
             + (f". Refused: {refused}" if refused else "")
         )
 
-    def _identify(self, nodes: list[int]) -> None:
+    def _ask(self, present: list[int]) -> None:
+        """Ask the nodes who they are that have not said so and are not being asked."""
+        now = time.monotonic()
+        self._asked = {m: (node, until) for m, (node, until) in self._asked.items() if until > now}
+        asked = {node for node, _ in self._asked.values()}
+        new = [n for n in present if not (n in self._clients or n in self.refused or n in asked)]
         content = RecordDict({IDENTIFY: ConfigRecord({"num-clients": self._num_clients})})
-        sent = push(
-            self._grid,
-            [Message(content, node, "train", ttl=IDENTIFY_SECONDS) for node in nodes],
-        )
-        deadline = time.monotonic() + IDENTIFY_SECONDS
-        for reply in collect(self._grid, set(sent), deadline, self._poll_seconds):
-            message = sent.get(reply.metadata.reply_to_message_id)
-            if message is not None:
-                self._enter(message.metadata.dst_node_id, Identity.read(reply))
+        messages = [Message(content, node, "train", ttl=IDENTIFY_SECONDS) for node in new]
+        for number, message in push(self._grid, messages).items():
+            self._asked[number] = message.metadata.dst_node_id, now + IDENTIFY_SECONDS
 
-    def _enter(self, node: int, identity: Identity | str) -> None:
+    def _listen(self) -> None:
+        """Take in what nodes have answered so far, in the order in which they were asked."""
+        if not self._asked:
+            return
+        came = {
+            r.metadata.reply_to_message_id: r for r in self._grid.pull_messages([*self._asked])
+        }
+        for number, (node, _) in list(self._asked.items()):
+            if number in came:
+                del self._asked[number]
+                self._enter(node, Identity.read(came[number]))
+
+    def _enter(self, node: int, identity: Identity | str | None) -> None:
+        if identity is None:
+            return  # it is asked again
         if isinstance(identity, str):
             self._refuse(node, identity)
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from torch import nn
 from fedobd._blocks import BlockRules
 from fedobd._errors import EmptyRoundError, UsageError
 from fedobd._method import Method
-from fedobd._rounds import RoundPlan, RoundRecord, weighted_mean
+from fedobd._rounds import RoundPlan, RoundRecord, cohort_size, weighted_mean
 from fedobd._schema import ModelSchema
 from fedobd._server import MAX_EXAMPLES, ServerSession
 from fedobd._state import ModelState
 from fedobd._wire import DEFAULT_LIMITS, Limits
 from fedobd.experiments import RunFolder, make_record, plain_values
+from fedobd.flower._carrier import MAX_REASON
 from fedobd.flower._conductor import Conductor
 from fedobd.flower._exchange import POLL_SECONDS
 from fedobd.flower._layout import Layout, describe
@@ -32,6 +34,10 @@ from fedobd.simulation import PlayedRound, Watcher
 from fedobd.training import Evaluation
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
+
+
+Figures = dict[str, int | float]
+"""Numbers as a MetricRecord holds them."""
 
 
 class FedOBDStrategy(Strategy):
@@ -93,17 +99,27 @@ class FedOBDStrategy(Strategy):
         metric_keys: MetricKeys | None = None,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
-        for name, value in (("min_replies", min_replies), ("max_attempts", max_attempts)):
+        counts = {
+            "num_clients": num_clients,
+            "min_replies": min_replies,
+            "max_attempts": max_attempts,
+        }
+        for name, value in counts.items():
             if value < 1:
                 raise UsageError(f"{name} is {value}; allowed are numbers from 1")
-        if min_replies > num_clients:
-            raise UsageError(f"min_replies is {min_replies}; there are {num_clients} clients")
-        for name, seconds in (("round_timeout", round_timeout), ("join_timeout", join_timeout)):
-            if not seconds > 0:
-                raise UsageError(f"{name} is {seconds}; allowed are seconds above 0")
+        if not 0 <= poll_seconds < math.inf:
+            raise UsageError(f"poll_seconds is {poll_seconds}; allowed are seconds from 0")
+        _check_seconds("round_timeout", round_timeout)
+        _check_seconds("join_timeout", join_timeout)
         if resume and checkpoint_dir is None:
             raise UsageError("resume needs checkpoint_dir, the folder of the run to go on with")
         self.method = method or FedOBD()
+        least = min(cohort_size(stage.cohort, num_clients) for stage in self.method.stages())
+        if min_replies > least:
+            raise UsageError(
+                f"min_replies is {min_replies}; the smallest cohort of {self.method.name} with "
+                f"{num_clients} clients has {least}"
+            )
         self.num_clients = num_clients
         self.records: list[RoundRecord] = []
         """The records of the rounds that this object has played."""
@@ -158,8 +174,16 @@ class FedOBDStrategy(Strategy):
             FedOBDError: fewer than `min_replies` clients can be reached.
             UsageError: the arrays do not fit the model, or the folder holds another run.
         """
+        if self.method.stop.source == "test":
+            raise UsageError(
+                "the method stops early on a test set, which this has not got; wanted "
+                "EarlyStop(source='validation')"
+            )
         if timeout is not None:
+            _check_seconds("timeout", timeout)
             self._round_timeout = timeout
+        if num_rounds is not None and num_rounds < 0:
+            raise UsageError(f"num_rounds is {num_rounds}; allowed are numbers from 0")
         rules = self._rules
         if self.method.unit != "semantic":
             rules = BlockRules(style=self.method.unit)
@@ -214,6 +238,7 @@ class FedOBDStrategy(Strategy):
             "options": plain_values(self.method),
             "clients": self.num_clients,
             "seed": self._seed,
+            "shared_start": self._shared_start,
             "model": schema.fingerprint.hex(),
         }
         folder.start(options, resume=self._resume)
@@ -321,6 +346,15 @@ class FedOBDStrategy(Strategy):
             + "; ".join(f"client {client}: {why}" for client, why in sorted(left_out.items()))
         )
 
+    @property
+    def opening_bytes(self) -> int:
+        """Bytes of all openings that were sent.
+
+        Of them the records hold the method's payloads (frozen tensors, for some methods the
+        model), and not the schema and the options, which no other engine sends.
+        """
+        return self._conductor.opening_bytes
+
     # --- the hooks of Flower's Strategy
 
     def configure_train(
@@ -338,20 +372,31 @@ class FedOBDStrategy(Strategy):
         Returns:
             The new arrays and the round's figures; (None, None) where it has to be repeated.
         """
-        reported = [
-            metrics
-            for reply in replies
-            if self._conductor.receive(reply)
-            for metrics in reply.content.metric_records.values()
-        ]
+        reported: dict[int, Figures] = {}
+        for reply in replies:
+            client = self._conductor.receive(reply)
+            if client is not None:
+                reported[client] = _entries(reply)
         record = self._conductor.end(self._min_replies)
         if record is None:
             return None, None
         self.records.append(record)
-        figures = _mean(reported, self._metric_keys.num_examples) or MetricRecord()
-        for name, figure in _figures(record).items():
-            figures[name] = figure
-        return self._layout.to_arrays(self._server.state), figures
+        weighted = [(reported[u.client], u.num_examples) for u in record.uploads]
+        metrics = MetricRecord({**_mean(weighted), **self._figures(record)})
+        return self._layout.to_arrays(self._server.state), metrics
+
+    def _figures(self, record: RoundRecord) -> Figures:
+        """Return what a round's record says; it has the last word over what clients report."""
+        keys = self._metric_keys
+        found = {
+            keys.train_loss: record.train_loss,
+            keys.eval_loss: record.validation_loss,
+            keys.eval_metric: record.validation_metric,
+            "num-replies": len(record.uploads),
+            "uplink-bytes": record.uplink_bytes,
+            "downlink-bytes": record.downlink_bytes,
+        }
+        return {name: figure for name, figure in found.items() if figure is not None}
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -363,39 +408,46 @@ class FedOBDStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Return the mean of the clients' metrics, weighted by their examples."""
-        found = []
+        weighted = []
         for reply in replies:
             if reply.has_error():
-                logger.log(WARNING, "fedobd: an evaluation failed: %s", reply.error.reason)
-            else:
-                found += list(reply.content.metric_records.values())
-        return _mean(found, self._metric_keys.num_examples)
+                reason = (reply.error.reason or "")[:MAX_REASON]
+                logger.log(WARNING, "fedobd: an evaluation failed: %s", reason)
+                continue
+            entries = _entries(reply)
+            weight = entries.pop(self._metric_keys.num_examples, None)
+            if isinstance(weight, int) and 1 <= weight <= self._max_examples:
+                weighted.append((entries, weight))
+        return MetricRecord({**_mean(weighted)}) if weighted else None
 
     def summary(self) -> None:
         """Log the method with its options."""
         logger.log(INFO, "fedobd: %s, %d clients", self.method, self.num_clients)
 
 
-def _figures(record: RoundRecord) -> dict[str, int | float]:
-    """Return what is in a round's record and in no client's report."""
+def _check_seconds(name: str, seconds: float) -> None:
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{name} is {seconds}; allowed are seconds above 0")
+
+
+def _entries(reply: Message) -> Figures:
+    """Return the numbers in a reply's MetricRecords."""
     return {
-        "num-replies": len(record.uploads),
-        "uplink-bytes": record.uplink_bytes,
-        "downlink-bytes": record.downlink_bytes,
+        key: value
+        for record in reply.content.metric_records.values()
+        for key, value in record.items()
+        if isinstance(value, int | float)
     }
 
 
-def _mean(records: list[MetricRecord], weight_key: str) -> MetricRecord | None:
-    """Return the weighted mean of the numbers that all records have.
-
-    Records without a legal weight do not count; None where none is left.
-    """
-    weighted = [(r, w) for r in records if isinstance(w := r.get(weight_key), int) and w > 0]
-    if not weighted:
-        return None
-    means = MetricRecord()
-    for key in weighted[0][0].keys() - {weight_key}:
-        values = [v for r, _ in weighted if isinstance(v := r.get(key), int | float)]
-        if len(values) == len(weighted) and all(map(math.isfinite, values)):
-            means[key] = weighted_mean(values, [weight for _, weight in weighted]) or 0.0
+def _mean(weighted: list[tuple[Figures, int]]) -> Figures:
+    """Return the weighted mean of the finite numbers that all have."""
+    means: Figures = {}
+    weights = [weight for _, weight in weighted]
+    for key in set[str]().union(*(entries for entries, _ in weighted)):
+        values = [entries[key] for entries, _ in weighted if key in entries]
+        with suppress(OverflowError, ValueError):  # of absurd numbers
+            mean = weighted_mean(values, weights) if len(values) == len(weights) else None
+            if mean is not None and math.isfinite(mean):
+                means[key] = mean
     return means

@@ -1,0 +1,1 @@
+"""A real Flower deployment on loopback; its parts are in examples/deployment."""

@@ -43,6 +43,7 @@ class Roster:
         self._poll_seconds = poll_seconds
         self._clients: dict[int, int] = {}  # of each node that said who it is, first ones first
         self._asked: dict[str, tuple[int, float]] = {}  # message: node, until when
+        self._away: set[int] = set()  # nodes in _clients that were not online at the last look
         self.refused: dict[int, str] = {}
         """Nodes that cannot take part, with the reason."""
 
@@ -50,17 +51,26 @@ class Roster:
         """Return the node of each client that can be reached.
 
         New nodes are asked who they are, and count once they have answered; nobody waits for them
-        here. A node that went away is asked again when it is back. Of two nodes with one client-id
-        the first keeps it for as long as it is online; until then the other is refused.
+        here. A node that was away is asked again, and counts meanwhile as what it was. Of two
+        nodes with one client-id the first keeps it for as long as it is online; until then the
+        other is refused.
         """
         present = list(self._grid.get_node_ids())
-        for known in (self._clients, self.refused):
-            for node in set(known).difference(present):
-                del known[node]
-        self._ask(present)
+        returned = self._away.intersection(present)
+        self._away = set(self._clients).difference(present)
+        for node in set(self.refused).difference(present):
+            del self.refused[node]
+        for node in self._away:
+            if any(self._clients.get(other) == self._clients[node] for other in present):
+                del self._clients[node]  # another one plays its client now
+        known = {*self._clients, *self.refused} - returned
+        self._ask([node for node in present if node not in known])
         self._listen()
+        self._away.intersection_update(self._clients)
         nodes: dict[int, int] = {}
         for node, client in self._clients.items():
+            if node in self._away:
+                continue
             first = nodes.setdefault(client, node)
             if first == node:
                 self.refused.pop(node, None)
@@ -100,14 +110,17 @@ class Roster:
             + (f". Refused: {refused}" if refused else "")
         )
 
-    def _ask(self, present: list[int]) -> None:
-        """Ask the nodes who they are that have not said so and are not being asked."""
+    def _ask(self, nodes: list[int]) -> None:
+        """Ask nodes who they are, but those that are being asked."""
         now = time.monotonic()
         self._asked = {m: (node, until) for m, (node, until) in self._asked.items() if until > now}
         asked = {node for node, _ in self._asked.values()}
-        new = [n for n in present if not (n in self._clients or n in self.refused or n in asked)]
         content = RecordDict({IDENTIFY: ConfigRecord({"num-clients": self._num_clients})})
-        messages = [Message(content, node, "train", ttl=IDENTIFY_SECONDS) for node in new]
+        messages = [
+            Message(content, node, "train", ttl=IDENTIFY_SECONDS)
+            for node in nodes
+            if node not in asked
+        ]
         for number, message in push(self._grid, messages).items():
             self._asked[number] = message.metadata.dst_node_id, now + IDENTIFY_SECONDS
 
@@ -127,10 +140,12 @@ class Roster:
         if identity is None:
             return  # it is asked again
         if isinstance(identity, str):
+            self._clients.pop(node, None)
             self._refuse(node, identity)
             return
         objection = identity.objection(self._num_clients, wants_model=self._wants_model)
         if objection is not None or identity.client is None:
+            self._clients.pop(node, None)
             self._refuse(node, objection or "")
         else:
             self._clients[node] = identity.client

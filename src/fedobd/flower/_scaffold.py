@@ -34,7 +34,7 @@ app = make_client_app(Path(__file__).with_name("config.toml"))
 
 _README = """# {name}
 
-A Flower App that trains with {method} by fedobd. What is trained, on what and how is in
+A Flower App of fedobd that trains by the method `{method}`. What is trained, on what and how is in
 `{package}/config.toml`; what one run may change is in `pyproject.toml`, under
 `[tool.flwr.app.config]`.
 

@@ -210,20 +210,22 @@ def _super_link(folder: Path) -> Iterator[_SuperLink]:
             ],
             env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    before = _on_terminate(_leave)
+    before = _on_signal(signal.SIGTERM, _leave)
     try:
         _wait_until_up(folder, process, port)
         yield _SuperLink(folder, process, env)
     finally:
+        interrupt = _on_signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing
         _stop(process)
-        _on_terminate(before)
+        _on_signal(signal.SIGINT, interrupt)
+        _on_signal(signal.SIGTERM, before)
 
 
-def _on_terminate(handler: Any) -> Any:
-    """Set what SIGTERM does, where that can be set, and return what it did before."""
+def _on_signal(number: signal.Signals, handler: Any) -> Any:
+    """Set what a signal does, where that can be set, and return what it did before."""
     if threading.current_thread() is not threading.main_thread():
         return None
-    return signal.signal(signal.SIGTERM, handler)
+    return signal.signal(number, handler)
 
 
 def _leave(number: int, _: object) -> NoReturn:

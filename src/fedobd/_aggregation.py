@@ -141,15 +141,15 @@ class RunningMean:
         where = slice(segment.start, segment.stop)
         sums, weights = self._sums[segment.tensor], self._weights[segment.tensor]
         assert sums is not None
-        values = decoded.values
+        values = decoded.values.to(torch.float32).numpy()
+        base: NDArray[np.float32] | None = None
         if not (differences and spec.role is Role.PARAMETER):
-            base = self._reference[spec.name].reshape(-1)[where]
-            values = values.to(torch.float64) - (
-                base if decoded.mask is None else base[decoded.mask]
-            )
+            whole = self._reference[spec.name].reshape(-1)[where]
+            base = (whole if decoded.mask is None else whole[decoded.mask]).numpy()
+            largest = kernels.largest_difference(values, base)
+        else:
+            largest = kernels.largest_magnitude(values)
         limit = math.ldexp(1.0, self._range_exponents[segment.tensor])
-        low, high = map(float, torch.aminmax(values)) if values.numel() else (0.0, 0.0)
-        largest = max(high, -low)
         if not largest <= limit:
             raise DecodeError(
                 DecodeReason.LIMIT,
@@ -157,16 +157,17 @@ class RunningMean:
                 f"at most {limit:.3g} is accepted",
             )
         scale = math.ldexp(float(sign * num_examples), self._scale_exponents[segment.tensor])
-        as_array = values.numpy()
-        if decoded.mask is None:
-            kernels.add_scaled(as_array, scale, sums[where])
-            if weights is not None:
-                weights[where] += sign * num_examples
+        target = sums[where]
+        mask = None if decoded.mask is None else decoded.mask.numpy()
+        kept = target if mask is None else target[mask]
+        if base is None:
+            kernels.add_scaled(values, scale, kept)
         else:
-            mask = decoded.mask.numpy()
-            sums[where][mask] += np.rint(as_array.astype(np.float64) * scale).astype(np.int64)
-            if weights is not None:
-                weights[where][mask] += sign * num_examples
+            kernels.add_scaled_difference(values, base, scale, kept)
+        if mask is not None:
+            target[mask] = kept
+        if weights is not None:
+            weights[where][... if mask is None else mask] += sign * num_examples
 
     def finish(self) -> ModelState:
         """Return the new values: reference plus mean difference; integer tensors take the largest.

@@ -7,9 +7,8 @@ and header.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -32,12 +31,12 @@ class PlainPart:
     segment: Segment
     dtype: torch.dtype
     mask: torch.Tensor | None = None
+    num_bytes: int = field(init=False)
+    """Bytes of the values that are there."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the values that are there."""
+    def __post_init__(self) -> None:
         count = self.segment.num_elements if self.mask is None else int(self.mask.sum())
-        return count * self.dtype.itemsize
+        object.__setattr__(self, "num_bytes", count * self.dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +107,19 @@ def _mask_of(schema: ModelSchema, header: Header, segment: Segment) -> torch.Ten
     return torch.from_numpy(header.mask.kept(start, start + segment.num_elements))
 
 
+def _is_finite(values: torch.Tensor) -> bool:
+    if values.dtype == torch.float32 and values.is_cpu and values.is_contiguous():
+        import fedobd._kernels as kernels  # when first needed: importing numba takes its time
+
+        return kernels.is_finite(values.numpy().ravel())
+    return bool(torch.isfinite(values).all())
+
+
 def check_finite(name: str, values: torch.Tensor) -> None:
     """Raise UsageError where a floating tensor holds NaN or an infinity."""
-    if values.is_floating_point() and values.numel():
-        low, high = map(float, torch.aminmax(values))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            kind = "NaN" if math.isnan(low) else "an infinity"
-            raise UsageError(
-                f"tensor {name!r} holds {kind} as {values.dtype}; "
-                "training has diverged, or the model was wrong at the start"
-            )
+    if values.is_floating_point() and not _is_finite(values):
+        kind = "NaN" if bool(values.isnan().any()) else "an infinity"
+        raise UsageError(
+            f"tensor {name!r} holds {kind} as {values.dtype}; "
+            "training has diverged, or the model was wrong at the start"
+        )

@@ -60,6 +60,18 @@ def _multiply_high(context: Any, a: Any, b: Any) -> Any:
 _high_product: Any = intrinsic(_multiply_high)
 
 
+def _bits_of_float64(context: Any, value: Any) -> Any:
+    """The bits of a float64 as an int64."""
+
+    def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(64))
+
+    return types.int64(types.float64), generate
+
+
+_bits: Any = intrinsic(_bits_of_float64)
+
+
 @compiled
 def quantize(
     values: Any, offset: Any, span: Any, num_levels: Any, shift: Any, symbols: Any, counts: Any
@@ -332,6 +344,55 @@ def squared_norm(values: Any) -> Any:
     for i in range(whole, values.size):
         a += np.float64(values[i]) * np.float64(values[i])
     return ((a + b) + (c + d)) + ((e + f) + (g + h))
+
+
+@compiled
+def _largest_magnitude(bits: Any) -> Any:
+    """Return the bits of the largest |value| of float32 values, given as int32.
+
+    Bits of magnitudes are ordered as the magnitudes are, and above them are infinity and NaN; as
+    integers their maximum is taken several at a time.
+    """
+    largest = np.int32(0)
+    for i in range(bits.size):
+        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
+    return largest
+
+
+@compiled
+def _largest_difference(values: Any, base: Any) -> Any:
+    """Return the bits of the largest |value - base|, worked out in float64, as an int64."""
+    largest = np.int64(0)
+    for i in range(values.size):
+        difference = np.float64(values[i]) - np.float64(base[i])
+        largest = max(largest, _bits(difference) & np.int64(0x7FFFFFFFFFFFFFFF))
+    return largest
+
+
+_INFINITY = 0x7F800000  # bits of a float32
+
+
+def is_finite(values: Any) -> bool:
+    """Whether none of float32 values, shape (n,), is NaN or infinite."""
+    return int(_largest_magnitude(values.view(np.int32))) < _INFINITY
+
+
+def largest_magnitude(values: Any) -> float:
+    """Return the largest |value| of float32 values, shape (n,); infinity or NaN where one is."""
+    return float(np.int32(_largest_magnitude(values.view(np.int32))).view(np.float32))
+
+
+def largest_difference(values: Any, base: Any) -> float:
+    """Return the largest |value - base| of float32 values, shape (n,); worked out in float64."""
+    return float(np.int64(_largest_difference(values, base)).view(np.float64))
+
+
+@compiled
+def add_scaled_difference(values: Any, base: Any, scale: Any, sums: Any) -> Any:
+    """Add value - base times a float64 scale, rounded once half to even, to int64 sums."""
+    for i in range(values.size):
+        difference = np.float64(values[i]) - np.float64(base[i])
+        sums[i] += np.int64(np.rint(difference * scale))
 
 
 @compiled

@@ -21,11 +21,10 @@ _LEAST_BLOCK = 1024  # bytes of a plane that are worth a block
 
 def to_bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:
     """Return the little-endian bytes of a 1-D tensor in an element type."""
-    dense = torch.empty(
-        values.numel(), dtype=dtype
-    )  # `contiguous` leaves odd strides of 1 element
-    dense.copy_(values)
-    return dense.view(torch.uint8).numpy().tobytes()
+    values = values.to("cpu", dtype)
+    if dtype is torch.bfloat16:  # which NumPy lacks
+        values = values.clone(memory_format=torch.contiguous_format).view(torch.int16)
+    return values.numpy().tobytes()
 
 
 def from_bytes(part: memoryview, dtype: torch.dtype) -> torch.Tensor:

@@ -63,6 +63,11 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     role: Role
+    num_elements: int = field(init=False, repr=False, compare=False)
+    """Number of elements."""
+    wire_dtype: torch.dtype = field(init=False, repr=False, compare=False)
+    """The type in which plain values travel: a 16-bit parameter in its own, any other floating
+    tensor in float32 (buffers always, and float64 narrowed), integers and booleans as they are."""
 
     def __post_init__(self) -> None:
         if any(length < 0 for length in self.shape):
@@ -72,29 +77,14 @@ class TensorSpec:
                 f"tensor {self.name!r} has element type {self.dtype}; supported are "
                 f"{', '.join(DTYPES)}"
             )
-
-    @property
-    def num_elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+        own = not self.is_floating or (self.role is not Role.BUFFER and self.dtype in _SIXTEEN_BIT)
+        object.__setattr__(self, "num_elements", math.prod(self.shape))
+        object.__setattr__(self, "wire_dtype", self.dtype if own else torch.float32)
 
     @property
     def is_floating(self) -> bool:
         """Whether the elements are floating-point numbers."""
         return self.dtype.is_floating_point
-
-    @property
-    def wire_dtype(self) -> torch.dtype:
-        """The type in which plain values travel.
-
-        A 16-bit parameter travels in its own type, any other floating tensor in float32 (buffers
-        always, and float64 narrowed), integers and booleans as they are.
-        """
-        if not self.is_floating:
-            return self.dtype
-        if self.role is not Role.BUFFER and self.dtype in _SIXTEEN_BIT:
-            return self.dtype
-        return torch.float32
 
     @property
     def repr_bits(self) -> int:

@@ -17,7 +17,7 @@ def write_varint(value: int) -> bytes:
     return bytes([*parts, value])
 
 
-def read_varint(buffer: memoryview, position: int, what: str) -> tuple[int, int]:
+def read_varint(buffer: bytes | memoryview, position: int, what: str) -> tuple[int, int]:
     """Return a LEB128 number below 2^63 and the position after it.
 
     Raises:

@@ -76,6 +76,7 @@ _LEVELS = struct.Struct("<ff")
 CHECKSUM = struct.Struct("<I")
 """The CRC-32 that ends a payload."""
 
+_RAW, _MASKED = SegmentCode(Coding.RAW), SegmentCode(Coding.MASKED)
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _NEEDS_ELEMENTS = (Coding.CONSTANT, Coding.LEVELS)
 
@@ -125,6 +126,10 @@ class Flag(IntFlag):
     DIFFERENCES = 8
     LOSSLESS = 16
     START = 32
+
+
+_KINDS, _CODINGS = frozenset(map(int, Kind)), frozenset(map(int, Coding))
+_ALL_FLAGS = int(sum(Flag))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,12 +316,15 @@ class Cursor:
 
     def varint(self, what: str) -> int:
         """Return the LEB128 number that is next; DecodeError where it is no proper one."""
-        digits = bytearray()
-        while not digits or digits[-1] >= 0x80:
+        digits = bytes(self.take(1, what))
+        while digits[-1] >= 0x80 and len(digits) < MAX_VARINT_BYTES:
             digits += self.take(1, what)
-            if len(digits) >= MAX_VARINT_BYTES:
-                break
-        return read_varint(memoryview(digits), 0, f"{what} before offset {self.position}")[0]
+        try:
+            return read_varint(digits, 0, what)[0]
+        except DecodeError as error:
+            raise DecodeError(
+                error.reason, f"{what} before offset {self.position} is not a proper number"
+            ) from None
 
     def unpack(self, layout: struct.Struct, what: str) -> tuple[Any, ...]:
         """Return the fields of the next bytes; DecodeError where too few are left."""
@@ -374,9 +382,9 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
         _HEADER, "the header"
     )
     check_version(magic, version)
-    if kind not in Kind.__members__.values():
+    if kind not in _KINDS:
         raise DecodeError(DecodeReason.KIND, f"payload kind {kind} is not known")
-    if flag_bits & ~sum(Flag):
+    if flag_bits & ~_ALL_FLAGS:
         raise DecodeError(DecodeReason.FIELD, f"flags {flag_bits:#x} hold an unknown bit")
     flags = Flag(flag_bits)
     if fingerprint != schema.fingerprint:
@@ -434,6 +442,8 @@ def _read_report(cursor: Cursor) -> tuple[int, Report]:
 
 def _read_bitmap(cursor: Cursor, num_blocks: int) -> tuple[int, ...]:
     part = cursor.take((num_blocks + 7) // 8, "the block bitmap")
+    if int.from_bytes(part, "little") == (1 << num_blocks) - 1:
+        return tuple(range(num_blocks))
     bits = np.unpackbits(np.frombuffer(part, np.uint8), bitorder="little")
     if bits[num_blocks:].any():
         raise DecodeError(DecodeReason.FIELD, "the block bitmap names a block past the last")
@@ -449,9 +459,11 @@ def read_code(
         DecodeError: it is one that no encoder makes for this tensor.
     """
     spec = schema.tensors[segment.tensor]
-    where = f"of tensor {spec.name!r} at offset {cursor.position}"
-    (coding,) = cursor.take(1, f"the coding {where}")
-    if coding not in Coding.__members__.values():
+    (coding,) = cursor.take(1, "the codings")
+    if coding == Coding.RAW and header.mask is None:
+        return _RAW
+    where = f"of tensor {spec.name!r} at offset {cursor.position - 1}"
+    if coding not in _CODINGS:
         raise DecodeError(
             DecodeReason.FIELD, f"the coding {where} is {coding}, which is not known"
         )
@@ -482,7 +494,7 @@ def read_code(
             )
         code = SegmentCode(Coding.LEVELS, num_levels, offset, span)
     else:
-        code = SegmentCode(Coding(coding))
+        code = _RAW if coding == Coding.RAW else _MASKED
     if not math.isfinite(code.offset):
         raise DecodeError(DecodeReason.NOT_FINITE, f"the offset {where} is {code.offset}")
     return code

@@ -32,6 +32,7 @@ LAYERS = (
     ("",),  # fedobd/__init__.py, the public API of the core
     ("data", "models"),
     ("training",),
+    ("stacked",),
     ("simulation",),
     ("experiments",),
     ("flower",),

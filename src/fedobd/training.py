@@ -117,6 +117,8 @@ class TrainingOptions:
             a `"batch"`.
         warmup_epochs: epochs of linear warm-up at the schedule's start, from 0.
         max_gradient_norm: gradients are scaled down to this Euclidean norm; None leaves them.
+        autocast: whether the model computes in bfloat16 where that is safe; values stay in their
+            own types.
 
     Raises:
         UsageError: a value is outside what is allowed.
@@ -131,6 +133,7 @@ class TrainingOptions:
     schedule_step: Literal["epoch", "batch"] = "epoch"
     warmup_epochs: float = 0.0
     max_gradient_norm: float | None = None
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         _choose("optimizer", self.optimizer, "sgd", "adamw")
@@ -247,7 +250,8 @@ def train_locally(
                     group["lr"] = rate
                 batch = data.train.take(indices)
                 optimizer.zero_grad(set_to_none=True)
-                batch_loss = loss(model(batch.inputs.to(device)), batch.targets.to(device))
+                with autocast(options, device):
+                    batch_loss = loss(model(batch.inputs.to(device)), batch.targets.to(device))
                 batch_loss.backward()  # type: ignore[no-untyped-call]
                 if options.max_gradient_norm is not None:
                     nn.utils.clip_grad_norm_(trained, options.max_gradient_norm)
@@ -256,6 +260,11 @@ def train_locally(
                 seen += len(indices)
             last_loss = float(total) / seen
     return LocalResult(num_examples, last_loss)
+
+
+def autocast(options: TrainingOptions, device: torch.device) -> torch.autocast:
+    """Return the context in which a model computes."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.autocast)
 
 
 def _batches(

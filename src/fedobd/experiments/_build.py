@@ -27,7 +27,8 @@ from fedobd.data import (
 )
 from fedobd.experiments.config import ModelConfig, RunConfig
 from fedobd.models import build_model, use_batch_statistics
-from fedobd.simulation import ClientSetup
+from fedobd.simulation import ClientSetup, StackedTraining
+from fedobd.stacked import train_stacked
 from fedobd.training import (
     LOSSES,
     METRICS,
@@ -82,11 +83,13 @@ def build_experiment(config: RunConfig) -> Experiment:
     device = _device(training.device)
     loss: Loss = find_object(training.loss, "loss", LOSSES)
     metric: Metric = find_object(training.metric, "metric", METRICS)
+    together: StackedTraining | None = None
     if training.function is None:
         options = TrainingOptions(
             **{name: getattr(training, name) for name in TrainingOptions.__slots__}
         )
         train: LocalTraining = partial(train_locally, options=options, loss=loss)
+        together = partial(train_stacked, options=options, loss=loss)
     else:
         train = find_object(training.function, "training function", {})
     setup = ClientSetup(
@@ -100,6 +103,8 @@ def build_experiment(config: RunConfig) -> Experiment:
         frozen={schema.tensors[n].name: initial[schema.tensors[n].name] for n in schema.frozen()},
         start=initial if config.federation.shared_start else None,
         device=device,
+        stack=1 if config.simulation.stack == "auto" else config.simulation.stack,
+        train_together=together,
     )
     model = model.to(device)
 
@@ -121,6 +126,8 @@ def make_model(config: ModelConfig) -> nn.Module:
     model = build_model(config.name, **config.options)
     if config.batch_norm_statistics == "batch":
         use_batch_statistics(model)
+    if config.memory_format == "channels_last":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
 

@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -67,6 +67,11 @@ class ModelConfig(_Section):
         description="Whether batch normalization keeps running statistics, which travel, or uses "
         "those of the batch in training and testing alike, the published setting.",
     )
+    memory_format: Literal["contiguous", "channels_last"] = Field(
+        "contiguous",
+        description="How the values of convolutions lie in memory; channels_last is faster on "
+        "most CPUs, and on GPUs with autocast.",
+    )
     blocks: BlockRules = Field(
         default_factory=BlockRules, description="How the model is cut into blocks."
     )
@@ -105,6 +110,17 @@ class TrainingConfig(TrainingOptions):
     device: str = "cpu"
 
 
+class SimulationConfig(_Section):
+    """How the local engine plays clients, as far as results depend on it in their last bits."""
+
+    stack: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="How many clients are trained together, as one stack; 1 trains one after "
+        "another, as every other engine does; `auto` measures what is fastest here, and the run "
+        "folder's configuration says what that was.",
+    )
+
+
 class OutputConfig(_Section):
     """What is measured and kept beside the results."""
 
@@ -124,6 +140,7 @@ class RunConfig(_Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    simulation: SimulationConfig = Field(default_factory=SimulationConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
     methods: dict[str, Any] = Field(
         default_factory=dict, description="Options of each method by its name."
@@ -157,6 +174,12 @@ class RunConfig(_Section):
         changed["method"] = name
         changed["methods"] = {name: changed["methods"].get(name, {})}
         changed["federation"]["seed"] = seed
+        return parse_config(changed)
+
+    def with_stack(self, stack: int) -> RunConfig:
+        """Return the configuration with this number of clients in a stack."""
+        changed = self.to_dict()
+        changed["simulation"]["stack"] = stack
         return parse_config(changed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,8 +242,11 @@ def _validate(kind: type[Any], value: Any, path: str) -> Any:
 
 def _without_types(place: Iterable[int | str]) -> list[int | str]:
     """Leave out what pydantic adds for the members of a union."""
+    added = ("constrained-", "literal[")
     return [
-        p for p in place if p not in ("int", "float", "str", "literal['1/n']", "constrained-str")
+        p
+        for p in place
+        if p not in ("int", "float", "str") and not (isinstance(p, str) and p.startswith(added))
     ]
 
 

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save
 from fedobd._errors import UsageError
 from fedobd._server import SavedSession
 from fedobd._state import ModelState
+from fedobd._wire import Bytes
 
 CONFIG = "config.toml"
 SUMMARY = "summary.json"
@@ -38,7 +39,7 @@ ROUNDS = "rounds.jsonl"
 MODEL = "model.safetensors"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: Bytes) -> None:
     """Put a whole file in its place, or leave what was there."""
     draft = path.with_name(path.name + ".part")
     with draft.open("wb") as file:
@@ -104,10 +105,8 @@ class RunFolder:
             UsageError: the folder cannot be had, or holds a run of another configuration.
         """
         claim_folder(self.path, CONFIG, resume=resume)
-        file = self.path / CONFIG
-        if file.exists():
-            with file.open("rb") as stream:
-                before = tomllib.load(stream)
+        before = self.config()
+        if before is not None:
             changed = sorted(_differences(before, config))
             if changed:
                 raise UsageError(
@@ -115,8 +114,16 @@ class RunFolder:
                     f"resumed: " + "; ".join(changed)
                 )
         else:
-            write_atomically(file, tomli_w.dumps(config).encode())
+            write_atomically(self.path / CONFIG, tomli_w.dumps(config).encode())
         self._states.mkdir(parents=True, exist_ok=True)
+
+    def config(self) -> dict[str, Any] | None:
+        """Return the configuration of the run that is there, None before one has started."""
+        file = self.path / CONFIG
+        if not file.exists():
+            return None
+        with file.open("rb") as stream:
+            return tomllib.load(stream)
 
     @property
     def is_finished(self) -> bool:
@@ -211,7 +218,7 @@ class RunFolder:
 
     # --- results
 
-    def write_payload(self, round_number: int, name: str, payload: bytes) -> None:
+    def write_payload(self, round_number: int, name: str, payload: Bytes) -> None:
         """Keep a payload as a file."""
         folder = self.path / "payloads" / f"round-{round_number:04d}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from fedobd._rounds import RoundPlan
 from fedobd._server import ServerSession
 from fedobd._wire import Kind
 from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.experiments._tune import measure_stack
 from fedobd.experiments.config import RunConfig
 from fedobd.experiments.folder import SUMMARY, RunFolder
 from fedobd.simulation import (
@@ -159,6 +160,12 @@ def run(
         shared_start=config.federation.shared_start,
     )
     folder = RunFolder(path)
+    if config.simulation.stack == "auto":
+        known = folder.config()
+        found = known["simulation"]["stack"] if known else measure_stack(experiment, server)
+        config = config.with_stack(found)
+        setup = dataclasses.replace(experiment.setup, stack=found)
+        experiment = dataclasses.replace(experiment, setup=setup)
     folder.start(config.to_dict(), resume=resume)
     if observer is not None:
         observer.begin_run(config, server.planned_rounds, path)

@@ -7,6 +7,7 @@ from fedobd.simulation._client import (
     ClientSetup,
     ClientTask,
     LocalClient,
+    StackedTraining,
     single_thread,
 )
 from fedobd.simulation._engine import ClientStates, MemoryStates, PlayedRound, Watcher, simulate
@@ -29,6 +30,7 @@ __all__ = [
     "PlayedRound",
     "ProcessPool",
     "SequentialPool",
+    "StackedTraining",
     "Watcher",
     "check_workers",
     "open_pool",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,9 +18,22 @@ from fedobd._rounds import RoundPlan
 from fedobd._schema import ModelSchema
 from fedobd._seeds import derive_seed
 from fedobd._state import ModelState, get_state, load_state
-from fedobd._wire import Kind, Report
+from fedobd._wire import Bytes, Kind, Report
 from fedobd.data import ClientData
-from fedobd.training import Evaluation, LocalTraining
+from fedobd.training import Evaluation, LocalResult, LocalTraining
+
+
+class StackedTraining(Protocol):
+    """Trains several models at once; see `fedobd.stacked.train_stacked`."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        starts: Sequence[ModelState],
+        data: Sequence[ClientData],
+        plan: RoundPlan,
+        seeds: Sequence[int],
+    ) -> tuple[list[ModelState], list[LocalResult]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +52,8 @@ class ClientSetup:
         frozen: values of the frozen tensors, which clients have once they were opened.
         start: the initial model, in a run whose clients hold it already.
         device: where to train.
+        stack: how many clients are trained together; 1 trains one after another.
+        train_together: trains so many models; wanted where `stack` is above 1.
     """
 
     method: Method
@@ -49,6 +66,14 @@ class ClientSetup:
     frozen: ModelState = field(default_factory=dict)
     start: ModelState | None = None
     device: str = "cpu"
+    stack: int = 1
+    train_together: StackedTraining | None = None
+
+    def __post_init__(self) -> None:
+        if self.stack < 1:
+            raise UsageError(f"stack is {self.stack}; allowed are numbers from 1")
+        if self.stack > 1 and self.train_together is None:
+            raise UsageError("clients cannot be stacked: their training function trains one model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,15 +83,15 @@ class ClientTask:
     Args:
         plan: the round's plan.
         client: the client's number.
-        broadcast: the round's broadcast.
-        opening: the client's opening payload, if it is sent one.
+        broadcast: the round's broadcast, or the file that holds it.
+        opening: the client's opening payload, if it is sent one, or its file.
         state: what the client kept from its last round.
     """
 
     plan: RoundPlan
     client: int
-    broadcast: bytes
-    opening: bytes | None = None
+    broadcast: bytes | Path
+    opening: bytes | Path | None = None
     state: ModelState | None = None
 
 
@@ -76,13 +101,13 @@ class ClientResult:
 
     Args:
         client: the client's number.
-        upload: its upload.
+        upload: its upload; a view of a file's memory where it comes from another process.
         state: what it keeps, frozen tensors left out.
         seconds: wall-clock seconds by phase: `decode`, `validate`, `train`, `encode`.
     """
 
     client: int
-    upload: bytes
+    upload: Bytes
     state: ModelState
     seconds: dict[str, float]
 
@@ -99,21 +124,54 @@ class LocalClient:
         self._model = setup.make_model().to(setup.device)
         self._decoded: dict[Kind, tuple[int, Broadcast]] = {}
 
-    def run(self, task: ClientTask) -> ClientResult:
-        """Play one client's part in one round.
+    def run(self, tasks: Sequence[ClientTask]) -> list[ClientResult]:
+        """Play some clients' parts in a round; together where clients are stacked.
 
         Raises:
-            UsageError: as sessions and training raise it, with client and round named.
+            UsageError: as sessions and training raise it, with clients and round named.
         """
         try:
-            return self._run(task)
+            return self._run(tasks)
         except UsageError as error:
-            place = f"client {task.client}, round {task.plan.round}"
+            clients = ", ".join(str(task.client) for task in tasks)
+            place = f"client {clients}, round {tasks[0].plan.round}"
             raise UsageError(f"{place}: {error}") from error
 
-    def _run(self, task: ClientTask) -> ClientResult:
-        setup, plan = self._setup, task.plan
+    def _run(self, tasks: Sequence[ClientTask]) -> list[ClientResult]:
+        setup, plan = self._setup, tasks[0].plan
         clock = _Stopwatch()
+        sessions = [self._session(task) for task in tasks]
+        starts = [
+            session.receive(self._decode(Kind.BROADCAST, plan.round, task.broadcast))
+            for session, task in zip(sessions, tasks, strict=True)
+        ]
+        clock.lap("decode")
+        data = [setup.data(task.client) for task in tasks]
+        validations = [self._validate(start, own) for start, own in zip(starts, data, strict=True)]
+        clock.lap("validate")
+        seeds = [derive_seed(setup.seed, "train", plan.round, task.client) for task in tasks]
+        trained, results = self._train(starts, data, plan, seeds)
+        clock.lap("train")
+        reports = map(_report, results, validations)
+        uploads = [
+            b"".join(session.upload(state, report))
+            for session, state, report in zip(sessions, trained, reports, strict=True)
+        ]
+        clock.lap("encode")
+        frozen = {setup.schema.tensors[n].name for n in setup.schema.frozen()}
+        seconds = {phase: spent / len(tasks) for phase, spent in clock.seconds.items()}
+        return [
+            ClientResult(
+                client=task.client,
+                upload=upload,
+                state={n: v for n, v in session.state.items() if n not in frozen},
+                seconds=seconds,
+            )
+            for task, session, upload in zip(tasks, sessions, uploads, strict=True)
+        ]
+
+    def _session(self, task: ClientTask) -> ClientSession:
+        setup = self._setup
         session = ClientSession(
             setup.method,
             setup.schema,
@@ -123,37 +181,50 @@ class LocalClient:
             start=setup.start,
         )
         if task.opening is not None:
-            session.open(self._decode(Kind.OPENING, plan.round, task.opening))
-        start = session.receive(self._decode(Kind.BROADCAST, plan.round, task.broadcast))
-        clock.lap("decode")
-        load_state(self._model, start)
-        data = setup.data(task.client)
-        validation = setup.validate(self._model, data) if setup.validate else None
-        clock.lap("validate")
-        seed = derive_seed(setup.seed, "train", plan.round, task.client)
-        result = setup.train(self._model, data, plan, seed)
-        clock.lap("train")
-        report = Report(
-            num_examples=result.num_examples,
-            train_loss=result.loss,
-            num_validation_examples=validation.num_examples if validation else 0,
-            validation_loss=validation.loss if validation else 0.0,
-            validation_metric=validation.metric if validation else 0.0,
-        )
-        trained = get_state(self._model, device=None)
-        upload = b"".join(session.upload(trained, report))
-        clock.lap("encode")
-        frozen = {setup.schema.tensors[n].name for n in setup.schema.frozen()}
-        kept = {name: value for name, value in session.state.items() if name not in frozen}
-        return ClientResult(client=task.client, upload=upload, state=kept, seconds=clock.seconds)
+            session.open(self._decode(Kind.OPENING, task.plan.round, task.opening))
+        return session
 
-    def _decode(self, kind: Kind, number: int, payload: bytes) -> Broadcast:
+    def _validate(self, start: ModelState, data: ClientData) -> Evaluation | None:
+        if self._setup.validate is None or len(data.validation) == 0:
+            return None
+        load_state(self._model, start)
+        return self._setup.validate(self._model, data)
+
+    def _train(
+        self,
+        starts: Sequence[ModelState],
+        data: Sequence[ClientData],
+        plan: RoundPlan,
+        seeds: Sequence[int],
+    ) -> tuple[list[ModelState], list[LocalResult]]:
+        setup = self._setup
+        if setup.stack > 1:
+            assert setup.train_together is not None
+            return setup.train_together(self._model, starts, data, plan, seeds)
+        ((start,), (own,), (seed,)) = starts, data, seeds
+        load_state(self._model, start)
+        result = setup.train(self._model, own, plan, seed)
+        return [get_state(self._model, device=None)], [result]
+
+    def _decode(self, kind: Kind, number: int, payload: bytes | Path) -> Broadcast:
         """Decode what all clients of a round share once for all of them."""
         known = self._decoded.get(kind)
         if known is None or known[0] != number:
+            if isinstance(payload, Path):
+                payload = payload.read_bytes()
             decoded = Broadcast.decode(payload, self._setup.method, self._setup.schema, kind)
             known = self._decoded[kind] = (number, decoded)
         return known[1]
+
+
+def _report(result: LocalResult, validation: Evaluation | None) -> Report:
+    return Report(
+        num_examples=result.num_examples,
+        train_loss=result.loss,
+        num_validation_examples=validation.num_examples if validation else 0,
+        validation_loss=validation.loss if validation else 0.0,
+        validation_metric=validation.metric if validation else 0.0,
+    )
 
 
 class _Stopwatch:

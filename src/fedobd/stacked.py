@@ -1,0 +1,352 @@
+"""Stacked training: the clients of a round trained together, along a leading dimension.
+
+The values of all clients are stacked, and each step computes the gradients of all of them at once
+(`torch.func`): small models fill a large device, and tiny ones save most of what a step costs
+beside its arithmetic. Every client sees its own batches in the order of `train_locally`; results
+are the same up to the rounding of another order of additions.
+
+Clients have unequal numbers of examples. Full batches are stacked for those that have one left;
+last batches, which are shorter, for those with equally many examples in them. Rows are never
+padded, since they would enter the statistics of batch normalization.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedobd._errors import UsageError
+from fedobd._rounds import RoundPlan
+from fedobd._state import ModelState, named_tensors
+from fedobd.data import ClientData
+from fedobd.training import (
+    LocalResult,
+    Loss,
+    TrainingOptions,
+    autocast,
+    cross_entropy,
+    has_batch_norm,
+    rate_factor,
+)
+
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.AdamW
+
+Tensors = dict[str, torch.Tensor]
+Gradient = Callable[..., tuple[Tensors, tuple[torch.Tensor, Tensors]]]
+
+
+@dataclass(slots=True)
+class _Stack:
+    """The clients' values and the state of their optimizers; each tensor has them first.
+
+    Args:
+        trained: parameters that are trained.
+        buffers: buffers.
+        moments: the optimizer's running means by their names.
+        steps: how many steps each client has made, shape (clients,).
+    """
+
+    trained: Tensors
+    buffers: Tensors
+    moments: dict[str, Tensors]
+    steps: torch.Tensor
+
+    def take(self, clients: torch.Tensor) -> _Stack:
+        """Return copies of some clients' tensors."""
+        return _Stack(
+            trained={name: value[clients] for name, value in self.trained.items()},
+            buffers={name: value[clients] for name, value in self.buffers.items()},
+            moments={
+                kind: {name: value[clients] for name, value in values.items()}
+                for kind, values in self.moments.items()
+            },
+            steps=self.steps[clients],
+        )
+
+    def put(self, clients: torch.Tensor, part: _Stack) -> None:
+        """Put such copies back."""
+        pairs = [(self.trained, part.trained), (self.buffers, part.buffers)]
+        pairs += [(self.moments[kind], part.moments[kind]) for kind in self.moments]
+        for whole, some in pairs:
+            for name, value in some.items():
+                whole[name][clients] = value
+        self.steps[clients] = part.steps
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One step of some of the clients.
+
+    Args:
+        clients: which ones, ascending.
+        batches: the numbers of each one's examples, all equally many.
+        number: how many batches of the epoch lie behind each of them.
+    """
+
+    clients: list[int]
+    batches: list[torch.Tensor]
+    number: int
+
+
+def train_stacked(
+    model: nn.Module,
+    starts: Sequence[ModelState],
+    data: Sequence[ClientData],
+    plan: RoundPlan,
+    seeds: Sequence[int],
+    *,
+    options: TrainingOptions,
+    loss: Loss = cross_entropy,
+) -> tuple[list[ModelState], list[LocalResult]]:
+    """Train one model a client.
+
+    Args:
+        model: gives the computation and its device; its values are not used.
+        starts: the values that each client starts from, by name; frozen ones are the same.
+        data: each client's data.
+        plan: epochs, and the place in the schedule.
+        seeds: of each client's order of batches.
+        options: optimizer, schedule, batch size.
+        loss: mean loss of a batch; called under `torch.func.vmap`.
+
+    Returns:
+        Each client's values, which are views of the stack, and what it reports. Dropout draws
+        other numbers than in `train_locally`.
+
+    Raises:
+        UsageError: a client's only batch has one example, and the model has batch normalization;
+            or examples have unequal shapes, or the model cannot be computed under `vmap`.
+
+    Departs from `train_locally`:
+        A parameter that the loss does not depend on has a gradient of zero here and none there,
+        so weight decay moves it.
+    """
+    device = next(model.parameters()).device
+    shapes = {tuple(own.train.inputs.shape[1:]) for own in data}
+    if len(shapes) > 1:
+        raise UsageError(
+            f"clients' examples have the shapes {sorted(shapes)}; stacked ones need one shape"
+        )
+    parameters = {name: p for name, p, _ in named_tensors(model) if isinstance(p, nn.Parameter)}
+    frozen = {n: starts[0][n].to(device) for n, p in parameters.items() if not p.requires_grad}
+    values = {
+        name: _stacked([start[name] for start in starts], device)
+        for name in starts[0]
+        if name not in frozen
+    }
+    stack = _Stack(
+        trained={name: value for name, value in values.items() if name in parameters},
+        buffers={name: value for name, value in values.items() if name not in parameters},
+        moments={
+            kind: {n: torch.zeros_like(v) for n, v in values.items() if n in parameters}
+            for kind in _moments(options)
+        },
+        steps=torch.zeros(len(data), dtype=torch.float64, device=device),
+    )
+    model.train()
+    gradient = _gradient(model, frozen, loss, options, device)
+    sizes = [len(own.train) for own in data]
+    decays = torch.tensor(
+        [1 / n if options.weight_decay == "1/n" else float(options.weight_decay) for n in sizes],
+        device=device,
+    )
+    orders = [torch.Generator().manual_seed(seed) for seed in seeds]
+    losses = torch.zeros(len(data), device=device)
+    seen = torch.ones(len(data), device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seeds[0])
+        for epoch in range(plan.epochs):
+            epochs = [
+                list(torch.split(torch.randperm(size, generator=order), options.batch_size))
+                for size, order in zip(sizes, orders, strict=True)
+            ]
+            if has_batch_norm(model):
+                epochs = [[b for b in batches if len(b) > 1] for batches in epochs]
+            if not all(epochs):
+                raise UsageError(
+                    "a client has a single training example, which batch normalization cannot use"
+                )
+            losses.zero_()
+            seen.zero_()
+            for step in _steps(epochs):
+                rates = [
+                    _rate(options, plan, epoch, step.number, len(epochs[k])) for k in step.clients
+                ]
+                count = len(step.batches[0])
+                batch_loss = _move(
+                    stack,
+                    step,
+                    gradient,
+                    [data[k] for k in step.clients],
+                    options,
+                    torch.tensor(rates, device=device),
+                    decays,
+                )
+                clients = torch.tensor(step.clients, device=device)
+                losses.index_add_(0, clients, batch_loss.to(losses.dtype) * count)
+                seen[clients] += count
+    results = [
+        LocalResult(size, mean) for size, mean in zip(sizes, (losses / seen).tolist(), strict=True)
+    ]
+    whole = {**stack.trained, **stack.buffers}
+    states = [
+        {name: frozen[name] if name in frozen else whole[name][k] for name in start}
+        for k, start in enumerate(starts)
+    ]
+    return states, results
+
+
+def _moments(options: TrainingOptions) -> tuple[str, ...]:
+    if options.optimizer == "adamw":
+        return "first", "second"
+    return ("momentum",) if options.momentum else ()
+
+
+def _stacked(values: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    if all(value is values[0] for value in values):
+        one = values[0].detach().to(device)
+        return one.unsqueeze(0).expand(len(values), *one.shape).clone()
+    return torch.stack([value.detach().to(device) for value in values])
+
+
+def _gradient(
+    model: nn.Module,
+    frozen: Tensors,
+    loss: Loss,
+    options: TrainingOptions,
+    device: torch.device,
+) -> Gradient:
+    """Return the function that gives gradients, losses and new buffers of stacked clients."""
+
+    def loss_of(
+        trained: Tensors, buffers: Tensors, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, Tensors]]:
+        values = {**trained, **{n: v.clone() for n, v in buffers.items()}, **frozen}
+        with autocast(options, device), sdpa_kernel(SDPBackend.MATH):
+            outputs = functional_call(model, values, (inputs,))
+            value = loss(outputs, targets)
+        return value, (value.detach(), {name: values[name] for name in buffers})
+
+    return vmap(grad(loss_of, has_aux=True), randomness="different")
+
+
+def _steps(epochs: Sequence[list[torch.Tensor]]) -> Iterator[_Step]:
+    """Yield the steps of an epoch: full batches of all clients that have one, then last ones."""
+    most = max(len(batches[0]) for batches in epochs)
+    longest = max(map(len, epochs))
+    last: defaultdict[int, list[int]] = defaultdict(list)
+    for number in range(longest):
+        full = []
+        for client, batches in enumerate(epochs):
+            if number < len(batches):
+                if len(batches[number]) == most:
+                    full.append(client)
+                else:
+                    last[len(batches[number])].append(client)
+        if full:
+            yield _Step(full, [epochs[client][number] for client in full], number)
+    for clients in last.values():
+        by_number: defaultdict[int, list[int]] = defaultdict(list)
+        for client in clients:
+            by_number[len(epochs[client]) - 1].append(client)
+        for number, members in sorted(by_number.items()):
+            yield _Step(members, [epochs[client][number] for client in members], number)
+
+
+def _rate(
+    options: TrainingOptions, plan: RoundPlan, epoch: int, number: int, batches: int
+) -> float:
+    step = 1 / batches if options.schedule_step == "batch" else 1.0
+    done = number * step if options.schedule_step == "batch" else 0.0
+    return options.learning_rate * rate_factor(options, plan, epoch + done, step)
+
+
+def _move(
+    stack: _Stack,
+    step: _Step,
+    gradient: Gradient,
+    data: Sequence[ClientData],
+    options: TrainingOptions,
+    rates: torch.Tensor,
+    decays: torch.Tensor,
+) -> torch.Tensor:
+    """Make one step of some clients; return their losses, shape (clients of the step,)."""
+    device = rates.device
+    inputs = torch.stack([d.train.inputs[b] for d, b in zip(data, step.batches, strict=True)])
+    targets = torch.stack([d.train.targets[b] for d, b in zip(data, step.batches, strict=True)])
+    numbers = torch.tensor(step.clients, device=device)
+    part = stack if len(step.clients) == len(stack.steps) else stack.take(numbers)
+    try:
+        gradients, (losses, buffers) = gradient(
+            part.trained, part.buffers, inputs.to(device), targets.to(device)
+        )
+    except RuntimeError as error:
+        raise UsageError(
+            f"the model or the loss cannot be computed for several clients at once ({error}); "
+            "wanted simulation.stack = 1"
+        ) from error
+    if options.max_gradient_norm is not None:
+        _clip(gradients, options.max_gradient_norm)
+    part.steps += 1
+    part.buffers = buffers
+    update = _sgd if options.optimizer == "sgd" else _adamw
+    for name, gradient_of in gradients.items():
+        update(options, part, name, gradient_of, rates, decays[numbers])
+    if part is not stack:
+        stack.put(numbers, part)
+    return losses
+
+
+def _clip(gradients: Tensors, most: float) -> None:
+    """Scale each client's gradients down to a Euclidean norm."""
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+    factors = (most / (norms + 1e-6)).clamp(max=1.0)
+    for name, value in gradients.items():
+        gradients[name] = value * _column(factors, value).to(value.dtype)
+
+
+def _column(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return one number a client in the shape that multiplies a stacked tensor."""
+    return numbers.reshape(-1, *(1 for _ in like.shape[1:]))
+
+
+def _sgd(
+    options: TrainingOptions,
+    stack: _Stack,
+    name: str,
+    gradient: torch.Tensor,
+    rates: torch.Tensor,
+    decays: torch.Tensor,
+) -> None:
+    """Make a step of `torch.optim.SGD` with one rate and decay a client."""
+    value = stack.trained[name]
+    gradient = gradient.addcmul(_column(decays, value), value)  # others may share its memory
+    if options.momentum:
+        gradient = stack.moments["momentum"][name].mul_(options.momentum).add_(gradient)
+    value.addcmul_(_column(-rates, value), gradient)
+
+
+def _adamw(
+    options: TrainingOptions,
+    stack: _Stack,
+    name: str,
+    gradient: torch.Tensor,
+    rates: torch.Tensor,
+    decays: torch.Tensor,
+) -> None:
+    """Make a step of `torch.optim.AdamW`, its defaults apart from rate and decay."""
+    value = stack.trained[name]
+    first, second = stack.moments["first"][name], stack.moments["second"][name]
+    value.mul_(_column(1 - rates * decays, value))
+    first.lerp_(gradient, 1 - _BETAS[0])
+    second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+    sizes = (rates / (1 - _BETAS[0] ** stack.steps)).to(rates.dtype)
+    bias = (1 - _BETAS[1] ** stack.steps).sqrt().to(rates.dtype)
+    roots = (second.sqrt() / _column(bias, value)).add_(_EPSILON)
+    value.addcmul_(_column(-sizes, value), first / roots)

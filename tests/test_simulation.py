@@ -12,6 +12,7 @@ import torch
 
 from fedobd import EmptyRoundError, RoundRecord, ServerSession, UsageError
 from fedobd._rounds import RoundPlan
+from fedobd._wire import Bytes
 from fedobd.experiments._build import Experiment, build_experiment
 from fedobd.simulation import (
     ClientPool,
@@ -55,8 +56,8 @@ def test_two_processes_give_the_bytes_of_one(method: str, frozen: bool) -> None:
     payloads: list[dict[str, bytes]] = [{}, {}]
 
     def watcher(number: int) -> Watcher:
-        def keep(round_number: int, name: str, payload: bytes) -> None:
-            payloads[number][f"{round_number} {name}"] = payload
+        def keep(round_number: int, name: str, payload: Bytes) -> None:
+            payloads[number][f"{round_number} {name}"] = bytes(payload)
 
         return Watcher(on_payload=keep)
 

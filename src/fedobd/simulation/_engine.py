@@ -13,6 +13,7 @@ from fedobd._errors import DecodeError
 from fedobd._rounds import RoundPlan, RoundRecord
 from fedobd._server import ServerSession
 from fedobd._state import ModelState
+from fedobd._wire import Bytes
 from fedobd.simulation._client import ClientTask
 from fedobd.simulation._pool import ClientPool
 from fedobd.training import Evaluation
@@ -75,7 +76,7 @@ class Watcher:
         on_client: gets the plan and the number of uploads so far, after each upload.
     """
 
-    on_payload: Callable[[int, str, bytes], None] | None = None
+    on_payload: Callable[[int, str, Bytes], None] | None = None
     on_client: Callable[[RoundPlan, int], None] | None = None
 
 

@@ -6,10 +6,15 @@ workers.
 
 from __future__ import annotations
 
-import multiprocessing
+import dataclasses
+import os
+import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from itertools import count, islice
+from multiprocessing.connection import wait
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -23,6 +28,18 @@ from fedobd.simulation._client import (
     LocalClient,
     single_thread,
 )
+from fedobd.simulation._worker import Worker
+
+MAX_ATTEMPTS = 4
+"""How often clients are played before a round fails because their worker died each time."""
+
+_PREFIX = "fedobd-pool-"
+
+_AHEAD = 2
+# Groups of clients that a worker has, so that it need not wait for the next one. Those with states
+# come singly: two ends that both write more than a pipe holds would wait for each other.
+
+Group = list[ClientTask]
 
 
 class ClientPool(Protocol):
@@ -80,38 +97,27 @@ class _SingleThread:
 
 
 class SequentialPool(_SingleThread):
-    """Plays the clients in this process, one after another; while open, torch has one thread here.
+    """Plays the clients in this process; while open, torch has one thread here.
 
     Args:
         setup: what the clients share.
     """
 
     def __init__(self, setup: ClientSetup) -> None:
+        self._setup = setup
         self._client = LocalClient(setup)
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
         """See `ClientPool.run`."""
-        for task in tasks:
-            yield self._client.run(task)
-
-
-_worker_client: LocalClient | None = None
-"""The one client of a worker process, made when the process starts."""
-
-
-def _start_worker(setup: ClientSetup) -> None:
-    global _worker_client
-    single_thread()
-    _worker_client = LocalClient(setup)
-
-
-def _run_in_worker(task: ClientTask) -> ClientResult:
-    assert _worker_client is not None
-    return _worker_client.run(task)
+        for group in _groups(tasks, self._setup.stack):
+            yield from self._client.run(group)
 
 
 class ProcessPool(_SingleThread):
     """Plays the clients in worker processes with one torch thread each.
+
+    A worker that dies is replaced, and what it had in hand is played again: with the same bytes,
+    since nothing of a client depends on where and when it is played.
 
     Args:
         setup: what the clients share; sent to each worker once.
@@ -119,30 +125,77 @@ class ProcessPool(_SingleThread):
     """
 
     def __init__(self, setup: ClientSetup, workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_start_worker, initargs=(setup,)
-        )
+        self._setup = setup
+        self._count = workers
+        self._sharing: str = torch.multiprocessing.get_sharing_strategy()  # type: ignore[no-untyped-call]
+        self._workers: list[Worker] = []
+        self._shared: list[Path] = []
+        base = _memory(setup, workers)
+        _sweep(base)
+        self._folder = TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=base)
+        self._names = (Path(self._folder.name) / str(number) for number in count())
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
         """See `ClientPool.run`.
 
         Raises:
-            FedOBDError: a worker process died.
+            FedOBDError: the worker of some clients died `MAX_ATTEMPTS` times.
         """
-        pending: set[Future[ClientResult]] = {
-            self._executor.submit(_run_in_worker, task) for task in tasks
-        }
-        try:
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        except BrokenProcessPool as error:
-            raise FedOBDError(f"a worker process died or could not start: {error}") from error
-        finally:
-            for future in pending:
-                future.cancel()
+        coming = _groups(self._with_files(tasks), self._setup.stack)
+        waiting = deque(islice(coming, 1))
+        attempts: dict[int, int] = {}
+        # By names of files: open files, the usual way, run out with some hundred clients' data.
+        _share_by("file_system")
+        while len(self._workers) < self._count:
+            self._workers.append(Worker(self._setup, next(self._names)))
+        while waiting or any(worker.groups for worker in self._workers):
+            for ahead in range(_AHEAD):
+                for worker in self._workers:
+                    if (
+                        waiting
+                        and len(worker.groups) <= ahead
+                        and (ahead == 0 or all(task.state is None for task in waiting[0]))
+                    ):
+                        worker.send(waiting.popleft())
+                        waiting.extend(islice(coming, 0 if waiting else 1))
+            ready = wait([worker.connection for worker in self._workers if worker.groups])
+            for worker in [w for w in self._workers if w.connection in ready]:
+                results = worker.receive()
+                if results is not None:
+                    yield from results
+                    continue
+                lost, exit_code = list(worker.groups), worker.exit_status()
+                worker.close()
+                for task in lost[0]:
+                    attempts[task.client] = attempts.get(task.client, 0) + 1
+                    if attempts[task.client] >= MAX_ATTEMPTS:
+                        raise FedOBDError(
+                            f"client {task.client}, round {task.plan.round}: the worker process "
+                            f"that played it died {MAX_ATTEMPTS} times, with exit status "
+                            f"{exit_code}"
+                        )
+                waiting.extendleft(reversed(lost))
+                self._workers[self._workers.index(worker)] = Worker(self._setup, next(self._names))
+
+    def _with_files(self, tasks: Iterable[ClientTask]) -> Iterator[ClientTask]:
+        """Yield tasks whose payloads lie in files, each once for all clients that share it."""
+        for old in self._shared:
+            old.unlink(missing_ok=True)
+        files: dict[int, tuple[bytes, Path]] = {}
+
+        def stored(payload: bytes | Path | None) -> Path | None:
+            if not isinstance(payload, bytes):
+                return payload
+            if id(payload) not in files:
+                files[id(payload)] = payload, next(self._names)
+                files[id(payload)][1].write_bytes(payload)
+            return files[id(payload)][1]
+
+        for task in tasks:
+            broadcast, opening = stored(task.broadcast), stored(task.opening)
+            assert broadcast is not None
+            yield dataclasses.replace(task, broadcast=broadcast, opening=opening)
+        self._shared = [path for _, path in files.values()]
 
     def __exit__(
         self,
@@ -150,5 +203,42 @@ class ProcessPool(_SingleThread):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+        self._folder.cleanup()
+        _share_by(self._sharing)
         super().__exit__(kind, error, trace)
+
+
+def _sweep(base: Path | None) -> None:
+    """Remove the folders of processes that were killed before they could."""
+    for folder in (base or Path(gettempdir())).glob(f"{_PREFIX}*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, PermissionError):
+            continue  # another's, or not of this kind
+
+
+def _share_by(strategy: str) -> None:
+    """Say how tensors go to other processes."""
+    torch.multiprocessing.set_sharing_strategy(strategy)  # type: ignore[no-untyped-call]
+
+
+def _memory(setup: ClientSetup, workers: int) -> Path | None:
+    """Return a folder in memory with room for the payloads under way; None for the usual one."""
+    folder = Path("/dev/shm")  # noqa: S108 - not a fixed name in it
+    model = sum(spec.num_elements * spec.dtype.itemsize for spec in setup.schema.tensors)
+    most = 4 * model * (1 + workers * _AHEAD * setup.stack)
+    has_room = folder.is_dir() and shutil.disk_usage(folder).free > most
+    return folder if has_room and os.access(folder, os.W_OK) else None
+
+
+def _groups(tasks: Iterable[ClientTask], size: int) -> Iterator[Group]:
+    """Yield the tasks in groups that are played together."""
+    source = iter(tasks)
+    while group := list(islice(source, size)):
+        yield group

@@ -1,0 +1,493 @@
+"""Worker processes: those that die are replaced, errors come through, none outlives its pool."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedobd import FedOBDError, RoundPlan, ServerSession, UsageError
+from fedobd._state import ModelState
+from fedobd.data import ClientData
+from fedobd.experiments import run
+from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.simulation import (
+    ClientPool,
+    ClientSetup,
+    ClientTask,
+    ProcessPool,
+    SequentialPool,
+    StackedTraining,
+    Watcher,
+    _pool,
+    simulate,
+)
+from fedobd.training import LocalResult
+from tests import toy
+from tests.toy import config
+
+ROOT = Path(__file__).parent.parent
+Played = tuple[dict[str, bytes], ModelState]
+"""Payloads by name, and the server's last state."""
+
+ROUNDS: dict[str, dict[str, int]] = {
+    "fedobd": {
+        "stage_one_rounds": 2, "stage_one_epochs": 1, "stage_two_epochs": 1, "cohort": 4
+    },
+    "smafd": {"rounds": 3, "epochs": 1, "cohort": 4},
+}  # fmt: skip
+LARGE = {"options": {"width": 3000}}  # 1.9 MB
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Fail, rather than wait for ever, where two processes wait for each other."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    with at_most(120):
+        yield
+    assert multiprocessing.active_children() == []
+
+
+# Training functions that misbehave in a worker
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_once(
+    model: nn.Module, data: ClientData, plan: RoundPlan, seed: int, *, marker: Path
+) -> LocalResult:
+    """Die in the middle of the second round's training, the first time."""
+    result = toy.train(model, data, plan, seed)
+    if plan.round == 2 and not marker.exists():
+        marker.touch()
+        die()
+    return result
+
+
+def die_once_together(
+    model: nn.Module,
+    starts: Sequence[ModelState],
+    data: Sequence[ClientData],
+    plan: RoundPlan,
+    seeds: Sequence[int],
+    *,
+    marker: Path,
+    together: StackedTraining,
+) -> tuple[list[ModelState], list[LocalResult]]:
+    trained = together(model, starts, data, plan, seeds)
+    if plan.round == 2 and not marker.exists():
+        marker.touch()
+        die()
+    return trained
+
+
+def die_always(
+    model: nn.Module, data: ClientData, plan: RoundPlan, seed: int, *, folder: Path
+) -> LocalResult:
+    (folder / f"attempt-{len(list(folder.iterdir()))}").touch()
+    die()
+    raise AssertionError
+
+
+def leave(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int) -> LocalResult:
+    sys.exit(3)
+
+
+def fail(
+    model: nn.Module, data: ClientData, plan: RoundPlan, seed: int, *, error: Exception
+) -> LocalResult:
+    raise error
+
+
+def dawdle(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int) -> LocalResult:
+    """Train; the client with the smallest seed of three is the last to be done."""
+    if seed % 2:
+        time.sleep(0.3)
+    return toy.train(model, data, plan, seed)
+
+
+def sleep(
+    model: nn.Module, data: ClientData, plan: RoundPlan, seed: int, *, folder: Path
+) -> LocalResult:
+    """Never be done."""
+    (folder / str(os.getpid())).touch()
+    time.sleep(1000)
+    raise AssertionError
+
+
+# Playing
+
+
+def play(
+    experiment: Experiment,
+    pool: ClientPool,
+    *,
+    num_clients: int = 4,
+    after_round: Callable[[], None] = lambda: None,
+) -> Played:
+    """Play a run; return all its payloads and the last state."""
+    server = ServerSession(
+        experiment.method, experiment.schema, experiment.initial, num_clients=num_clients, seed=1
+    )
+    kept: dict[str, bytes] = {}
+
+    def keep(round_number: int, name: str, payload: Any) -> None:
+        kept[f"{round_number} {name}"] = bytes(payload)
+
+    with pool:
+        for played in simulate(server, pool, watcher=Watcher(on_payload=keep)):
+            assert not played.record.refusals
+            after_round()
+    return kept, server.state
+
+
+def same(
+    one: tuple[dict[str, bytes], ModelState], two: tuple[dict[str, bytes], ModelState]
+) -> bool:
+    return one[0] == two[0] and all(torch.equal(one[1][name], two[1][name]) for name in one[1])
+
+
+def tasks_of(
+    experiment: Experiment, clients: Sequence[int], cohort: tuple[int, ...] | None = None
+) -> Iterator[ClientTask]:
+    """Yield the tasks of the first round for these clients."""
+    server = ServerSession(
+        experiment.method, experiment.schema, experiment.initial, num_clients=4, seed=1
+    )
+    plan = server.begin_round()
+    assert plan is not None
+    broadcast = b"".join(server.broadcast())
+    for client in clients:
+        yield ClientTask(
+            plan=replace(plan, cohort=cohort or plan.cohort), client=client, broadcast=broadcast
+        )
+
+
+# Workers that die
+
+
+@pytest.mark.parametrize(("method", "stack"), [("fedobd", 1), ("smafd", 3)])
+def test_a_worker_that_dies_is_replaced_and_the_bytes_are_the_same(
+    method: str, stack: int, tmp_path: Path
+) -> None:
+    experiment = build_experiment(
+        config(method, simulation={"stack": stack}, methods={method: ROUNDS[method]})
+    )
+    marker = tmp_path / "died"
+    setup = experiment.setup
+    if stack == 1:
+        setup = replace(setup, train=toy.train)
+        dying = replace(setup, train=partial(die_once, marker=marker))
+    else:
+        assert setup.train_together is not None
+        together = partial(die_once_together, marker=marker, together=setup.train_together)
+        dying = replace(setup, train_together=together)
+    wanted = play(experiment, SequentialPool(setup))
+    workers = 2 if stack == 1 else 1
+    assert same(play(experiment, ProcessPool(dying, workers)), wanted)
+    assert marker.exists()
+
+
+def test_a_worker_that_dies_each_time_ends_the_run(tmp_path: Path) -> None:
+    experiment = build_experiment(config("fedavg"))
+    setup = replace(experiment.setup, train=partial(die_always, folder=tmp_path))
+    message = (
+        r"client \d, round 1: the worker process that played it died 4 times, with exit status"
+    )
+    with pytest.raises(FedOBDError, match=message):
+        play(experiment, ProcessPool(setup, 1))
+    assert _pool.MAX_ATTEMPTS == 4  # the first time and three more
+    assert len(list(tmp_path.iterdir())) == 4
+    assert multiprocessing.active_children() == []
+
+
+def test_the_exit_status_of_a_worker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipe ends before the process does: by much after sys.exit, by little after a signal."""
+    monkeypatch.setattr(_pool, "MAX_ATTEMPTS", 1)
+    experiment = build_experiment(config("fedavg"))
+    with pytest.raises(FedOBDError, match=r"died 1 times, with exit status 3$"):
+        play(experiment, ProcessPool(replace(experiment.setup, train=leave), 1))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (UsageError("no such loss"), UsageError, r"^client \d, round 1: no such loss$"),
+        (
+            ValueError("wrong shape"),
+            FedOBDError,
+            r"^a worker failed: ValueError\('wrong",
+        ),
+    ],
+)
+def test_what_training_raises_comes_through_and_ends_the_run(
+    error: Exception, kind: type[FedOBDError], message: str
+) -> None:
+    experiment = build_experiment(config("fedavg"))
+    pool = ProcessPool(replace(experiment.setup, train=partial(fail, error=error)), 1)
+    folder = Path(pool._folder.name)
+    with pytest.raises(kind, match=message):
+        play(experiment, pool)
+    assert multiprocessing.active_children() == []
+    assert not folder.exists()
+
+
+# Any order, any number, any size
+
+
+def test_more_workers_than_clients_and_results_in_any_order() -> None:
+    experiment = build_experiment(
+        config("fedavg", methods={"fedavg": {"rounds": 3, "epochs": 1, "cohort": 2}})
+    )
+    wanted = play(experiment, SequentialPool(replace(experiment.setup, train=toy.train)))
+    assert same(play(experiment, ProcessPool(replace(experiment.setup, train=dawdle), 3)), wanted)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "smafd"])
+def test_uploads_and_states_of_megabytes_and_no_files_left(method: str) -> None:
+    changes: dict[str, Any] = {
+        "model": LARGE,
+        "training": {"learning_rate": 1e-5},
+        "methods": {method: {"cohort": 4, "rounds": 3, "epochs": 1}},
+    }
+    experiment = build_experiment(config(method, **changes))
+    pool = ProcessPool(experiment.setup, 2 if method == "smafd" else 1)
+    folder, counts, contents = Path(pool._folder.name), [], []
+
+    def look() -> None:
+        counts.append(len(list(folder.iterdir())))
+        contents.append(sum(file.stat().st_size for file in folder.iterdir()))
+
+    with at_most(90):
+        two = play(experiment, pool, after_round=look)
+    assert len(counts) == 3
+    # The round's broadcast and, in the first, one opening; uploads are gone once they were read.
+    assert max(counts) <= 2, counts
+    assert max(contents) <= 2 * max(len(data) for name, data in two[0].items())
+    assert not folder.exists()
+    assert max(len(data) for name, data in two[0].items() if "upload" in name) > 1_000_000
+    assert same(two, play(experiment, SequentialPool(experiment.setup)))
+
+
+def test_a_message_that_fills_a_pipe_is_no_deadlock() -> None:
+    """Tasks name the round's whole cohort: here 2 MB each, sent ahead to a worker at work."""
+    experiment = build_experiment(config("fedavg", model=LARGE))
+    with at_most(60), ProcessPool(experiment.setup, 1) as pool:
+        results = list(pool.run(tasks_of(experiment, [0, 1, 2, 3], tuple(range(500_000)))))
+    assert [result.client for result in results] == [0, 1, 2, 3]
+
+
+def test_tasks_are_drawn_as_they_are_wanted() -> None:
+    """A task holds what its client kept, which for a whole round need not fit into memory."""
+    experiment = build_experiment(config("fedavg"))
+    drawn: list[int] = []
+
+    def watched() -> Iterator[ClientTask]:
+        for task in tasks_of(experiment, [0, 1, 2, 3] * 5):
+            drawn.append(task.client)
+            yield task
+
+    with ProcessPool(experiment.setup, 1) as pool:
+        results = pool.run(watched())
+        next(results)
+        assert len(drawn) <= 6
+        list(results)
+
+
+def test_many_clients_do_not_take_an_open_file_each() -> None:
+    chosen = config(
+        "fedavg",
+        federation={"clients": 300},
+        data={"options": {"num_examples": 900}},
+        methods={"fedavg": {"cohort": 2, "rounds": 1}},
+    )
+    experiment = build_experiment(chosen)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        with ProcessPool(experiment.setup, 1) as pool:
+            list(pool.run(tasks_of(experiment, [0])))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+# Ends
+
+
+def test_closing_a_pool_in_mid_round_ends_its_workers(tmp_path: Path) -> None:
+    experiment = build_experiment(config("fedavg"))
+    pool = ProcessPool(replace(experiment.setup, train=partial(sleep, folder=tmp_path)), 2)
+    folder = Path(pool._folder.name)
+
+    def look(*_: Any) -> None:
+        if len(list(tmp_path.iterdir())) == 2:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise KeyboardInterrupt
+
+    with pool:
+        before = signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                next(pool.run(tasks_of(experiment, [0, 1, 2, 3])))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert len(multiprocessing.active_children()) == 2
+        began = time.monotonic()
+    assert time.monotonic() - began < 2
+    assert multiprocessing.active_children() == []
+    assert not folder.exists()
+
+
+def test_an_unused_pool_closes() -> None:
+    setup: ClientSetup = build_experiment(config("fedavg")).setup
+    with ProcessPool(setup, 2) as pool:
+        folder = Path(pool._folder.name)
+        assert folder.is_dir()
+    assert not folder.exists()
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "rounds.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def group_is_empty(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+LONG = config("fedobd", methods={"fedobd": {**ROUNDS["fedobd"], "stage_one_rounds": 24}})
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(LONG, folder)
+    return folder
+
+
+@pytest.mark.parametrize("whom", ["main process", "process group"])
+def test_ctrl_c_ends_all_workers_and_leaves_a_run_that_resumes(
+    whom: str, whole_run: Path, tmp_path: Path
+) -> None:
+    """A terminal sends SIGINT to the process group, workers included; `kill` to one process."""
+    file = tmp_path / "config.toml"
+    file.write_text(LONG.to_toml(), encoding="utf-8")
+    folder = tmp_path / "a"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedobd", "run", str(file), "--workers", "2", "-o", str(folder)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: len(records(folder)) >= 2 or process.poll() is not None)
+        assert process.poll() is None, process.communicate()
+        began = time.monotonic()
+        if whom == "main process":
+            process.send_signal(signal.SIGINT)
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert time.monotonic() - began < 5
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert process.returncode == 130, said
+    assert "interrupted; the same command with --output" in said
+    assert "Traceback" not in said
+    wait_for(lambda: group_is_empty(process.pid), 5)
+    done = len(records(folder))
+    assert 2 <= done < 25
+    run(LONG, folder, resume=True)
+    assert records(folder) == records(whole_run)
+    model = [(at / "model.safetensors").read_bytes() for at in (folder, whole_run)]
+    assert model[0] == model[1]
+
+
+def test_ctrl_c_while_workers_start(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedobd", "run", "digits", "--workers", "2", "-o", str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: (tmp_path / "environment.json").exists() or process.poll() is not None)
+        time.sleep(0.7)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert process.returncode == 130, said
+    assert "interrupted; the same command with --output" in said
+    wait_for(lambda: group_is_empty(process.pid), 5)
+
+
+def test_workers_ignore_ctrl_c_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pool, "MAX_ATTEMPTS", 1)
+    experiment = build_experiment(config("fedavg"))
+    done = threading.Event()
+
+    def interrupt() -> None:
+        while not done.wait(0.05):
+            for worker in list(pool._workers):
+                with suppress(ProcessLookupError):
+                    os.kill(worker._process.pid or 0, signal.SIGINT)
+
+    with ProcessPool(experiment.setup, 1) as pool:
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        try:
+            results = list(pool.run(tasks_of(experiment, [0, 1])))
+        finally:
+            done.set()
+            thread.join()
+    assert len(results) == 2

@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-deployment test test-all check bench-digits bench-codec bench-deployment fuzz build \
+.PHONY: demo demo-deployment test test-all check bench-digits bench-codec bench-deployment bench-simulation \
+	fuzz build \
 	clean
 
 demo: $(VENV)/.installed
@@ -42,6 +43,10 @@ bench-codec: $(VENV)/.installed-dev
 bench-deployment: $(VENV)/.installed-flower
 	command -v tc >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -qq -y iproute2; } || true
 	$(BIN)/python benchmarks/deployment.py
+
+# Simulation beside a hand-written loop and other simulators, which are installed under a cache.
+bench-simulation: $(VENV)/.installed
+	$(BIN)/python benchmarks/simulation.py
 
 # Coverage-guided fuzzing of the decoder; SECONDS=1800 make fuzz for half an hour.
 SECONDS ?= 60

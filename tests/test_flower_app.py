@@ -319,6 +319,7 @@ def test_set_changes_keys_on_server_and_clients_alike(tmp_path: Path) -> None:
         ({"set": "training.lr=1"}, r"key 'training.lr' is unknown"),
         ({"set": "federation.clients=0"}, r"federation.clients: 0 is not allowed"),
         ({"set": "federation"}, r"wanted key=value"),
+        ({"set": "simulation.stack=2"}, r"simulation\.stack is 2"),
         ({"min-replies": 0}, r"min_replies is 0"),
         (
             {"min-replies": 5},

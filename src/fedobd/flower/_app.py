@@ -77,6 +77,7 @@ def make_server_app(config_file: str | Path) -> ServerApp:
 def _serve(grid: Grid, context: Context, config_file: Path) -> None:
     options = context.run_config
     config = read_config(context, config_file)
+    check_stack(config)
     path = Path(str(options.get("output") or f"runs/{context.run_id}")).absolute()
     strategy = FedOBDStrategy(
         config.chosen,
@@ -113,6 +114,14 @@ def _serve(grid: Grid, context: Context, config_file: Path) -> None:
         observer=_LogObserver(),
         engine=engine,
     )
+
+
+def check_stack(config: RunConfig) -> None:
+    """Raise UsageError where clients are to be stacked, which only the local engine can."""
+    if config.simulation.stack != 1:
+        raise UsageError(
+            f"simulation.stack is {config.simulation.stack}; Flower's clients train one by one: 1"
+        )
 
 
 def _number(options: Mapping[str, object], key: str, default: float) -> float:

@@ -34,6 +34,7 @@ from fedobd.experiments import (
     build_experiment,
     read_summary,
 )
+from fedobd.flower._app import check_stack
 from fedobd.flower._scaffold import write_app
 
 START_SECONDS = 60.0
@@ -80,6 +81,7 @@ def run_in_simulation(
     """
     path = path.absolute()
     build_experiment(config)  # so that what cannot be run is said here, and not in Flower's log
+    check_stack(config)
     if config.data.name == "nodes":
         raise UsageError("data 'nodes' lies on the nodes of a deployment; a simulation has none")
     folder = RunFolder(path)

@@ -9,10 +9,9 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -412,6 +411,12 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def heed_ctrl_c() -> None:
+    """Take Ctrl-C as a terminal's child does: a shell's background jobs start by ignoring it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("whom", ["main process", "process group"])
 def test_ctrl_c_ends_all_workers_and_leaves_a_run_that_resumes(
     whom: str, whole_run: Path, tmp_path: Path
@@ -423,7 +428,7 @@ def test_ctrl_c_ends_all_workers_and_leaves_a_run_that_resumes(
     process = subprocess.Popen(
         [sys.executable, "-m", "fedobd", "run", str(file), "--workers", "2", "-o", str(folder)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     try:
         wait_for(lambda: len(records(folder)) >= 2 or process.poll() is not None)
@@ -449,45 +454,3 @@ def test_ctrl_c_ends_all_workers_and_leaves_a_run_that_resumes(
     assert records(folder) == records(whole_run)
     model = [(at / "model.safetensors").read_bytes() for at in (folder, whole_run)]
     assert model[0] == model[1]
-
-
-def test_ctrl_c_while_workers_start(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedobd", "run", "digits", "--workers", "2", "-o", str(tmp_path)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        wait_for(lambda: (tmp_path / "environment.json").exists() or process.poll() is not None)
-        time.sleep(0.7)
-        os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=30)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    assert process.returncode == 130, said
-    assert "interrupted; the same command with --output" in said
-    wait_for(lambda: group_is_empty(process.pid), 5)
-
-
-def test_workers_ignore_ctrl_c_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pool, "MAX_ATTEMPTS", 1)
-    experiment = build_experiment(config("fedavg"))
-    done = threading.Event()
-
-    def interrupt() -> None:
-        while not done.wait(0.05):
-            for worker in list(pool._workers):
-                with suppress(ProcessLookupError):
-                    os.kill(worker._process.pid or 0, signal.SIGINT)
-
-    with ProcessPool(experiment.setup, 1) as pool:
-        thread = threading.Thread(target=interrupt)
-        thread.start()
-        try:
-            results = list(pool.run(tasks_of(experiment, [0, 1])))
-        finally:
-            done.set()
-            thread.join()
-    assert len(results) == 2

@@ -41,12 +41,7 @@ class Worker:
         self.connection, theirs = context.Pipe()
         self._file = file
         self._process = context.Process(target=_work, args=(theirs, setup, file), daemon=True)
-        # Blocked before the process is there, for it takes a second until it can ignore Ctrl-C.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._process.start()
         theirs.close()
         self.groups: deque[list[ClientTask]] = deque()
         """What it has been sent and has not answered, in order."""

@@ -1081,6 +1081,18 @@ def test_another_key_of_the_arrays_can_be_named() -> None:
     check_traffic(grid, nodes)
 
 
+def test_arrays_under_another_key_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    nodes = make_nodes()
+    grid = wrap(nodes, arrayrecord_key="weights")
+    for _ in range(2):
+        grid.push_messages(messages_to(nodes, record_of(net())))
+    said = [record.getMessage() for record in caplog.records if "arrayrecord_key" in record.msg]
+    assert said == [
+        "fedobd: a message holds arrays under 'arrays', which are not compressed; "
+        "CodecGrid(arrayrecord_key=...) is 'weights'"
+    ]
+
+
 def test_the_grid_hands_on_what_is_not_about_payloads() -> None:
     nodes = make_nodes(num_nodes=3)
     grid = wrap(nodes)

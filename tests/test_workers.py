@@ -417,6 +417,41 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def test_a_worker_that_dies_after_some_results_of_its_group() -> None:
+    """Each upload is above a megabyte, so that it comes back on its own."""
+    experiment = build_experiment(config("fedavg", model=LARGE, simulation={"stack": 4}))
+    with SequentialPool(experiment.setup) as pool:
+        wanted = {r.client: r.upload for r in pool.run(tasks_of(experiment, range(4)))}
+    assert all(len(upload) > 2**20 for upload in wanted.values())
+    with ProcessPool(experiment.setup, 1) as processes:
+        results = processes.run(tasks_of(experiment, range(4)))
+        found = [next(results)]
+        os.kill(processes._workers[0]._process.pid or 0, signal.SIGKILL)
+        found += results
+    assert sorted(result.client for result in found) == [0, 1, 2, 3]
+    assert {result.client: result.upload for result in found} == wanted
+
+
+def test_ctrl_c_while_workers_start(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedobd", "run", "digits", "--workers", "2", "-o", str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: (tmp_path / "environment.json").exists() or process.poll() is not None)
+        time.sleep(0.7)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert process.returncode == 130, said
+    assert "interrupted; the same command with --output" in said
+    wait_for(lambda: group_is_empty(process.pid), 5)
+
+
 @pytest.mark.parametrize("whom", ["main process", "process group"])
 def test_ctrl_c_ends_all_workers_and_leaves_a_run_that_resumes(
     whom: str, whole_run: Path, tmp_path: Path

@@ -29,8 +29,12 @@ class Source:
         """Return a client's data."""
         if self.workload not in _DATA:
             none = Examples(torch.empty(0, *self.workload.shape), torch.empty(0).long())
+            layout = (
+                torch.channels_last if len(self.workload.shape) == 3 else torch.contiguous_format
+            )
             _DATA[self.workload] = [
-                ClientData(Examples(*pair), none) for pair in make_data(self.workload)
+                ClientData(Examples(inputs.to(memory_format=layout), targets), none)
+                for inputs, targets in make_data(self.workload)
             ]
         return _DATA[self.workload][client]
 

@@ -81,6 +81,19 @@ class Broadcast:
         return cls(parsed.header, values)
 
 
+class _Flat(dict[int, torch.Tensor]):
+    """A state's tensors by their numbers, flattened when first asked for."""
+
+    def __init__(self, schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._schema = schema
+        self._state = state
+
+    def __missing__(self, number: int) -> torch.Tensor:
+        flat = self[number] = self._state[self._schema.tensors[number].name].detach().reshape(-1)
+        return flat
+
+
 class ClientSession:
     """One client's side of a run.
 
@@ -237,18 +250,16 @@ class ClientSession:
             raise UsageError(f"client {self.client} trained on no examples; at least 1 is wanted")
         check_state(self.schema, trained)
         schema = self.schema
-        after = [trained[spec.name].detach().reshape(-1) for spec in schema.tensors]
-        before = [
-            self._start[spec.name].detach().reshape(-1).to(values.device)
-            for spec, values in zip(schema.tensors, after, strict=True)
-        ]
+        after = _Flat(schema, trained)
+        before = _Flat(schema, self._start)
 
         def value(segment: Segment) -> torch.Tensor:
             return after[segment.tensor][segment.start : segment.stop]
 
         def difference(segment: Segment) -> torch.Tensor:
-            was = before[segment.tensor][segment.start : segment.stop]
-            return value(segment).to(torch.float32) - was.to(torch.float32)
+            now = value(segment)
+            was = before[segment.tensor][segment.start : segment.stop].to(now.device)
+            return now.to(torch.float32) - was.to(torch.float32)
 
         def source(segment: Segment) -> torch.Tensor:
             is_parameter = schema.tensors[segment.tensor].role is Role.PARAMETER

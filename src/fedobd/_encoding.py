@@ -13,12 +13,14 @@ from fedobd._entropy import encode_levels
 from fedobd._errors import UsageError
 from fedobd._frames import PlainPart, check_finite, frozen_parts, lay_out, plain_dtype
 from fedobd._planes import compress, to_bytes
-from fedobd._quantization import Coding, Levels, Quantizer, SegmentCode
+from fedobd._quantization import Coding, Levels, Quantizer, SegmentCode, Unquantized
 from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
 from fedobd._varint import write_varint
 from fedobd._wire import CHECKSUM, Header, pack_header
 
 Source = Callable[[Segment], torch.Tensor]
+
+_RAW, _MASKED = SegmentCode(Coding.RAW), SegmentCode(Coding.MASKED)
 
 
 def encode_payload(
@@ -81,9 +83,11 @@ class _Encoding:
         values = self.source(segment)
         check_finite(spec.name, values.to(plain_dtype(self.schema, self.header, segment)))
         if spec.role is not Role.PARAMETER:
-            return SegmentCode(Coding.RAW)
+            return _RAW
         if self.header.mask is not None:
-            return SegmentCode(Coding.MASKED)
+            return _MASKED
+        if isinstance(self.quantizer, Unquantized):
+            return _RAW
         as_float = values.to(torch.float32)
         if as_float.device.type != "cpu" and as_float.numel():
             as_float = torch.stack(torch.aminmax(as_float)).cpu()  # all that is measured

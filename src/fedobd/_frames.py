@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -75,11 +76,17 @@ def lay_out(
         if code.coding is Coding.LEVELS:
             levels.append((segment, code))
         elif code.coding is not Coding.CONSTANT:
-            mask = _mask_of(schema, header, segment) if code.coding is Coding.MASKED else None
-            part = PlainPart(segment, plain_dtype(schema, header, segment), mask)
+            dtype = plain_dtype(schema, header, segment)
+            if code.coding is Coding.MASKED:
+                part = PlainPart(segment, dtype, _mask_of(schema, header, segment))
+            else:
+                part = _whole_part(segment, dtype)
             is_buffer = schema.tensors[segment.tensor].role is Role.BUFFER
             (buffers if is_buffer else raw).append(part)
     return BlockLayout(tuple(levels), tuple(raw), tuple(buffers))
+
+
+_whole_part = cache(PlainPart)  # the same few parts stand in every payload of a run
 
 
 def frozen_parts(schema: ModelSchema) -> tuple[PlainPart, ...]:

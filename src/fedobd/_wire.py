@@ -25,7 +25,7 @@ import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,7 @@ MASK_FIELDS = (("seed", "Q"), ("threshold", "Q"))
 START_FIELDS = (("start", "16s"),)
 """Field of a payload that stands for the initial model: the fingerprint of its values."""
 
+_REPORTED = tuple(name for name, _ in UPLOAD_FIELDS[1:])
 _HEADER = struct.Struct("<" + "".join(code for _, code in HEADER_FIELDS))
 _UPLOAD = struct.Struct("<" + "".join(code for _, code in UPLOAD_FIELDS))
 _MASK = struct.Struct("<" + "".join(code for _, code in MASK_FIELDS))
@@ -117,7 +118,7 @@ class Kind(IntEnum):
     DELIVERY = 3
 
 
-class Flag(IntFlag):
+class Flag(IntEnum):
     """Which optional parts a payload has, and what its parameters are."""
 
     UPLOAD = 1
@@ -128,8 +129,11 @@ class Flag(IntFlag):
     START = 32
 
 
-_KINDS, _CODINGS = frozenset(map(int, Kind)), frozenset(map(int, Coding))
-_ALL_FLAGS = int(sum(Flag))
+_ALL_FLAGS = sum(Flag)
+
+_KINDS = {int(kind): kind for kind in Kind}
+_CODINGS = frozenset(map(int, Coding))
+_CODING_BYTES = {coding: bytes([coding]) for coding in Coding}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +242,7 @@ def pack_header(
     schema: ModelSchema, header: Header, codes: Iterable[Iterable[SegmentCode]]
 ) -> bytes:
     """Return the bytes of a header with the codes of its segments, block by block."""
-    flags = Flag(0)
+    flags = 0  # a number: unions of enum members take their time
     parts = []
     if header.report is not None and header.client is not None:
         flags |= Flag.UPLOAD
@@ -266,11 +270,10 @@ def pack_header(
     if header.block_differences is not None:
         flags |= Flag.BLOCK_DIFFERENCES
         parts.append(np.asarray(header.block_differences, "<f4").tobytes())
-    bitmap = np.zeros(len(schema.blocks), bool)
-    bitmap[list(header.kept)] = True
-    parts.append(np.packbits(bitmap, bitorder="little").tobytes())
+    bitmap = sum(1 << number for number in header.kept)
+    parts.append(bitmap.to_bytes((len(schema.blocks) + 7) // 8, "little"))
     for code in (code for block_codes in codes for code in block_codes):
-        parts.append(bytes([code.coding]))
+        parts.append(_CODING_BYTES[code.coding])
         if code.coding is Coding.CONSTANT:
             parts.append(_OFFSET.pack(code.offset))
         elif code.coding is Coding.LEVELS:
@@ -378,34 +381,34 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
     Raises:
         DecodeError: a field is illegal, or the payload is for another model.
     """
-    magic, version, kind, method, flag_bits, number, stage, fingerprint = cursor.unpack(
+    magic, version, kind_number, method, flags, number, stage, fingerprint = cursor.unpack(
         _HEADER, "the header"
     )
     check_version(magic, version)
-    if kind not in _KINDS:
-        raise DecodeError(DecodeReason.KIND, f"payload kind {kind} is not known")
-    if flag_bits & ~_ALL_FLAGS:
-        raise DecodeError(DecodeReason.FIELD, f"flags {flag_bits:#x} hold an unknown bit")
-    flags = Flag(flag_bits)
+    kind = _KINDS.get(kind_number)
+    if kind is None:
+        raise DecodeError(DecodeReason.KIND, f"payload kind {kind_number} is not known")
+    if flags & ~_ALL_FLAGS:
+        raise DecodeError(DecodeReason.FIELD, f"flags {flags:#x} hold an unknown bit")
     if fingerprint != schema.fingerprint:
         raise DecodeError(
             DecodeReason.SCHEMA,
             f"the payload is for another model or other blocks: its schema has fingerprint "
             f"{fingerprint.hex()}, wanted {schema.fingerprint.hex()}",
         )
-    if (Kind(kind) is Kind.UPLOAD) is not (Flag.UPLOAD in flags):
+    if (kind is Kind.UPLOAD) is not bool(flags & Flag.UPLOAD):
         raise DecodeError(
             DecodeReason.FIELD, "a client's report stands where none belongs, or lacks"
         )
-    client, report = _read_report(cursor) if Flag.UPLOAD in flags else (None, None)
-    mask = Mask(*cursor.unpack(_MASK, "the mask")) if Flag.MASK in flags else None
+    client, report = _read_report(cursor) if flags & Flag.UPLOAD else (None, None)
+    mask = Mask(*cursor.unpack(_MASK, "the mask")) if flags & Flag.MASK else None
     start = None
-    if Flag.START in flags:
+    if flags & Flag.START:
         if kind not in (Kind.OPENING, Kind.BROADCAST):
             raise DecodeError(DecodeReason.FIELD, "only a server's payload stands for a model")
         (start,) = cursor.unpack(_START, "the start")
     differences = None
-    if Flag.BLOCK_DIFFERENCES in flags:
+    if flags & Flag.BLOCK_DIFFERENCES:
         part = cursor.take(4 * len(schema.blocks), "the block differences")
         as_array = np.frombuffer(part, "<f4")
         if not bool((np.isfinite(as_array) & (as_array >= 0)).all()):
@@ -414,13 +417,13 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
             )
         differences = tuple(map(float, as_array))
     return Header(
-        kind=Kind(kind),
+        kind=kind,
         method=method,
         round=number,
         stage=stage,
         kept=_read_bitmap(cursor, len(schema.blocks)),
-        is_difference=Flag.DIFFERENCES in flags,
-        is_lossless=Flag.LOSSLESS in flags,
+        is_difference=bool(flags & Flag.DIFFERENCES),
+        is_lossless=bool(flags & Flag.LOSSLESS),
         client=client,
         report=report,
         mask=mask,
@@ -430,10 +433,8 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
 
 
 def _read_report(cursor: Cursor) -> tuple[int, Report]:
-    fields = dict(
-        zip((n for n, _ in UPLOAD_FIELDS), cursor.unpack(_UPLOAD, "the report"), strict=True)
-    )
-    client = fields.pop("client")
+    client, *values = cursor.unpack(_UPLOAD, "the report")
+    fields = dict(zip(_REPORTED, values, strict=True))
     try:
         return client, Report(**fields)
     except UsageError as error:

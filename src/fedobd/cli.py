@@ -120,14 +120,22 @@ def run_command(
 ) -> None:
     """Run one method with one seed."""
     play = _engine(engine)
-    config = load_config(source, overrides=overrides or [])
-    chosen = method or config.method
-    single = config.for_method(chosen, config.federation.seed if seed is None else seed)
-    folder = _folder(output, source, chosen, resume)
+    single = _single(source, overrides, method, seed)
+    folder = _folder(output, source, single.method, resume)
     with _interruptible(folder), Display(console) as display:
         summary = play(single, folder, workers=workers, resume=resume, observer=display)
     console.print(summary_table(summary))
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+
+
+def _single(
+    source: str, overrides: list[str] | None, method: str | None, seed: int | None
+) -> RunConfig:
+    """Return the configuration of one run; what is None is as the source says."""
+    config = load_config(source, overrides=overrides or [])
+    return config.for_method(
+        method or config.method, config.federation.seed if seed is None else seed
+    )
 
 
 class _Play(Protocol):
@@ -176,10 +184,7 @@ def flower_new_command(
     overrides: Overrides = None,
 ) -> None:
     """Write a Flower App that runs one method with one seed."""
-    config = load_config(source, overrides=overrides or [])
-    single = config.for_method(
-        method or config.method, config.federation.seed if seed is None else seed
-    )
+    single = _single(source, overrides, method, seed)
     _flower().write_app(folder, single)
     console.print(f"wrote {folder}; its README.md says how to run it", soft_wrap=True)
 

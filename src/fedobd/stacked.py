@@ -278,8 +278,8 @@ def _move(
 ) -> torch.Tensor:
     """Make one step of some clients; return their losses, shape (clients of the step,)."""
     device = rates.device
-    inputs = torch.stack([d.train.inputs[b] for d, b in zip(data, step.batches, strict=True)])
-    targets = torch.stack([d.train.targets[b] for d, b in zip(data, step.batches, strict=True)])
+    inputs = _gathered([own.train.inputs for own in data], step.batches)
+    targets = _gathered([own.train.targets for own in data], step.batches)
     numbers = torch.tensor(step.clients, device=device)
     part = stack if len(step.clients) == len(stack.steps) else stack.take(numbers)
     try:
@@ -301,6 +301,14 @@ def _move(
     if part is not stack:
         stack.put(numbers, part)
     return losses
+
+
+def _gathered(values: Sequence[torch.Tensor], batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the clients' batches, shape (clients, examples of a batch, ...)."""
+    batch = values[0].new_empty(len(values), len(batches[0]), *values[0].shape[1:])
+    for part, whole, numbers in zip(batch, values, batches, strict=True):
+        torch.index_select(whole, 0, numbers, out=part)
+    return batch
 
 
 def _clip(gradients: Tensors, most: float) -> None:
@@ -326,7 +334,8 @@ def _sgd(
 ) -> None:
     """Make a step of `torch.optim.SGD` with one rate and decay a client."""
     value = stack.trained[name]
-    gradient = gradient.addcmul(_column(decays, value), value)  # others may share its memory
+    if options.weight_decay:
+        gradient = gradient.addcmul(_column(decays, value), value)  # others may share its memory
     if options.momentum:
         gradient = stack.moments["momentum"][name].mul_(options.momentum).add_(gradient)
     value.addcmul_(_column(-rates, value), gradient)

@@ -222,13 +222,20 @@ def train_locally(
     device = trained[0].device
     num_examples = len(data.train)
     decay = 1 / num_examples if options.weight_decay == "1/n" else float(options.weight_decay)
+    fused = device.type in ("cpu", "cuda")
     optimizer: torch.optim.Optimizer
     if options.optimizer == "sgd":
         optimizer = torch.optim.SGD(
-            trained, lr=options.learning_rate, momentum=options.momentum, weight_decay=decay
+            trained,
+            lr=options.learning_rate,
+            momentum=options.momentum,
+            weight_decay=decay,
+            fused=fused,
         )
     else:
-        optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=decay)
+        optimizer = torch.optim.AdamW(
+            trained, lr=options.learning_rate, weight_decay=decay, fused=fused
+        )
     leave_single_out = has_batch_norm(model)
     order = torch.Generator().manual_seed(seed)
     last_loss = 0.0

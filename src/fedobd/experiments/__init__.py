@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedobd.experiments._build import Experiment, build_data, build_experiment
+from fedobd.experiments._build import Experiment, build_experiment
 from fedobd.experiments.compare import Comparison, compare
 from fedobd.experiments.config import RunConfig, load_config, make_method, plain_values
 from fedobd.experiments.folder import RunFolder
@@ -17,7 +17,6 @@ __all__ = [
     "RunConfig",
     "RunFolder",
     "Summary",
-    "build_data",
     "build_experiment",
     "compare",
     "list_presets",

@@ -73,6 +73,8 @@ def build_experiment(config: RunConfig) -> Experiment:
     seed = config.federation.seed
     method = config.chosen
     data = build_data(config)
+    if config.model.memory_format == "channels_last":
+        data = _channels_last(data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "model"))
         model = make_model(config.model)
@@ -161,6 +163,19 @@ def build_data(config: RunConfig) -> FederatedData:
             f"federation.clients is {federation.clients}"
         )
     return made
+
+
+def _channels_last(data: FederatedData) -> FederatedData:
+    """Return the same data, images with their channels last in memory as in the model."""
+
+    def moved(examples: Examples) -> Examples:
+        if examples.inputs.ndim != 4:
+            return examples
+        inputs = examples.inputs.contiguous(memory_format=torch.channels_last)
+        return Examples(inputs, examples.targets)
+
+    clients = tuple(ClientData(moved(own.train), moved(own.validation)) for own in data.clients)
+    return FederatedData(clients, moved(data.test))
 
 
 def _data_of(clients: tuple[ClientData, ...], number: int) -> ClientData:

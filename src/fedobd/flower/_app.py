@@ -46,7 +46,7 @@ from fedobd.flower._mod import CompressionMod
 from fedobd.flower._opening import MetricKeys
 from fedobd.flower._plan import read_plan
 from fedobd.flower._strategy import FedOBDStrategy
-from fedobd.simulation import ClientStates, PlayedRound, Watcher, single_thread
+from fedobd.simulation import ClientStates, PlayedRound, Watcher, prepare_process
 
 logger = getLogger("flwr")  # where Flower shows what an app says
 
@@ -180,7 +180,7 @@ def make_client_app(config_file: str | Path) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        single_thread()
+        prepare_process()
         return _train(message, context, read_config(context, path))
 
     return app

@@ -152,6 +152,7 @@ class CodecGrid(Grid):
         self._last: tuple[dict[str, Array], _Sent] | None = None
         self._pending: dict[str, _Pending] = {}
         self._moved: dict[str, str] = {}
+        self._has_warned = False
         self.traffic = Traffic()
 
     # --- what passes through
@@ -200,7 +201,9 @@ class CodecGrid(Grid):
         replies = []
         for reply in self._grid.pull_messages(list(asked)):
             number = reply.metadata.reply_to_message_id
-            pending = self._pending.pop(asked.get(number, number), None)
+            first = asked.get(number, number)
+            pending = self._pending.pop(first, None)
+            self._moved.pop(first, None)
             if pending is None and _holds_upload(reply):
                 continue  # its message was given up, and the model in it let go
             answer = reply if pending is None else self._answer(reply, pending)
@@ -234,6 +237,8 @@ class CodecGrid(Grid):
         pending = []
         for original in messages:
             record = original.content.get(self._key) if original.has_content() else None
+            if record is None:
+                self._warn_of_other_keys(original)
             if not isinstance(record, ArrayRecord) or not _can_be_averaged(record):
                 pending.append(_Pending(original, None))
                 continue
@@ -254,6 +259,19 @@ class CodecGrid(Grid):
             )
             pending.append(_Pending(_copy(original, shared), sent))
         return pending
+
+    def _warn_of_other_keys(self, message: Message) -> None:
+        """Say once that arrays under another key than the grid's are not compressed."""
+        keys = list(message.content.array_records) if message.has_content() else []
+        if keys and not self._has_warned:
+            self._has_warned = True
+            logger.log(
+                WARNING,
+                "fedobd: a message holds arrays under %s, which are not compressed; "
+                "CodecGrid(arrayrecord_key=...) is %r",
+                ", ".join(map(repr, keys)),
+                self._key,
+            )
 
     def _sent(self, record: ArrayRecord) -> _Sent:
         """Encode a model, or find what was made of it for the messages before."""

@@ -203,8 +203,9 @@ class FedOBDStrategy(Strategy):
         self.summary()
 
         def evaluate(number: int) -> None:
-            arrays = layout.to_arrays(server.state)
-            metrics = evaluate_fn(number, arrays) if evaluate_fn else None
+            if evaluate_fn is None:
+                return
+            metrics = evaluate_fn(number, layout.to_arrays(server.state))
             if metrics is not None:
                 result.evaluate_metrics_serverapp[number] = metrics
                 logger.log(INFO, "fedobd: round %d: server evaluation %s", number, dict(metrics))

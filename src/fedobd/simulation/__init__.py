@@ -8,7 +8,6 @@ from fedobd.simulation._client import (
     ClientTask,
     LocalClient,
     StackedTraining,
-    single_thread,
 )
 from fedobd.simulation._engine import ClientStates, MemoryStates, PlayedRound, Watcher, simulate
 from fedobd.simulation._pool import (
@@ -18,6 +17,7 @@ from fedobd.simulation._pool import (
     check_workers,
     open_pool,
 )
+from fedobd.simulation._process import prepare_process
 
 __all__ = [
     "ClientPool",
@@ -34,6 +34,6 @@ __all__ = [
     "Watcher",
     "check_workers",
     "open_pool",
+    "prepare_process",
     "simulate",
-    "single_thread",
 ]

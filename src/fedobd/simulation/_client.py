@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import nn
 
 from fedobd._client import Broadcast, ClientSession
@@ -18,7 +17,7 @@ from fedobd._rounds import RoundPlan
 from fedobd._schema import ModelSchema
 from fedobd._seeds import derive_seed
 from fedobd._state import ModelState, get_state, load_state
-from fedobd._wire import Bytes, Kind, Report
+from fedobd._wire import Kind, Report
 from fedobd.data import ClientData
 from fedobd.training import Evaluation, LocalResult, LocalTraining
 
@@ -101,13 +100,13 @@ class ClientResult:
 
     Args:
         client: the client's number.
-        upload: its upload; a view of a file's memory where it comes from another process.
+        upload: its upload.
         state: what it keeps, frozen tensors left out.
         seconds: wall-clock seconds by phase: `decode`, `validate`, `train`, `encode`.
     """
 
     client: int
-    upload: Bytes
+    upload: bytes
     state: ModelState
     seconds: dict[str, float]
 
@@ -123,21 +122,25 @@ class LocalClient:
         self._setup = setup
         self._model = setup.make_model().to(setup.device)
         self._decoded: dict[Kind, tuple[int, Broadcast]] = {}
+        self._frozen = {setup.schema.tensors[n].name for n in setup.schema.frozen()}
 
-    def run(self, tasks: Sequence[ClientTask]) -> list[ClientResult]:
+    def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         """Play some clients' parts in a round; together where clients are stacked.
+
+        Yields:
+            Each client's result when its upload is encoded.
 
         Raises:
             UsageError: as sessions and training raise it, with clients and round named.
         """
         try:
-            return self._run(tasks)
+            yield from self._run(tasks)
         except UsageError as error:
             clients = ", ".join(str(task.client) for task in tasks)
             place = f"client {clients}, round {tasks[0].plan.round}"
             raise UsageError(f"{place}: {error}") from error
 
-    def _run(self, tasks: Sequence[ClientTask]) -> list[ClientResult]:
+    def _run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         setup, plan = self._setup, tasks[0].plan
         clock = _Stopwatch()
         sessions = [self._session(task) for task in tasks]
@@ -152,23 +155,18 @@ class LocalClient:
         seeds = [derive_seed(setup.seed, "train", plan.round, task.client) for task in tasks]
         trained, results = self._train(starts, data, plan, seeds)
         clock.lap("train")
+        together = {phase: spent / len(tasks) for phase, spent in clock.seconds.items()}
         reports = map(_report, results, validations)
-        uploads = [
-            b"".join(session.upload(state, report))
-            for session, state, report in zip(sessions, trained, reports, strict=True)
-        ]
-        clock.lap("encode")
-        frozen = {setup.schema.tensors[n].name for n in setup.schema.frozen()}
-        seconds = {phase: spent / len(tasks) for phase, spent in clock.seconds.items()}
-        return [
-            ClientResult(
+        for task, session, state, report in zip(tasks, sessions, trained, reports, strict=True):
+            clock.start()
+            upload = b"".join(session.upload(state, report))
+            clock.lap("encode")
+            yield ClientResult(
                 client=task.client,
                 upload=upload,
-                state={n: v for n, v in session.state.items() if n not in frozen},
-                seconds=seconds,
+                state={n: v for n, v in session.state.items() if n not in self._frozen},
+                seconds={**together, "encode": clock.seconds["encode"]},
             )
-            for task, session, upload in zip(tasks, sessions, uploads, strict=True)
-        ]
 
     def _session(self, task: ClientTask) -> ClientSession:
         setup = self._setup
@@ -230,14 +228,12 @@ def _report(result: LocalResult, validation: Evaluation | None) -> Report:
 class _Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.start()
+
+    def start(self) -> None:
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
         self.seconds[phase] = now - self._last
         self._last = now
-
-
-def single_thread() -> None:
-    """Let torch use one thread, as every client does in every engine."""
-    torch.set_num_threads(1)

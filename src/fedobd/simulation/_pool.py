@@ -26,9 +26,9 @@ from fedobd.simulation._client import (
     ClientSetup,
     ClientTask,
     LocalClient,
-    single_thread,
 )
-from fedobd.simulation._worker import Worker
+from fedobd.simulation._process import prepare_process
+from fedobd.simulation._worker import Worker, write_setup
 
 MAX_ATTEMPTS = 4
 """How often clients are played before a round fails because their worker died each time."""
@@ -84,7 +84,7 @@ class _SingleThread:
 
     def __enter__(self) -> Self:
         self._threads = torch.get_num_threads()
-        single_thread()
+        prepare_process()
         return self
 
     def __exit__(
@@ -127,12 +127,12 @@ class ProcessPool(_SingleThread):
     def __init__(self, setup: ClientSetup, workers: int) -> None:
         self._setup = setup
         self._count = workers
-        self._sharing: str = torch.multiprocessing.get_sharing_strategy()  # type: ignore[no-untyped-call]
         self._workers: list[Worker] = []
         self._shared: list[Path] = []
-        base = _memory(setup, workers)
-        _sweep(base)
-        self._folder = TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=base)
+        self._setup_folder = _make_folder(Path(gettempdir()))
+        self._setup_file = Path(self._setup_folder.name) / "setup"
+        write_setup(setup, self._setup_file)
+        self._folder = _make_folder(_memory(setup, workers))
         self._names = (Path(self._folder.name) / str(number) for number in count())
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
@@ -142,12 +142,11 @@ class ProcessPool(_SingleThread):
             FedOBDError: the worker of some clients died `MAX_ATTEMPTS` times.
         """
         coming = _groups(self._with_files(tasks), self._setup.stack)
+        played: set[int] = set()
         waiting = deque(islice(coming, 1))
         attempts: dict[int, int] = {}
-        # By names of files: open files, the usual way, run out with some hundred clients' data.
-        _share_by("file_system")
         while len(self._workers) < self._count:
-            self._workers.append(Worker(self._setup, next(self._names)))
+            self._workers.append(Worker(self._setup_file, next(self._names)))
         while waiting or any(worker.groups for worker in self._workers):
             for ahead in range(_AHEAD):
                 for worker in self._workers:
@@ -162,7 +161,9 @@ class ProcessPool(_SingleThread):
             for worker in [w for w in self._workers if w.connection in ready]:
                 results = worker.receive()
                 if results is not None:
-                    yield from results
+                    new = [result for result in results if result.client not in played]
+                    played.update(result.client for result in new)
+                    yield from new
                     continue
                 lost, exit_code = list(worker.groups), worker.exit_status()
                 worker.close()
@@ -175,7 +176,8 @@ class ProcessPool(_SingleThread):
                             f"{exit_code}"
                         )
                 waiting.extendleft(reversed(lost))
-                self._workers[self._workers.index(worker)] = Worker(self._setup, next(self._names))
+                replacement = Worker(self._setup_file, next(self._names))
+                self._workers[self._workers.index(worker)] = replacement
 
     def _with_files(self, tasks: Iterable[ClientTask]) -> Iterator[ClientTask]:
         """Yield tasks whose payloads lie in files, each once for all clients that share it."""
@@ -204,16 +206,18 @@ class ProcessPool(_SingleThread):
         trace: TracebackType | None,
     ) -> None:
         for worker in self._workers:
+            worker.stop()  # all of them, before one is waited for
+        for worker in self._workers:
             worker.close()
         self._workers = []
         self._folder.cleanup()
-        _share_by(self._sharing)
+        self._setup_folder.cleanup()
         super().__exit__(kind, error, trace)
 
 
-def _sweep(base: Path | None) -> None:
-    """Remove the folders of processes that were killed before they could."""
-    for folder in (base or Path(gettempdir())).glob(f"{_PREFIX}*"):
+def _make_folder(base: Path) -> TemporaryDirectory[str]:
+    """Make a folder, after removing those of processes that were killed before they could."""
+    for folder in base.glob(f"{_PREFIX}*"):
         pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
         try:
             os.kill(int(pid), 0)
@@ -221,20 +225,16 @@ def _sweep(base: Path | None) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         except (ValueError, PermissionError):
             continue  # another's, or not of this kind
+    return TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=base)
 
 
-def _share_by(strategy: str) -> None:
-    """Say how tensors go to other processes."""
-    torch.multiprocessing.set_sharing_strategy(strategy)  # type: ignore[no-untyped-call]
-
-
-def _memory(setup: ClientSetup, workers: int) -> Path | None:
-    """Return a folder in memory with room for the payloads under way; None for the usual one."""
+def _memory(setup: ClientSetup, workers: int) -> Path:
+    """Return a folder in memory with room for the payloads under way; else the usual one."""
     folder = Path("/dev/shm")  # noqa: S108 - not a fixed name in it
     model = sum(spec.num_elements * spec.dtype.itemsize for spec in setup.schema.tensors)
     most = 4 * model * (1 + workers * _AHEAD * setup.stack)
     has_room = folder.is_dir() and shutil.disk_usage(folder).free > most
-    return folder if has_room and os.access(folder, os.W_OK) else None
+    return folder if has_room and os.access(folder, os.W_OK) else Path(gettempdir())
 
 
 def _groups(tasks: Iterable[ClientTask], size: int) -> Iterator[Group]:

@@ -27,7 +27,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedobd import EmptyRoundError, FedOBDError, Payload, UsageError, __version__
-from fedobd.data import ClientData, Examples, load_arrays
+from fedobd.data import ClientData, Examples, ExampleSet, gather, load_arrays
 from fedobd.experiments import build_experiment, load_config, run
 from fedobd.experiments.config import RunConfig, parse_config
 from fedobd.flower import make_client_app, make_server_app, write_app
@@ -421,13 +421,13 @@ def test_a_client_that_trains_to_nan_is_left_out(tmp_path: Path) -> None:
 # --- data of the nodes
 
 
-def save_arrays(file: Path, data: ClientData | Examples) -> str:
+def save_arrays(file: Path, data: ClientData | ExampleSet) -> str:
     """Write examples as an institution has them: in one file, what is held out first."""
     if isinstance(data, ClientData):
-        inputs = torch.cat([data.validation.inputs, data.train.inputs])
-        targets = torch.cat([data.validation.targets, data.train.targets])
+        inputs = torch.cat([gather(data.validation).inputs, gather(data.train).inputs])
+        targets = torch.cat([gather(data.validation).targets, gather(data.train).targets])
     else:
-        inputs, targets = data.inputs, data.targets
+        inputs, targets = gather(data).inputs, gather(data).targets
     np.savez(file, inputs=inputs.numpy(), targets=targets.numpy())
     return str(file)
 

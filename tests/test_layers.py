@@ -37,6 +37,7 @@ LAYERS = (
     ("experiments",),
     ("flower",),
     ("display",),
+    ("data_commands",),
     ("cli",),
     ("__main__",),
 )

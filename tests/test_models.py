@@ -19,6 +19,7 @@ from fedobd.models import (
     DenseLayer,
     DenseNet40,
     DigitsCNN,
+    ImageCNN,
     ResNet18,
     TransformerClassifier,
     build_model,
@@ -48,6 +49,9 @@ def small_transformer(**options: Any) -> TransformerClassifier:
     [
         ("digits-cnn", {}, 90_250, 16),
         ("digits-cnn", {"num_classes": 3}, 90_250 - 7 * 129, 16),
+        ("image-cnn", {}, 334_826, 17),
+        ("image-cnn", {"num_classes": 100, "in_channels": 1}, 334_826 + 90 * 129 - 576, 17),
+        ("image-cnn", {"width": 8}, 21_506, 17),
         ("densenet40", {}, 176_122, 119),
         ("densenet40", {"num_classes": 100}, 176_122 + 90 * 133, 119),
         ("densenet40", {"bottleneck": False}, 1_059_298, 119),
@@ -71,6 +75,8 @@ def test_number_of_parameters(
     [
         (DigitsCNN, lambda: images(1, 8), (4, 10)),
         (lambda: DigitsCNN(5, 2), lambda: images(2, 8), (4, 5)),
+        (ImageCNN, lambda: images(3, 32, 2), (2, 10)),
+        (lambda: ImageCNN(100, 1, width=4), lambda: images(1, 16), (4, 100)),
         (DenseNet40, lambda: images(3, 32, 2), (2, 10)),
         (lambda: DenseNet40(7, 1, bottleneck=False), lambda: images(1, 32, 2), (2, 7)),
         (ResNet18, lambda: images(3, 32, 2), (2, 10)),
@@ -117,6 +123,7 @@ def test_same_seed_gives_the_same_model() -> None:
     [
         (lambda: DigitsCNN(0), r"DigitsCNN: num_classes is 0; wanted an integer of at least 1"),
         (lambda: DigitsCNN(in_channels=-1), r"DigitsCNN: in_channels is -1"),
+        (lambda: ImageCNN(width=0), r"ImageCNN: width is 0; wanted an integer of at least 1"),
         (lambda: ResNet18(num_classes="10"), r"ResNet18: num_classes is '10'; wanted an integer"),  # type: ignore[arg-type]
         (lambda: DenseNet40(growth=True), r"DenseNet40: growth is True"),
         (lambda: DenseNet40(compression=0), r"compression is 0; allowed are 0 < compression <= 1"),
@@ -239,6 +246,7 @@ def test_text_of_the_greatest_length() -> None:
     ("build", "batch"),
     [
         (DigitsCNN, lambda: images(1, 8)),
+        (ImageCNN, lambda: images(3, 16, 2)),
         (DenseNet40, lambda: images(3, 16, 2)),
         (ResNet18, lambda: images(3, 16, 2)),
     ],
@@ -290,7 +298,15 @@ def test_batch_statistics_of_one_example_fail_where_there_is_one_value() -> None
 
 
 def test_names() -> None:
-    assert list(MODELS) == ["digits-cnn", "densenet40", "resnet18", "transformer"]
+    assert list(MODELS) == [
+        "digits-cnn",
+        "image-cnn",
+        "densenet40",
+        "resnet18",
+        "transformer",
+        "hf-text",
+        "hf-image",
+    ]
     assert isinstance(build_model("densenet40", num_classes=3), DenseNet40)
     assert isinstance(build_model("torch.nn:Linear", in_features=2, out_features=3), nn.Linear)
     assert isinstance(build_model("fedobd.models.resnet:ResNet18", in_channels=1), ResNet18)
@@ -353,7 +369,7 @@ def test_own_model_by_module_and_name(own_model: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("digit-cnn", {}, r"model 'digit-cnn' is unknown; wanted one of digits-cnn, densenet40, "),
+        ("digit-cnn", {}, r"model 'digit-cnn' is unknown; wanted one of digits-cnn, image-cnn, d"),
         ("digit-cnn", {}, r"or 'package.module:name' for your own; did you mean 'digits-cnn'"),
         ("zzz", {}, r"for your own$"),
         ("", {}, r"model '' is unknown"),
@@ -397,7 +413,7 @@ def test_wrong_names_and_options(name: str, options: dict[str, Any], message: st
 
 
 def test_state_round_trip_of_every_model() -> None:
-    for build in (DigitsCNN, DenseNet40, small_transformer):
+    for build in (DigitsCNN, ImageCNN, DenseNet40, small_transformer):
         source, target = build(), build()
         load_state(target, get_state(source))
         for name, value in get_state(source).items():

@@ -144,11 +144,15 @@ def stages(**options: Any) -> dict[str, Any]:
     return {"depths": [2, 2], "num_channels": 3, **options}
 
 
+BUILT_IN_OPTIONS: dict[str, dict[str, Any]] = {
+    "transformer": {"vocab_size": 30},
+    "hf-text": {"config": {"model_type": "bert", "vocab_size": 30, **SIZES}},
+    "hf-image": {"config": {"model_type": "vit", "image_size": 8, "patch_size": 4, **SIZES}},
+}
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     **{
-        f"built-in {name}": functools.partial(
-            build_model, name, **({"vocab_size": 30} if name == "transformer" else {})
-        )
+        f"built-in {name}": functools.partial(build_model, name, **BUILT_IN_OPTIONS.get(name, {}))
         for name in BUILT_IN
     },
     **{name: make for name, make in KNOWN.items() if name not in ("albert", "vit")},

@@ -22,7 +22,7 @@ from torch import nn
 
 from fedobd import Payload, RoundPlan, ServerSession, UsageError
 from fedobd._state import ModelState, get_state, load_state
-from fedobd.data import ClientData, Examples
+from fedobd.data import ClientData, Examples, gather
 from fedobd.experiments import load_config, run
 from fedobd.experiments._build import Experiment, build_experiment
 from fedobd.experiments.config import RunConfig
@@ -346,7 +346,9 @@ def test_batches_of_one_example() -> None:
 
 def test_running_statistics_belong_to_each_client() -> None:
     data = images([16, 16, 40], 1, 3, 4)
-    data[1] = replace(data[1], train=Examples(data[1].train.inputs * 9, data[1].train.targets))
+    data[1] = replace(
+        data[1], train=Examples(gather(data[1].train).inputs * 9, gather(data[1].train).targets)
+    )
     states = check_same(normalized().double(), data)
     assert [int(s["1.num_batches_tracked"]) for s in states] == [4, 4, 10]
     assert states[0]["1.num_batches_tracked"].dtype == torch.int64
@@ -368,7 +370,10 @@ def test_losses_are_those_of_the_last_epoch_weighted_by_examples() -> None:
     options = replace(OPTIONS, learning_rate=1e-12)
     _, results = stacked(model, starts, data, options=options)
     with torch.no_grad():
-        whole = [float(cross_entropy(model(d.train.inputs), d.train.targets)) for d in data]
+        whole = [
+            float(cross_entropy(model(gather(d.train).inputs), gather(d.train).targets))
+            for d in data
+        ]
     assert [r.loss for r in results] == [pytest.approx(loss, rel=1e-6) for loss in whole]
     assert [r.num_examples for r in results] == [9, 8]
     assert all(isinstance(r.loss, float) for r in results)
@@ -692,8 +697,8 @@ def test_nothing_of_model_starts_and_data_is_changed(differ: bool) -> None:
     for now, then in zip(starts, before[1], strict=True):
         assert same(now, then)
     for own, was in zip(data, before[2], strict=True):
-        assert torch.equal(own.train.inputs, was.train.inputs)
-        assert torch.equal(own.train.targets, was.train.targets)
+        assert torch.equal(gather(own.train).inputs, gather(was.train).inputs)
+        assert torch.equal(gather(own.train).targets, gather(was.train).targets)
     again, _ = stacked(model, starts, data)
     assert all(same(a, b) for a, b in zip(states, again, strict=True))
     assert not any(value.requires_grad for state in states for value in state.values())

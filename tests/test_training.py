@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedobd import RoundPlan, UsageError
-from fedobd.data import ClientData, Examples, federate, load_digits, partition_iid
+from fedobd.data import ClientData, Examples, federate, gather, load_digits, partition_iid
 from fedobd.training import (
     TrainingOptions,
     accuracy,
@@ -84,13 +84,13 @@ def test_sgd_equals_a_loop_written_out() -> None:
     bias = layer.bias.detach().clone().double()
     plan = replace(PLAN, epochs=3, schedule_epochs=4)
     train_locally(model, data, plan, 0, options=options)
-    inputs = data.train.inputs.flatten(1).double()
+    inputs = gather(data.train).inputs.flatten(1).double()
     n = len(inputs)
     speed_w, speed_b = torch.zeros_like(weight), torch.zeros_like(bias)
     for epoch in range(3):
         rate = 0.1 * (1 + math.cos(math.pi * epoch / 4)) / 2
         probabilities = (inputs @ weight.T + bias).softmax(1)
-        probabilities[torch.arange(n), data.train.targets] -= 1
+        probabilities[torch.arange(n), gather(data.train).targets] -= 1
         grad_w, grad_b = probabilities.T @ inputs / n, probabilities.mean(0)
         norm = math.sqrt(float((grad_w**2).sum() + (grad_b**2).sum()))
         assert norm > 0.05  # so that the clipping is seen
@@ -233,16 +233,18 @@ def test_digits_are_the_real_ones() -> None:
 def test_federate_shares_everything_out_once() -> None:
     examples = Examples(torch.arange(101).float(), torch.arange(101))
     data = federate(examples, 7, test_fraction=0.2, validation_fraction=0.25, seed=3)
-    shares = [torch.cat([c.train.targets, c.validation.targets]) for c in data.clients]
-    everything = torch.cat([*shares, data.test.targets])
+    shares = [
+        torch.cat([gather(c.train).targets, gather(c.validation).targets]) for c in data.clients
+    ]
+    everything = torch.cat([*shares, gather(data.test).targets])
     assert sorted(everything.tolist()) == list(range(101))
     assert {len(share) for share in shares} == {11, 12}
     assert len(data.test) == 20
     assert all(len(c.validation) == len(s) // 4 for c, s in zip(data.clients, shares, strict=True))
     again = federate(examples, 7, test_fraction=0.2, validation_fraction=0.25, seed=3)
     other = federate(examples, 7, test_fraction=0.2, validation_fraction=0.25, seed=4)
-    assert torch.equal(again.test.targets, data.test.targets)
-    assert not torch.equal(other.test.targets, data.test.targets)
+    assert torch.equal(gather(again.test).targets, gather(data.test).targets)
+    assert not torch.equal(gather(other.test).targets, gather(data.test).targets)
 
 
 def test_wrong_shares_are_refused() -> None:

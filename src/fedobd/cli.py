@@ -26,6 +26,7 @@ from fedobd._codec import check_dropout_rate
 from fedobd._errors import FedOBDError, UsageError
 from fedobd._payload import Payload
 from fedobd._schema import ModelSchema
+from fedobd.data_commands import data_app
 from fedobd.display import (
     Display,
     block_table,
@@ -56,6 +57,7 @@ flower_app = typer.Typer(
     name="flower", help="Flower Apps that run a configuration.", no_args_is_help=True
 )
 app.add_typer(flower_app)
+app.add_typer(data_app, name="data")
 console = Console()
 errors = Console(stderr=True)
 

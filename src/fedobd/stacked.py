@@ -24,8 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedobd._errors import UsageError
 from fedobd._rounds import RoundPlan
 from fedobd._state import ModelState, named_tensors
-from fedobd.data import ClientData
+from fedobd.data import ClientData, Examples
 from fedobd.training import (
+    Augment,
     LocalResult,
     Loss,
     TrainingOptions,
@@ -103,6 +104,7 @@ def train_stacked(
     *,
     options: TrainingOptions,
     loss: Loss = cross_entropy,
+    augment: Augment | None = None,
 ) -> tuple[list[ModelState], list[LocalResult]]:
     """Train one model a client.
 
@@ -114,6 +116,7 @@ def train_stacked(
         seeds: of each client's order of batches.
         options: optimizer, schedule, batch size.
         loss: mean loss of a batch; called under `torch.func.vmap`.
+        augment: changes the inputs of each client's batch, with that client's draws.
 
     Returns:
         Each client's values, which are views of the stack, and what it reports. Dropout draws
@@ -128,11 +131,6 @@ def train_stacked(
         so weight decay moves it.
     """
     device = next(model.parameters()).device
-    shapes = {tuple(own.train.inputs.shape[1:]) for own in data}
-    if len(shapes) > 1:
-        raise UsageError(
-            f"clients' examples have the shapes {sorted(shapes)}; stacked ones need one shape"
-        )
     parameters = {name: p for name, p, _ in named_tensors(model) if isinstance(p, nn.Parameter)}
     frozen = {n: starts[0][n].to(device) for n, p in parameters.items() if not p.requires_grad}
     values = {
@@ -179,11 +177,20 @@ def train_stacked(
                     _rate(options, plan, epoch, step.number, len(epochs[k])) for k in step.clients
                 ]
                 count = len(step.batches[0])
+                batches = [
+                    data[k].train.take(numbers)
+                    for k, numbers in zip(step.clients, step.batches, strict=True)
+                ]
+                if augment is not None:
+                    batches = [
+                        Examples(augment(batch.inputs, orders[k]), batch.targets)
+                        for k, batch in zip(step.clients, batches, strict=True)
+                    ]
                 batch_loss = _move(
                     stack,
                     step,
                     gradient,
-                    [data[k] for k in step.clients],
+                    batches,
                     options,
                     torch.tensor(rates, device=device),
                     decays,
@@ -271,15 +278,20 @@ def _move(
     stack: _Stack,
     step: _Step,
     gradient: Gradient,
-    data: Sequence[ClientData],
+    batches: Sequence[Examples],
     options: TrainingOptions,
     rates: torch.Tensor,
     decays: torch.Tensor,
 ) -> torch.Tensor:
     """Make one step of some clients; return their losses, shape (clients of the step,)."""
     device = rates.device
-    inputs = _gathered([own.train.inputs for own in data], step.batches)
-    targets = _gathered([own.train.targets for own in data], step.batches)
+    shapes = {tuple(batch.inputs.shape[1:]) for batch in batches}
+    if len(shapes) > 1:
+        raise UsageError(
+            f"clients' examples have the shapes {sorted(shapes)}; stacked ones need one shape"
+        )
+    inputs = torch.stack([batch.inputs for batch in batches])
+    targets = torch.stack([batch.targets for batch in batches])
     numbers = torch.tensor(step.clients, device=device)
     part = stack if len(step.clients) == len(stack.steps) else stack.take(numbers)
     try:
@@ -301,14 +313,6 @@ def _move(
     if part is not stack:
         stack.put(numbers, part)
     return losses
-
-
-def _gathered(values: Sequence[torch.Tensor], batches: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the clients' batches, shape (clients, examples of a batch, ...)."""
-    batch = values[0].new_empty(len(values), len(batches[0]), *values[0].shape[1:])
-    for part, whole, numbers in zip(batch, values, batches, strict=True):
-        torch.index_select(whole, 0, numbers, out=part)
-    return batch
 
 
 def _clip(gradients: Tensors, most: float) -> None:

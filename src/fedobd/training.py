@@ -19,13 +19,17 @@ from torch.nn import functional as F
 
 from fedobd._errors import UsageError
 from fedobd._rounds import RoundPlan
-from fedobd.data import ClientData, Examples
+from fedobd.data import ClientData, ExampleSet
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Mean loss of a batch, 0-dim, from the model's outputs and the targets."""
 
 Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Mean metric of a batch, 0-dim, larger is better, from the model's outputs and the targets."""
+
+
+Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+"""Changes a batch of inputs at random; all draws are made of the CPU generator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +206,7 @@ def train_locally(
     *,
     options: TrainingOptions,
     loss: Loss = cross_entropy,
+    augment: Augment | None = None,
 ) -> LocalResult:
     """Train a model in place with a fresh optimizer.
 
@@ -214,28 +219,14 @@ def train_locally(
         seed: of the order of batches and of dropout.
         options: optimizer, schedule, batch size.
         loss: mean loss of a batch.
+        augment: changes the inputs of each batch.
 
     Raises:
         UsageError: the only batch has one example, and the model has batch normalization.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    device = trained[0].device
+    optimizer = _optimizer(model, options, len(data.train))
+    device = optimizer.param_groups[0]["params"][0].device
     num_examples = len(data.train)
-    decay = 1 / num_examples if options.weight_decay == "1/n" else float(options.weight_decay)
-    fused = device.type in ("cpu", "cuda")
-    optimizer: torch.optim.Optimizer
-    if options.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            trained,
-            lr=options.learning_rate,
-            momentum=options.momentum,
-            weight_decay=decay,
-            fused=fused,
-        )
-    else:
-        optimizer = torch.optim.AdamW(
-            trained, lr=options.learning_rate, weight_decay=decay, fused=fused
-        )
     leave_single_out = has_batch_norm(model)
     order = torch.Generator().manual_seed(seed)
     last_loss = 0.0
@@ -256,17 +247,33 @@ def train_locally(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 batch = data.train.take(indices)
+                inputs = batch.inputs.to(device)
+                if augment is not None:
+                    inputs = augment(inputs, order)
                 optimizer.zero_grad(set_to_none=True)
                 with autocast(options, device):
-                    batch_loss = loss(model(batch.inputs.to(device)), batch.targets.to(device))
+                    batch_loss = loss(model(inputs), batch.targets.to(device))
                 batch_loss.backward()  # type: ignore[no-untyped-call]
                 if options.max_gradient_norm is not None:
-                    nn.utils.clip_grad_norm_(trained, options.max_gradient_norm)
+                    nn.utils.clip_grad_norm_(model.parameters(), options.max_gradient_norm)
                 optimizer.step()
                 total += batch_loss.detach() * len(indices)
                 seen += len(indices)
             last_loss = float(total) / seen
     return LocalResult(num_examples, last_loss)
+
+
+def _optimizer(
+    model: nn.Module, options: TrainingOptions, num_examples: int
+) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = 1 / num_examples if options.weight_decay == "1/n" else float(options.weight_decay)
+    rate, fused = options.learning_rate, trained[0].device.type in ("cpu", "cuda")
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=fused)
+    return torch.optim.SGD(
+        trained, lr=rate, momentum=options.momentum, weight_decay=decay, fused=fused
+    )
 
 
 def autocast(options: TrainingOptions, device: torch.device) -> torch.autocast:
@@ -289,7 +296,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 def evaluate(
     model: nn.Module,
-    examples: Examples,
+    examples: ExampleSet,
     *,
     loss: Loss = cross_entropy,
     metric: Metric = accuracy,
@@ -317,8 +324,9 @@ def evaluate(
         del bounds[-2]
     with torch.inference_mode():
         for start, stop in itertools.pairwise(bounds):
-            outputs = model(examples.inputs[start:stop].to(device))
-            targets = examples.targets[start:stop].to(device)
+            batch = examples.take(torch.arange(start, stop))
+            outputs = model(batch.inputs.to(device))
+            targets = batch.targets.to(device)
             total_loss += float(loss(outputs, targets)) * (stop - start)
             total_metric += float(metric(outputs, targets)) * (stop - start)
     count = len(examples)

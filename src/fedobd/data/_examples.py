@@ -1,12 +1,32 @@
-"""Examples: inputs and targets as tensors, and who has which."""
+"""Examples: inputs and targets, in memory or picked from a larger set, and who has which."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from fedobd._errors import UsageError
+
+Prepare = Callable[[torch.Tensor], torch.Tensor]
+"""Turns stored inputs of some examples into what the model takes."""
+
+
+class ExampleSet(Protocol):
+    """Examples that are given out by their numbers."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """The targets of all of them, first dimension the examples."""
+        ...
+
+    def take(self, indices: torch.Tensor) -> Examples:
+        """Return the examples with these numbers, int64, shape (n,)."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +55,57 @@ class Examples:
         return len(self.inputs)
 
     def take(self, indices: torch.Tensor) -> Examples:
-        """Return the examples with these numbers, int64, shape (n,)."""
-        return Examples(self.inputs[indices], self.targets[indices])
+        """See `ExampleSet.take`."""
+        return Examples(
+            self.inputs.index_select(0, indices), self.targets.index_select(0, indices)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Some examples of a larger set, which stays where it is.
+
+    Args:
+        whole: the set.
+        numbers: which of its examples, int64, shape (n,).
+        prepare: what is done to inputs when they are taken; None for nothing.
+    """
+
+    whole: ExampleSet
+    numbers: torch.Tensor
+    prepare: Prepare | None = None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """See `ExampleSet.targets`."""
+        return self.whole.targets[self.numbers]
+
+    def take(self, indices: torch.Tensor) -> Examples:
+        """See `ExampleSet.take`."""
+        taken = self.whole.take(self.numbers[indices])
+        if self.prepare is None:
+            return taken
+        return Examples(self.prepare(taken.inputs), taken.targets)
+
+
+def select(examples: ExampleSet, numbers: torch.Tensor) -> Selection:
+    """Return some examples of a set, of a selection those of the set that it is made of.
+
+    Args:
+        examples: the set.
+        numbers: which of its examples, int64, shape (n,).
+    """
+    if isinstance(examples, Selection):
+        return Selection(examples.whole, examples.numbers[numbers], examples.prepare)
+    return Selection(examples, numbers)
+
+
+def gather(examples: ExampleSet) -> Examples:
+    """Return all examples of a set, in memory."""
+    return examples.take(torch.arange(len(examples)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +117,8 @@ class ClientData:
         validation: examples on which it validates the model that it receives; may be empty.
     """
 
-    train: Examples
-    validation: Examples
+    train: ExampleSet
+    validation: ExampleSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +135,7 @@ class FederatedData:
     """
 
     clients: tuple[ClientData, ...]
-    test: Examples
+    test: ExampleSet
 
     def __post_init__(self) -> None:
         for number, client in enumerate(self.clients):

@@ -2,11 +2,173 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
 import torch
 
 from fedobd._errors import UsageError
-from fedobd._seeds import make_generator
-from fedobd.data._examples import ClientData, Examples, FederatedData
+from fedobd._seeds import derive_seed, make_generator
+from fedobd.data._examples import (
+    ClientData,
+    Examples,
+    ExampleSet,
+    FederatedData,
+    Prepare,
+    Selection,
+    select,
+)
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionOptions:
+    """How examples are shared out.
+
+    Args:
+        name: `iid`: at random, in shares that differ by at most one; `dirichlet`: each class by
+            shares drawn from a Dirichlet distribution; `shard`: sorted by class, cut into
+            shards, and so many of them to each client; `pathological`: so many classes to each
+            client; `natural`: by the column that says whose an example is. All but `iid` are those
+            of Flower Datasets.
+        alpha: concentration of `dirichlet`, above 0; the smaller, the more unequal.
+        min_examples: the least of a client's share with `dirichlet`, drawn anew until it is met.
+        shards_per_client: with `shard`, from 1.
+        classes_per_client: with `pathological`, from 1.
+
+    Raises:
+        UsageError: an option is outside what is allowed.
+
+    References:
+        Tzu-Ming Harry Hsu, Hang Qi, Matthew Brown. Measuring the Effects of Non-Identical Data
+        Distribution for Federated Visual Classification. 2019, arXiv 1909.06335 (`dirichlet`).
+        H. Brendan McMahan et al. Communication-Efficient Learning of Deep Networks from
+        Decentralized Data. AISTATS 2017, arXiv 1602.05629, section 3 (`shard`).
+    """
+
+    name: Literal["iid", "dirichlet", "shard", "pathological", "natural"] = "iid"
+    alpha: float = 0.5
+    min_examples: int = 10
+    shards_per_client: int = 2
+    classes_per_client: int = 2
+
+    def __post_init__(self) -> None:
+        if self.alpha <= 0:
+            raise UsageError(f"alpha is {self.alpha}; allowed are numbers above 0")
+        for name in ("min_examples", "shards_per_client", "classes_per_client"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; allowed are numbers from 1")
+
+
+def partition(
+    targets: torch.Tensor,
+    num_clients: int,
+    options: PartitionOptions,
+    *,
+    owners: Sequence[Any] | None = None,
+    seed: int = 0,
+) -> list[torch.Tensor]:
+    """Share out examples.
+
+    Args:
+        targets: the examples' classes, int64, shape (n,).
+        num_clients: how many shares.
+        options: how.
+        owners: whose each example is, for `natural`.
+        seed: the run's seed.
+
+    Returns:
+        The numbers of each client's examples, int64, in random order.
+
+    Raises:
+        UsageError: the examples cannot be shared out so, a client would be left without any, or
+            Flower Datasets is not installed.
+    """
+    _check_count(len(targets), num_clients)
+    if options.name == "iid":
+        return partition_iid(len(targets), num_clients, seed=seed)
+    if options.name == "natural" and owners is None:
+        raise UsageError("the partition 'natural' wants data.columns.client")
+    try:
+        found = _partition_by_library(targets, num_clients, options, owners, seed)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"the partition {options.name!r} needs {error.name!r}, which is not installed; "
+            "pip install 'fedobd[data]'"
+        ) from error
+    except ValueError as error:
+        raise UsageError(
+            f"{len(targets)} examples cannot be shared among {num_clients} clients by "
+            f"{options.name!r}: {error}"
+        ) from error
+    for client, share in enumerate(found):
+        if len(share) == 0:
+            raise UsageError(
+                f"the partition {options.name!r} leaves client {client} without examples; use "
+                "fewer clients, or shares that are more equal"
+            )
+    return found
+
+
+def _partition_by_library(
+    targets: torch.Tensor,
+    num_clients: int,
+    options: PartitionOptions,
+    owners: Sequence[Any] | None,
+    seed: int,
+) -> list[torch.Tensor]:
+    from datasets import Dataset
+
+    columns: dict[str, Any] = {"target": targets.tolist(), "number": list(range(len(targets)))}
+    if owners is not None:
+        columns["owner"] = list(owners)
+    partitioner = _partitioner(options, num_clients, derive_seed(seed, "partition") % 2**32)
+    partitioner.dataset = Dataset.from_dict(columns)
+    if partitioner.num_partitions != num_clients:
+        raise UsageError(
+            f"the examples are of {partitioner.num_partitions} clients; federation.clients is "
+            f"{num_clients}"
+        )
+    shares = []
+    for client in range(num_clients):
+        numbers = torch.tensor(partitioner.load_partition(client)["number"][:], dtype=torch.int64)
+        order = torch.randperm(
+            len(numbers), generator=make_generator(seed, "partition order", client)
+        )
+        shares.append(numbers[order])
+    return shares
+
+
+def _partitioner(options: PartitionOptions, num_clients: int, seed: int) -> Partitioner:
+    from flwr_datasets import partitioner as library
+
+    if options.name == "dirichlet":
+        return library.DirichletPartitioner(
+            num_partitions=num_clients,
+            partition_by="target",
+            alpha=options.alpha,
+            min_partition_size=options.min_examples,
+            seed=seed,
+        )
+    if options.name == "shard":
+        return library.ShardPartitioner(
+            num_partitions=num_clients,
+            partition_by="target",
+            num_shards_per_partition=options.shards_per_client,
+            seed=seed,
+        )
+    if options.name == "pathological":
+        return library.PathologicalPartitioner(
+            num_partitions=num_clients,
+            partition_by="target",
+            num_classes_per_partition=options.classes_per_client,
+            class_assignment_mode="random",
+            seed=seed,
+        )
+    return library.NaturalIdPartitioner(partition_by="owner")
 
 
 def partition_iid(num_examples: int, num_clients: int, *, seed: int = 0) -> list[torch.Tensor]:
@@ -23,13 +185,40 @@ def partition_iid(num_examples: int, num_clients: int, *, seed: int = 0) -> list
     Raises:
         UsageError: there are more clients than examples, or no clients.
     """
+    _check_count(num_examples, num_clients)
+    order = torch.randperm(num_examples, generator=make_generator(seed, "partition"))
+    return list(order.tensor_split(num_clients))
+
+
+def _check_count(num_examples: int, num_clients: int) -> None:
     if not 1 <= num_clients <= num_examples:
         raise UsageError(
             f"{num_examples} examples cannot be shared among {num_clients} clients; "
             f"allowed are 1 to {num_examples} clients"
         )
-    order = torch.randperm(num_examples, generator=make_generator(seed, "partition"))
-    return list(order.tensor_split(num_clients))
+
+
+def set_aside(
+    num_examples: int, test_fraction: float, *, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a test set.
+
+    Args:
+        num_examples: how many examples there are.
+        test_fraction: share of them that no client gets, in (0, 1).
+        seed: the run's seed.
+
+    Returns:
+        The numbers of the other examples and those of the test set, int64.
+
+    Raises:
+        UsageError: the fraction is out of range.
+    """
+    if not 0 < test_fraction < 1:
+        raise UsageError(f"test_fraction is {test_fraction}; allowed are 0 < fraction < 1")
+    order = torch.randperm(num_examples, generator=make_generator(seed, "test split"))
+    num_test = max(1, round(test_fraction * num_examples))
+    return order[num_test:], order[:num_test]
 
 
 def federate(
@@ -52,19 +241,34 @@ def federate(
     Raises:
         UsageError: a fraction is out of range, or a client would be left without examples.
     """
-    if not 0 < test_fraction < 1:
-        raise UsageError(f"test_fraction is {test_fraction}; allowed are 0 < fraction < 1")
-    order = torch.randperm(len(examples), generator=make_generator(seed, "test split"))
-    num_test = max(1, round(test_fraction * len(examples)))
-    rest = order[num_test:]
-    clients = tuple(
-        hold_out(examples.take(rest[share]), validation_fraction)
-        for share in partition_iid(len(rest), num_clients, seed=seed)
+    rest, test = set_aside(len(examples), test_fraction, seed=seed)
+    shares = [rest[share] for share in partition_iid(len(rest), num_clients, seed=seed)]
+    return FederatedData(
+        share_out(examples, shares, validation_fraction), Selection(examples, test)
     )
-    return FederatedData(clients, examples.take(order[:num_test]))
 
 
-def hold_out(examples: Examples, validation_fraction: float) -> ClientData:
+def share_out(
+    examples: ExampleSet,
+    shares: Sequence[torch.Tensor],
+    validation_fraction: float,
+    *,
+    prepare: Prepare | None = None,
+) -> tuple[ClientData, ...]:
+    """Give each client its share of a data set.
+
+    Args:
+        examples: all examples, which stay where they are.
+        shares: the numbers of each client's.
+        validation_fraction: share of each that is held out for validation, in [0, 1).
+        prepare: what is done to inputs when they are taken.
+    """
+    return tuple(
+        hold_out(Selection(examples, share, prepare), validation_fraction) for share in shares
+    )
+
+
+def hold_out(examples: ExampleSet, validation_fraction: float) -> ClientData:
     """Hold the first examples of a client out for validation.
 
     Args:
@@ -81,5 +285,6 @@ def hold_out(examples: Examples, validation_fraction: float) -> ClientData:
     count = int(validation_fraction * len(examples))
     numbers = torch.arange(len(examples))
     return ClientData(
-        train=examples.take(numbers[count:]), validation=examples.take(numbers[:count])
+        train=select(examples, numbers[count:]),
+        validation=select(examples, numbers[:count]),
     )

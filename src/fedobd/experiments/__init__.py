@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.experiments._data import BuiltData, build_data
 from fedobd.experiments.compare import Comparison, compare
 from fedobd.experiments.config import RunConfig, load_config, make_method, plain_values
 from fedobd.experiments.folder import RunFolder
@@ -10,6 +11,7 @@ from fedobd.experiments.presets import list_presets
 from fedobd.experiments.runner import Engine, Observer, Summary, make_record, read_summary, run
 
 __all__ = [
+    "BuiltData",
     "Comparison",
     "Engine",
     "Experiment",
@@ -17,6 +19,7 @@ __all__ = [
     "RunConfig",
     "RunFolder",
     "Summary",
+    "build_data",
     "build_experiment",
     "compare",
     "list_presets",

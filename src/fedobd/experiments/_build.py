@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,18 +15,12 @@ from fedobd._errors import UsageError
 from fedobd._imports import find_object
 from fedobd._method import Method
 from fedobd._schema import ModelSchema
-from fedobd._seeds import derive_seed
+from fedobd._seeds import derive_seed, make_generator
 from fedobd._state import ModelState, get_state, load_state
-from fedobd.data import (
-    ClientData,
-    Examples,
-    FederatedData,
-    federate,
-    load_arrays,
-    load_digits,
-)
+from fedobd.data import Augmentation, ClientData, ExampleSet, load_vectors, select
+from fedobd.experiments._data import build_data
 from fedobd.experiments.config import ModelConfig, RunConfig
-from fedobd.models import build_model, use_batch_statistics
+from fedobd.models import MODELS, build_model, use_batch_statistics
 from fedobd.simulation import ClientSetup, StackedTraining
 from fedobd.stacked import train_stacked
 from fedobd.training import (
@@ -52,6 +46,7 @@ class Experiment:
         initial: the initial values.
         setup: what the clients share.
         evaluate: evaluates a state on the test set; None without one.
+        evaluate_part: the same on the part of it that is tested on between rounds.
     """
 
     method: Method
@@ -59,9 +54,7 @@ class Experiment:
     initial: ModelState
     setup: ClientSetup
     evaluate: Callable[[ModelState], Evaluation] | None
-
-
-_NO_EXAMPLES = Examples(torch.empty(0), torch.empty(0))
+    evaluate_part: Callable[[ModelState], Evaluation] | None
 
 
 def build_experiment(config: RunConfig) -> Experiment:
@@ -72,12 +65,12 @@ def build_experiment(config: RunConfig) -> Experiment:
     """
     seed = config.federation.seed
     method = config.chosen
-    data = build_data(config)
-    if config.model.memory_format == "channels_last":
-        data = _channels_last(data)
+    built = build_data(config)
+    data = built.federated
+    config_of_model = _with_vocabulary(config.model, built.vocabulary, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "model"))
-        model = make_model(config.model)
+        model = make_model(config_of_model)
     rules = config.model.blocks if method.unit == "semantic" else BlockRules(style=method.unit)
     schema = decompose(model, rules)
     initial = get_state(model)
@@ -90,15 +83,16 @@ def build_experiment(config: RunConfig) -> Experiment:
         options = TrainingOptions(
             **{name: getattr(training, name) for name in TrainingOptions.__slots__}
         )
-        train: LocalTraining = partial(train_locally, options=options, loss=loss)
-        together = partial(train_stacked, options=options, loss=loss)
+        augment = _augmentation(config)
+        train: LocalTraining = partial(train_locally, options=options, loss=loss, augment=augment)
+        together = partial(train_stacked, options=options, loss=loss, augment=augment)
     else:
         train = find_object(training.function, "training function", {})
     setup = ClientSetup(
         method=method,
         schema=schema,
         seed=seed,
-        make_model=partial(make_model, config.model),
+        make_model=partial(make_model, config_of_model),
         data=partial(_data_of, data.clients),
         train=train,
         validate=partial(_validate, loss=loss, metric=metric),
@@ -110,17 +104,55 @@ def build_experiment(config: RunConfig) -> Experiment:
     )
     model = model.to(device)
 
-    def evaluate_state(state: ModelState) -> Evaluation:
-        load_state(model, state)
-        return evaluate(model, data.test, loss=loss, metric=metric)
+    def evaluate_on(examples: ExampleSet) -> Callable[[ModelState], Evaluation] | None:
+        def evaluate_state(state: ModelState) -> Evaluation:
+            load_state(model, state)
+            return evaluate(model, examples, loss=loss, metric=metric)
+
+        return evaluate_state if len(examples) else None
 
     return Experiment(
         method=method,
         schema=schema,
         initial=initial,
         setup=setup,
-        evaluate=evaluate_state if len(data.test) else None,
+        evaluate=evaluate_on(data.test),
+        evaluate_part=evaluate_on(_some(data.test, config.output.evaluate_examples)),
     )
+
+
+def _some(examples: ExampleSet, most: int | None) -> ExampleSet:
+    """Draw examples, the same in every run."""
+    if most is None or most >= len(examples):
+        return examples
+    order = torch.randperm(len(examples), generator=make_generator(0, "evaluated"))
+    return select(examples, order[:most])
+
+
+def _augmentation(config: RunConfig) -> Augmentation | None:
+    image = config.data.image
+    if not (image.flip or image.crop_padding):
+        return None
+    return Augmentation(flip=image.flip, crop_padding=image.crop_padding)
+
+
+def _with_vocabulary(
+    config: ModelConfig, vocabulary: tuple[str, ...] | None, seed: int
+) -> ModelConfig:
+    """Tell a model that wants them the size of the vocabulary and its vectors.
+
+    Raises:
+        UsageError: vectors are wanted, and the data are no texts.
+    """
+    options = dict(config.options)
+    factory = find_object(config.name, "model", MODELS)
+    if vocabulary is not None and "vocab_size" in inspect.signature(factory).parameters:
+        options.setdefault("vocab_size", len(vocabulary))
+    if isinstance(options.get("vectors"), str):
+        if vocabulary is None:
+            raise UsageError("model.options.vectors is for data that are texts")
+        options["vectors"] = load_vectors(options["vectors"], vocabulary, seed=seed)
+    return config.model_copy(update={"options": options})
 
 
 def make_model(config: ModelConfig) -> nn.Module:
@@ -131,51 +163,6 @@ def make_model(config: ModelConfig) -> nn.Module:
     if config.memory_format == "channels_last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
-
-
-def build_data(config: RunConfig) -> FederatedData:
-    """Load the data of a configuration and share it out.
-
-    Raises:
-        UsageError: there are more clients than examples, or the user's function gives something
-            else.
-    """
-    data, federation = config.data, config.federation
-    if data.name == "nodes":
-        return FederatedData((), load_arrays(data.test_path) if data.test_path else _NO_EXAMPLES)
-    if data.test_path is not None:
-        raise UsageError(f"data.test_path is for data 'nodes'; data is {data.name!r}")
-    if data.name == "digits":
-        return federate(
-            load_digits(),
-            federation.clients,
-            test_fraction=data.test_fraction,
-            validation_fraction=data.validation_fraction,
-            seed=federation.seed,
-        )
-    factory: Callable[..., Any] = find_object(data.name, "data set", {"digits": load_digits})
-    made = factory(num_clients=federation.clients, seed=federation.seed, **data.options)
-    if not isinstance(made, FederatedData):
-        raise UsageError(f"data {data.name!r} gave {type(made).__name__}; wanted FederatedData")
-    if len(made.clients) != federation.clients:
-        raise UsageError(
-            f"data {data.name!r} gave {len(made.clients)} clients; "
-            f"federation.clients is {federation.clients}"
-        )
-    return made
-
-
-def _channels_last(data: FederatedData) -> FederatedData:
-    """Return the same data, images with their channels last in memory as in the model."""
-
-    def moved(examples: Examples) -> Examples:
-        if examples.inputs.ndim != 4:
-            return examples
-        inputs = examples.inputs.contiguous(memory_format=torch.channels_last)
-        return Examples(inputs, examples.targets)
-
-    clients = tuple(ClientData(moved(own.train), moved(own.validation)) for own in data.clients)
-    return FederatedData(clients, moved(data.test))
 
 
 def _data_of(clients: tuple[ClientData, ...], number: int) -> ClientData:

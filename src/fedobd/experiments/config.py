@@ -23,6 +23,7 @@ from fedobd._errors import UsageError
 from fedobd._imports import nearest
 from fedobd._method import Method
 from fedobd._server import MAX_EXAMPLES
+from fedobd.data import Columns, ImageOptions, PartitionOptions, Splits, TextOptions
 from fedobd.experiments.presets import preset_text
 from fedobd.methods import METHODS
 from fedobd.training import TrainingOptions
@@ -37,16 +38,33 @@ class DataConfig(_Section):
 
     name: str = Field(
         "digits",
-        description="`digits`; `nodes` where each node of a deployment has data of its own; or "
-        "`package.module:function` that is called with num_clients, seed and the options and "
-        "returns a FederatedData.",
+        description="`digits`; a file or folder of images or texts (parquet, csv, json, arrow), "
+        "or a data set's name on the hub, such as `uoft-cs/cifar10`; `nodes` where each node of a "
+        "deployment has data of its own; or `package.module:function` that is called with "
+        "num_clients, seed and the options and returns a FederatedData.",
+    )
+    columns: Columns = Field(default_factory=Columns, description="Which columns of a data set.")
+    splits: Splits = Field(
+        default_factory=Splits, description="Which splits of it, and how much of them."
+    )
+    image: ImageOptions = Field(
+        default_factory=ImageOptions, description="What is done to images."
+    )
+    text: TextOptions = Field(default_factory=TextOptions, description="What is done to texts.")
+    partition: PartitionOptions = Field(
+        default_factory=PartitionOptions, description="How examples are shared out."
     )
     test_path: str | None = Field(
         None,
         description="File of arrays to test on, with data `nodes`; without it nothing is tested "
         "on the server.",
     )
-    test_fraction: float = Field(0.2, gt=0, lt=1, description="Share of the examples to test on.")
+    test_fraction: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of the examples to test on, where there is no test split.",
+    )
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="Share of each client's examples to validate on."
     )
@@ -126,6 +144,12 @@ class OutputConfig(_Section):
 
     evaluate_every: int = Field(
         1, ge=1, description="Test every so many rounds; the last round always."
+    )
+    evaluate_examples: int | None = Field(
+        None,
+        ge=1,
+        description="Test on so many test examples, the same in every round; on all of them after "
+        "the last round. Without it always on all.",
     )
     keep_payloads: bool = Field(
         False, description="Keep every payload as a file, for `fedobd inspect`."

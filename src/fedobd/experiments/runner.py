@@ -232,7 +232,7 @@ def _play_here(
         yield from simulate(
             server,
             pool,
-            evaluate=experiment.evaluate,
+            evaluate=experiment.evaluate_part,
             should_evaluate=should_evaluate,
             states=states,
             watcher=watcher,

@@ -100,7 +100,7 @@ def _serve(grid: Grid, context: Context, config_file: Path) -> None:
         yield from strategy.play(
             grid,
             server,
-            evaluate=experiment.evaluate,
+            evaluate=experiment.evaluate_part,
             should_evaluate=should_evaluate,
             watcher=watcher,
         )

@@ -1,4 +1,4 @@
-"""Models to train: the published ones by name, and a user's own by `package.module:factory`."""
+"""Models to train: built-in ones by name, and a user's own by `package.module:factory`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 from torch import nn
 
 from fedobd.models._build import build_from
+from fedobd.models._checkpoint import checkpoint_folder
 from fedobd.models.batch_norm import use_batch_statistics
 from fedobd.models.densenet import DenseLayer, DenseNet40
 from fedobd.models.digits_cnn import DigitsCNN
+from fedobd.models.huggingface import HuggingFaceImage, HuggingFaceText
+from fedobd.models.image_cnn import ImageCNN
 from fedobd.models.resnet import BasicBlock, ResNet18
 from fedobd.models.transformer import TransformerClassifier
 
@@ -20,17 +23,24 @@ __all__ = [
     "DenseLayer",
     "DenseNet40",
     "DigitsCNN",
+    "HuggingFaceImage",
+    "HuggingFaceText",
+    "ImageCNN",
     "ResNet18",
     "TransformerClassifier",
     "build_model",
+    "checkpoint_folder",
     "use_batch_statistics",
 ]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "digits-cnn": DigitsCNN,
+    "image-cnn": ImageCNN,
     "densenet40": DenseNet40,
     "resnet18": ResNet18,
     "transformer": TransformerClassifier,
+    "hf-text": HuggingFaceText,
+    "hf-image": HuggingFaceImage,
 }
 """The models by the name that a configuration gives."""
 

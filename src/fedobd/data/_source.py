@@ -1,0 +1,269 @@
+"""Source: data sets of images or texts, from a hub or from local files, and their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedobd._errors import UsageError
+from fedobd._imports import nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+INPUT_COLUMNS = ("img", "image", "text", "sentence", "content", "review")
+TARGET_COLUMNS = ("label", "fine_label", "labels", "target")
+
+_BUILDERS = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+    ".json": "json",
+    ".jsonl": "json",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Which columns of a data set are used.
+
+    Args:
+        input: images or texts; None for the first of the usual names.
+        target: the class; None for the first of the usual names.
+        client: whose example it is, for the partition `natural`.
+    """
+
+    input: str | None = None
+    target: str | None = None
+    client: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Splits:
+    """Which splits of a data set are used.
+
+    Args:
+        train: what the clients share.
+        test: what is tested on; where the data set has none, a part of the training split is set
+            aside.
+        max_train: the most training examples that are used, drawn at random and the same in every
+            run; None for all.
+        max_test: the most test examples.
+
+    Raises:
+        UsageError: a number is below 1.
+    """
+
+    train: str = "train"
+    test: str = "test"
+    max_train: int | None = None
+    max_test: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_train", "max_test"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; allowed are numbers from 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A data set that was opened.
+
+    Args:
+        train: its training split, mapped from disk.
+        test: its test split, None where there is none.
+        kind: what the inputs are.
+        input: their column.
+        target: the column of the classes.
+        classes: their names, in the order of their numbers.
+    """
+
+    train: Dataset
+    test: Dataset | None
+    kind: Literal["image", "text"]
+    input: str
+    target: str
+    classes: tuple[str, ...]
+
+    def targets(self, split: Dataset) -> NDArray[np.int64]:
+        """Return the class numbers of a split, shape (n,).
+
+        Raises:
+            UsageError: a row has no class, or one that is not among the classes.
+        """
+        values = split.with_format(None)[self.target][:]
+        if values and isinstance(values[0], str):
+            numbers: dict[Any, int] = {name: i for i, name in enumerate(self.classes)}
+        else:
+            numbers = {i: i for i in range(len(self.classes))}
+        found = np.empty(len(values), np.int64)
+        for row, value in enumerate(values):
+            number = numbers.get(value)
+            if number is None:
+                raise UsageError(
+                    f"row {row} of column {self.target!r} holds {value!r}, which is none of the "
+                    f"{len(self.classes)} classes {_short(self.classes)}"
+                )
+            found[row] = number
+        return found
+
+
+def open_source(name: str, *, columns: Columns, splits: Splits) -> Source:
+    """Open a data set.
+
+    Args:
+        name: a file or folder (parquet, csv, json, arrow, or what `save_to_disk` wrote), or a
+            data set's name on the hub.
+        columns: which columns.
+        splits: which splits.
+
+    Raises:
+        UsageError: it is not there, or lacks a split or column that is wanted.
+    """
+    train, test = _open(name, splits)
+    columns_of = train.column_names
+    where = f"data {name!r}"
+    input_ = _column(columns.input, INPUT_COLUMNS, columns_of, "input", where)
+    target = _column(columns.target, TARGET_COLUMNS, columns_of, "target", where)
+    if columns.client is not None:
+        _column(columns.client, (), columns_of, "client", where)
+    if len(train) == 0:
+        raise UsageError(f"{where}: the split {splits.train!r} has no rows")
+    if test is not None:
+        for column in (input_, target):
+            _column(column, (), test.column_names, "test", f"{where}, split {splits.test!r}")
+    kind, train, test = _with_images(train, test, input_, where)
+    return Source(
+        train=train,
+        test=test,
+        kind=kind,
+        input=input_,
+        target=target,
+        classes=_classes(train, target, where),
+    )
+
+
+def _open(name: str, splits: Splits) -> tuple[Dataset, Dataset | None]:
+    import datasets
+
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix in _BUILDERS):
+        raise UsageError(f"data {name!r}: there is no such file or folder")
+    datasets.disable_progress_bars()
+    try:
+        found = _open_files(path, splits) if path.exists() else datasets.load_dataset(name)
+    except UsageError:
+        raise
+    except Exception as error:  # a hub that cannot be reached, files that are none: many kinds
+        hint = "" if path.exists() else "; without a network, give the path of local files"
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"data {name!r} cannot be opened: {type(error).__name__}: {reason}{hint}"
+        ) from error
+    if isinstance(found, datasets.Dataset):
+        return found, None
+    if splits.train not in found:
+        raise UsageError(
+            f"data {name!r} has the splits {', '.join(found) or 'none'}; "
+            f"data.splits.train is {splits.train!r}{nearest(splits.train, found)}"
+        )
+    return found[splits.train], found.get(splits.test)
+
+
+def _open_files(path: Path, splits: Splits) -> Any:
+    import datasets
+
+    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        return datasets.load_from_disk(str(path))
+    if path.is_file():
+        files = {splits.train: [path]}
+    else:
+        known = sorted(f for f in path.rglob("*") if f.suffix in _BUILDERS and f.is_file())
+        files = {
+            split: chosen
+            for split in (splits.train, splits.test)
+            if (chosen := [f for f in known if f.name.startswith(split) or f.parent.name == split])
+        }
+        if not files.get(splits.train):
+            names = ", ".join(f.name for f in known[:5]) or "no such file"
+            raise UsageError(
+                f"data {str(path)!r}: wanted files {splits.train}* of "
+                f"{', '.join(sorted(_BUILDERS))}; there is {names}"
+            )
+    suffixes = {file.suffix for chosen in files.values() for file in chosen}
+    builder = _BUILDERS.get(next(iter(suffixes)))
+    if builder is None or len(suffixes) > 1:
+        raise UsageError(
+            f"data {str(path)!r}: files of {', '.join(sorted(suffixes))}; wanted one of "
+            f"{', '.join(sorted(_BUILDERS))}"
+        )
+    return datasets.load_dataset(
+        builder, data_files={split: [str(f) for f in chosen] for split, chosen in files.items()}
+    )
+
+
+def _column(
+    wanted: str | None, usual: Iterable[str], names: list[str], what: str, where: str
+) -> str:
+    for name in (wanted,) if wanted is not None else usual:
+        if name in names:
+            return name
+    hint = f"data.columns.{what} is {wanted!r}" if wanted else f"set data.columns.{what}"
+    raise UsageError(
+        f"{where} has the columns {', '.join(names)}; {hint}{nearest(wanted or '', names)}"
+    )
+
+
+def _with_images(
+    train: Dataset, test: Dataset | None, column: str, where: str
+) -> tuple[Literal["image", "text"], Dataset, Dataset | None]:
+    """Say what a column holds; encoded images are marked as such."""
+    import datasets
+
+    feature = train.features[column]
+    if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+        return "text", train, test
+    is_encoded = isinstance(feature, dict) and "bytes" in feature
+    if is_encoded or getattr(feature, "dtype", None) == "binary":
+        train = train.cast_column(column, datasets.Image())
+        test = test.cast_column(column, datasets.Image()) if test is not None else None
+    elif not isinstance(feature, datasets.Image):
+        raise UsageError(f"{where}: column {column!r} holds {feature}; wanted images or texts")
+    return "image", train, test
+
+
+def _classes(train: Dataset, target: str, where: str) -> tuple[str, ...]:
+    import datasets
+
+    feature = train.features[target]
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names)
+    values = train.with_format(None).unique(target)
+    if None in values:
+        raise UsageError(f"{where}: a row of column {target!r} is empty")
+    if all(isinstance(value, str) for value in values):
+        return tuple(sorted(values))
+    if all(isinstance(value, int) for value in values):
+        if min(values) < 0:
+            raise UsageError(
+                f"{where}: column {target!r} holds {min(values)}; classes are numbered from 0"
+            )
+        if max(values) >= 2 * len(values) + 100:
+            raise UsageError(
+                f"{where}: column {target!r} holds {len(values)} values up to {max(values)}; "
+                "classes are numbered from 0 without gaps"
+            )
+        return tuple(str(number) for number in range(max(values) + 1))
+    raise UsageError(
+        f"{where}: column {target!r} holds {train.features[target]}; wanted whole numbers or texts"
+    )
+
+
+def _short(classes: tuple[str, ...]) -> str:
+    return ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")

@@ -1,0 +1,112 @@
+"""StoredExamples: examples as two arrays on disk, which are mapped and read page by page.
+
+What a data set becomes is written once, under a name that says what it was made of, and found
+again by later runs and by every process of a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedobd.data._examples import Examples
+
+_INPUTS, _TARGETS, _FACTS = "inputs.npy", "targets.npy", "facts.json"
+
+
+class StoredExamples:
+    """Examples in a folder; a set of any size takes no more memory than what is in use.
+
+    Args:
+        folder: where `store` has put them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # mode c: copies of pages that are written to, as tensors cannot be read-only
+        self.inputs = torch.from_numpy(np.load(folder / _INPUTS, mmap_mode="c"))
+        self.targets = torch.from_numpy(np.load(folder / _TARGETS))
+        self.facts: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __reduce__(self) -> tuple[type[StoredExamples], tuple[Path]]:
+        return StoredExamples, (self._folder,)  # another process maps the same file
+
+    def take(self, indices: torch.Tensor) -> Examples:
+        """See `ExampleSet.take`."""
+        return Examples(self.inputs.index_select(0, indices), self.targets[indices])
+
+
+Write = Callable[[Iterator[NDArray[Any]], NDArray[np.int64], dict[str, Any]], None]
+
+
+def cache_folder() -> Path:
+    """Return where prepared data sets are kept: `$FEDOBD_CACHE`, else the user's cache folder."""
+    chosen = os.environ.get("FEDOBD_CACHE")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "fedobd"
+
+
+def stored(name: str, make: Callable[[Write], None]) -> StoredExamples:
+    """Return the examples of this name, made if they are not there.
+
+    Args:
+        name: names what they are made of.
+        make: is given a function that takes their inputs, batch by batch and each batch of shape
+            (m, ...), their targets, shape (n,), and facts to keep beside them, as JSON values.
+    """
+    folder = cache_folder() / name
+    if not (folder / _FACTS).exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder.parent))
+        try:
+            make(lambda batches, targets, facts: _write(partial, batches, targets, facts))
+            _move(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return StoredExamples(folder)
+
+
+def _write(
+    folder: Path,
+    batches: Iterator[NDArray[Any]],
+    targets: NDArray[np.int64],
+    facts: dict[str, Any],
+) -> None:
+    whole: NDArray[Any] | None = None
+    row = 0
+    for batch in batches:
+        if whole is None:
+            shape = (len(targets), *batch.shape[1:])
+            whole = np.lib.format.open_memmap(
+                folder / _INPUTS, mode="w+", dtype=batch.dtype, shape=shape
+            )
+        whole[row : row + len(batch)] = batch
+        row += len(batch)
+    assert whole is not None
+    assert row == len(targets)
+    whole.flush()  # type: ignore[attr-defined]
+    np.save(folder / _TARGETS, targets)
+    (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _move(made: Path, folder: Path) -> None:
+    """Give a folder its name, unless another process was faster."""
+    try:
+        made.rename(folder)
+    except OSError:
+        if not (folder / _FACTS).exists():
+            raise

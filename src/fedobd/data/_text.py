@@ -1,0 +1,119 @@
+"""Texts: from strings to token ids of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedobd._errors import UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PADDING, UNKNOWN = "[PAD]", "[UNK]"
+"""The first two entries of a vocabulary that is made here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """What is done to texts.
+
+    Args:
+        length: tokens a text, from 1: longer ones are cut, shorter ones padded.
+        tokenizer: a `tokenizer.json` of Hugging Face's `tokenizers`, or a folder with one; None
+            for the words of the training texts, in lower case.
+        min_count: how often a word must occur there to get a token of its own, from 1.
+        max_words: the most words that get one, the most frequent; None for all.
+
+    Raises:
+        UsageError: an option is outside what is allowed.
+    """
+
+    length: int = 300
+    tokenizer: str | None = None
+    min_count: int = 5
+    max_words: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("length", "min_count", "max_words"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; allowed are numbers from 1")
+
+
+def make_tokenizer(options: TextOptions, texts: Iterable[str]) -> Tokenizer:
+    """Read a tokenizer, or make one of the words of some texts.
+
+    Args:
+        options: which tokenizer; how long the texts become.
+        texts: the training texts.
+
+    Raises:
+        UsageError: the tokenizer's file is not there or is none.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    if options.tokenizer is not None:
+        tokenizer = _read_tokenizer(Path(options.tokenizer))
+    else:
+        tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Replace(Regex("<[^>]*>"), " "), normalizers.Lowercase()]
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordLevelTrainer(
+            vocab_size=2 + options.max_words if options.max_words else 2**31 - 1,
+            min_frequency=options.min_count,
+            special_tokens=[PADDING, UNKNOWN],
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+    padding = (tokenizer.padding or {}).get("pad_token", PADDING)
+    number = tokenizer.token_to_id(padding)
+    if number != 0:
+        raise UsageError(
+            f"the padding token {padding!r} of the tokenizer {options.tokenizer!r} has the number "
+            f"{number}; wanted 0, which the models take for padding"
+        )
+    tokenizer.enable_truncation(options.length)
+    tokenizer.enable_padding(length=options.length, pad_id=0, pad_token=padding)
+    return tokenizer
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more exact
+        raise UsageError(f"tokenizer {str(file)!r} cannot be read: {error}") from error
+
+
+def vocabulary(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return a tokenizer's tokens in the order of their numbers."""
+    numbers = tokenizer.get_vocab()
+    return tuple(sorted(numbers, key=numbers.__getitem__))
+
+
+def encode_texts(
+    texts: Iterable[list[str]], tokenizer: Tokenizer, first_row: int = 0
+) -> Iterator[NDArray[np.int32]]:
+    """Yield batches of texts as token ids, int32, shape (texts of the batch, length).
+
+    Raises:
+        UsageError: a text is missing or empty.
+    """
+    row = first_row
+    for batch in texts:
+        for number, text in enumerate(batch):
+            if not isinstance(text, str) or not text.strip():
+                raise UsageError(f"the text of row {row + number} is empty")
+        row += len(batch)
+        ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(batch)]
+        yield np.asarray(ids, np.int32)

@@ -1,0 +1,82 @@
+"""Word vectors: pretrained values for the embedding of a vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedobd._errors import UsageError
+from fedobd._seeds import make_generator
+
+
+def load_vectors(path: str | Path, vocabulary: Sequence[str], *, seed: int = 0) -> torch.Tensor:
+    """Load the vectors of a vocabulary's words.
+
+    Args:
+        path: a text file with a word and its numbers on each line, as GloVe comes, or a parquet
+            file with the columns `word` and `vector`.
+        vocabulary: the words in the order of their token ids; the first is the padding.
+        seed: of the vectors of words that the file lacks.
+
+    Returns:
+        float32, shape (words, numbers of a vector): that of the padding is 0; one that the file
+        lacks is drawn from a normal distribution with the deviation of those that it has.
+
+    Raises:
+        UsageError: the file cannot be read, is of neither form, or has none of the words.
+    """
+    path = Path(path)
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    found: dict[int, NDArray[np.float32]] = {}
+    width = None
+    for row, (word, values) in enumerate(_rows(path)):
+        if width is None:
+            width = len(values)
+        if len(values) != width:
+            raise UsageError(
+                f"word vectors {str(path)!r}: row {row} has {len(values)} numbers, the first "
+                f"{width}"
+            )
+        if word in numbers:
+            found[numbers[word]] = values
+    if not found or width is None:
+        raise UsageError(
+            f"word vectors {str(path)!r} have none of the {len(vocabulary)} words of the data"
+        )
+    known = torch.from_numpy(np.stack(list(found.values())))
+    vectors = torch.randn(len(vocabulary), width, generator=make_generator(seed, "vectors"))
+    vectors *= known.std()
+    vectors[torch.tensor(list(found))] = known
+    vectors[0] = 0
+    return vectors
+
+
+def _rows(path: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet_rows(path)
+        else:
+            with path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    word, _, rest = line.rstrip("\n").partition(" ")
+                    yield word, np.array(rest.split(" "), np.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"word vectors {str(path)!r} cannot be read: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"word vectors {str(path)!r} need {error.name!r}, which is not installed; "
+            "pip install 'fedobd[data]'"
+        ) from error
+    table: Any = parquet.read_table(path, columns=["word", "vector"])
+    for word, vector in zip(table["word"].to_pylist(), table["vector"], strict=True):
+        yield word, vector.values.to_numpy(zero_copy_only=False).astype(np.float32)

@@ -1,0 +1,157 @@
+"""From a configuration's `data` to examples that are shared out among clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedobd._errors import UsageError
+from fedobd._imports import find_object
+from fedobd.data import (
+    Examples,
+    ExampleSet,
+    FederatedData,
+    LoadedData,
+    Prepare,
+    Selection,
+    load_arrays,
+    load_data,
+    load_digits,
+    partition,
+    set_aside,
+    share_out,
+)
+from fedobd.experiments.config import RunConfig
+
+_NO_EXAMPLES = Examples(torch.empty(0), torch.empty(0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltData:
+    """The data of a run.
+
+    Args:
+        federated: who has which examples.
+        classes: the names of the classes; None where they are not known.
+        vocabulary: the tokens of texts in the order of their numbers; None where there are none.
+    """
+
+    federated: FederatedData
+    classes: tuple[str, ...] | None = None
+    vocabulary: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pool:
+    """Examples that are not shared out yet.
+
+    Args:
+        train: training examples.
+        numbers: which of them are used.
+        test: what is tested on; None to set a part aside.
+        prepare: what is done to inputs when they are taken.
+        owners: whose each training example is.
+        classes, vocabulary: see `BuiltData`.
+    """
+
+    train: ExampleSet
+    numbers: torch.Tensor
+    test: ExampleSet | None
+    prepare: Prepare | None = None
+    owners: tuple[Any, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    vocabulary: tuple[str, ...] | None = None
+
+
+def build_data(config: RunConfig) -> BuiltData:
+    """Load the data of a configuration and share it out.
+
+    Raises:
+        UsageError: it is not there or cannot be used, there are more clients than examples, or the
+            user's function gives something else.
+    """
+    data = config.data
+    if data.name == "nodes":
+        test = load_arrays(data.test_path) if data.test_path else _NO_EXAMPLES
+        return BuiltData(federated=FederatedData((), test))
+    if data.test_path is not None:
+        raise UsageError(f"data.test_path is for data 'nodes'; data is {data.name!r}")
+    if data.name == "digits":
+        digits = load_digits()
+        pool = _Pool(
+            train=digits,
+            numbers=torch.arange(len(digits)),
+            test=None,
+            classes=tuple(map(str, range(10))),
+        )
+        return _share(config, pool)
+    if ":" in data.name:
+        return BuiltData(federated=_from_function(config))
+    loaded = load_data(
+        data.name,
+        columns=data.columns,
+        splits=data.splits,
+        image=data.image,
+        text=data.text,
+        channels_last=config.model.memory_format == "channels_last",
+    )
+    return _share(config, _pool_of(loaded))
+
+
+def _pool_of(loaded: LoadedData) -> _Pool:
+    test = None
+    if loaded.test is not None:
+        test = Selection(loaded.test, loaded.test_numbers, loaded.prepare)
+    return _Pool(
+        train=loaded.train,
+        numbers=loaded.train_numbers,
+        test=test,
+        prepare=loaded.prepare,
+        owners=loaded.clients,
+        classes=loaded.classes,
+        vocabulary=loaded.vocabulary,
+    )
+
+
+def _share(config: RunConfig, pool: _Pool) -> BuiltData:
+    data, federation = config.data, config.federation
+    numbers, test = pool.numbers, pool.test
+    if test is None:
+        rest, aside = set_aside(len(numbers), data.test_fraction, seed=federation.seed)
+        test = Selection(pool.train, numbers[aside], pool.prepare)
+        numbers = numbers[rest]
+    owners = None if pool.owners is None else [pool.owners[n] for n in numbers.tolist()]
+    shares = partition(
+        pool.train.targets[numbers],
+        federation.clients,
+        data.partition,
+        owners=owners,
+        seed=federation.seed,
+    )
+    clients = share_out(
+        pool.train,
+        [numbers[share] for share in shares],
+        data.validation_fraction,
+        prepare=pool.prepare,
+    )
+    return BuiltData(
+        federated=FederatedData(clients, test), classes=pool.classes, vocabulary=pool.vocabulary
+    )
+
+
+def _from_function(config: RunConfig) -> FederatedData:
+    """Call the user's own function."""
+    data, federation = config.data, config.federation
+    factory: Callable[..., Any] = find_object(data.name, "data set", {})
+    made = factory(num_clients=federation.clients, seed=federation.seed, **data.options)
+    if not isinstance(made, FederatedData):
+        raise UsageError(f"data {data.name!r} gave {type(made).__name__}; wanted FederatedData")
+    if len(made.clients) != federation.clients:
+        raise UsageError(
+            f"data {data.name!r} gave {len(made.clients)} clients; "
+            f"federation.clients is {federation.clients}"
+        )
+    return made

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo demo-deployment test test-all check bench-digits bench-codec bench-deployment bench-simulation \
-	fuzz build \
+	results fuzz build \
 	clean
 
 demo: $(VENV)/.installed
@@ -47,6 +47,11 @@ bench-deployment: $(VENV)/.installed-flower
 # Simulation beside a hand-written loop and other simulators, which are installed under a cache.
 bench-simulation: $(VENV)/.installed
 	$(BIN)/python benchmarks/simulation.py
+
+# The comparison on real data, docs/results.md: hours; a run that has a record is not made again.
+DATA ?= ../shared/data
+results: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/comparison --data $(DATA)
 
 # Coverage-guided fuzzing of the decoder; SECONDS=1800 make fuzz for half an hour.
 SECONDS ?= 60

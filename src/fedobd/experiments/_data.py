@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,10 @@ def build_data(config: RunConfig) -> BuiltData:
         return _share(config, pool)
     if ":" in data.name:
         return BuiltData(federated=_from_function(config))
+    if "/" not in data.name and not Path(data.name).exists():
+        find_object(
+            data.name, "data set", dict.fromkeys(("digits", "nodes"))
+        )  # says what there is
     loaded = load_data(
         data.name,
         columns=data.columns,

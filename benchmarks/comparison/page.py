@@ -1,0 +1,296 @@
+"""The page of results: tables and figures from the records, and nothing by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import figures
+from plan import ABLATIONS, LARGE_MODEL, SEEDS, SMALL, plan
+from records import ROOT, read_record
+
+PAGE = ROOT / "docs" / "results.md"
+NOTES = ROOT / "docs" / "results-notes.md"
+Record = dict[str, Any]
+
+TITLES = {
+    "cifar10-small": "CIFAR-10 (half of the training set)",
+    "cifar100-small": "CIFAR-100 (half of the training set)",
+    "imdb-small": "IMDB",
+    LARGE_MODEL: "MiniLM-L6 on IMDB, fine-tuned",
+}
+NAMES = {
+    "fedobd": "FedOBD",
+    "fedavg": "FedAvg, all clients",
+    "fedavg-cohort": "FedAvg",
+    "fedpaq": "FedPAQ",
+    "feddropoutavg": "FedDropoutAvg",
+    "smafd": "SMAFD",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What is shown of one variant over its seeds.
+
+    Args:
+        variant: which.
+        final: test accuracies after the last round that is looked at.
+        best: best ones up to there.
+        uplink, downlink: bytes up to there.
+        seconds: wall-clock seconds of the whole run.
+    """
+
+    variant: str
+    final: list[float]
+    best: list[float]
+    uplink: list[int]
+    downlink: list[int]
+    seconds: list[float]
+
+    @property
+    def total_bytes(self) -> float:
+        """Mean bytes of both directions."""
+        return fmean(self.uplink) + fmean(self.downlink)
+
+    @property
+    def accuracy(self) -> float:
+        """Mean final accuracy."""
+        return fmean(self.final)
+
+
+def records() -> dict[tuple[str, str], list[Record]]:
+    """Return all records by preset and variant, in the order of their seeds."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for run in plan():
+        record = read_record(run)
+        if record is not None:
+            found.setdefault((run.preset, run.variant), []).append(record)
+    return found
+
+
+def collect(variant: str, found: list[Record], rounds: int | None = None) -> Figures:
+    """Return the figures of a variant, of so many rounds; None for all."""
+    final, best, uplink, downlink = [], [], [], []
+    for record in found:
+        past = record["rounds"] if rounds is None else record["rounds"][:rounds]
+        tested = [r["test_metric"] for r in past if r["test_metric"] is not None]
+        if len(past) == len(record["rounds"]):
+            tested.append(record["summary"]["final_metric"])
+        final.append(tested[-1])
+        best.append(max(tested))
+        uplink.append(sum(r["uplink_bytes"] for r in past))
+        downlink.append(sum(r["downlink_bytes"] for r in past))
+    seconds = [record["summary"]["seconds"]["round"] for record in found]
+    return Figures(variant, final, best, uplink, downlink, seconds)
+
+
+def spread(values: list[float]) -> str:
+    """Return mean ± standard deviation of a sample."""
+    deviation = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{fmean(values):.4f}{deviation}"
+
+
+def table(rows: list[Figures], reference: Figures | None, baseline: Figures | None) -> str:
+    """Return a table of variants, with the reduction against two of them."""
+    head = ["", "seeds", "final accuracy", "best", "up MB", "down MB", "total MB"]
+    head += [f"less than {NAMES[other.variant]}" for other in (reference, baseline) if other]
+    lines = [_line([*head, "s a run"]), _line(["---"] * (len(head) + 1))]
+    for row in rows:
+        cells = [
+            NAMES.get(row.variant, row.variant),
+            str(len(row.final)),
+            spread(row.final),
+            spread(row.best),
+            f"{fmean(row.uplink) / 1e6:.2f}",
+            f"{fmean(row.downlink) / 1e6:.2f}",
+            f"{row.total_bytes / 1e6:.2f}",
+        ]
+        for other in (reference, baseline):
+            if other is not None:
+                less = 1 - row.total_bytes / other.total_bytes
+                cells.append("–" if row is other else f"{100 * less:.1f} %")
+        lines.append(_line([*cells, f"{fmean(row.seconds):.0f}"]))
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def write() -> None:
+    """Write the page and its figures."""
+    found = records()
+    parts = [
+        "# Results on real data",
+        "Made by `make results` from the records in `benchmarks/comparison/records`; nothing in "
+        "the tables is written by hand. Mean ± standard deviation over the seeds. Bytes are "
+        "`len()` of payloads that were encoded and decoded, openings included.",
+    ]
+    if NOTES.exists():
+        parts.append(NOTES.read_text(encoding="utf-8").strip())
+    for preset in SMALL:
+        parts += _preset(preset, found)
+    parts += _large_model(found)
+    parts += _ablations(found)
+    parts += _dirichlet(found)
+    parts += _sweeps(found)
+    parts += _provenance(found)
+    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def _preset(preset: str, found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
+    mine = {variant: rs for (name, variant), rs in found.items() if name == preset}
+    if "fedobd" not in mine:
+        return
+    yield f"## {TITLES[preset]}: `{preset}`"
+    published = mine["fedobd"][0]["config"]["methods"]["fedobd"]["stage_one_rounds"]
+    as_published = [collect("fedobd", mine["fedobd"])]
+    for variant in ("fedavg", "fedpaq", "feddropoutavg", "smafd"):
+        if variant in mine:
+            as_published.append(collect(variant, mine[variant], published))
+    yield (
+        f"**As published**: FedAvg on all clients, the other baselines on FedOBD's cohort, "
+        f"{published} rounds; FedOBD as many rounds of stage 1, and stage 2."
+    )
+    yield table(as_published, _of(as_published, "fedavg"), _best(as_published))
+    equal = [collect("fedobd", mine["fedobd"])]
+    for variant in ("fedavg-cohort", "fedpaq", "feddropoutavg", "smafd"):
+        if variant in mine:
+            equal.append(collect(variant, mine[variant]))
+    yield (
+        "**At equal participation**: every baseline on FedOBD's cohort, with further rounds until "
+        "it has had as many client-epochs as FedOBD with its stage 2."
+    )
+    yield table(equal, _of(equal, "fedavg-cohort"), _best(equal))
+    named = [(NAMES[v], rs) for v, rs in mine.items() if v in NAMES]
+    yield figures.accuracy_by_bytes(preset, named)
+    variants = [(v, mine[v]) for v in ("fedobd", "whole-blocks") if v in mine]
+    yield figures.uploads(preset, variants)
+
+
+def _of(rows: list[Figures], variant: str) -> Figures | None:
+    return next((row for row in rows if row.variant == variant), None)
+
+
+def _best(rows: list[Figures]) -> Figures | None:
+    """Return the most accurate baseline."""
+    return max(rows[1:], key=lambda row: (row.accuracy, -row.total_bytes), default=None)
+
+
+def _large_model(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
+    rows = [
+        collect(variant, found[LARGE_MODEL, variant])
+        for variant in ("fedobd", "fedavg", "fedpaq")
+        if (LARGE_MODEL, variant) in found
+    ]
+    if rows:
+        yield f"## {TITLES[LARGE_MODEL]}: `{LARGE_MODEL}`"
+        yield table(rows, _of(rows, "fedavg"), None)
+
+
+def _ablations(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
+    rows = _rows(found, ("fedobd", *ABLATIONS))
+    if len(rows) > 1:
+        yield "## Ablations of FedOBD on `cifar10-small`"
+        yield table(rows, rows[0], None)
+
+
+def _dirichlet(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
+    rows = _rows(found, tuple(f"dirichlet-{name}" for name in NAMES))
+    if rows:
+        yield "## Unequal clients: Dirichlet 0.5 on `cifar10-small`"
+        yield table(rows, None, None)
+
+
+def _sweeps(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
+    base = found.get(("cifar10-small", "fedobd"))
+    if base is None:
+        return
+    sweeps: tuple[tuple[str, str, Callable[[Record], float]], ...] = (
+        ("dropout-", "λ, the dropout rate", lambda codec: codec["dropout_rate"]),
+        (
+            "weight-",
+            "β, the weight of bits, both directions",
+            lambda codec: codec["uplink_weight"],
+        ),
+    )
+    for prefix, title, value in sweeps:
+        some = [rs[0] for (_, variant), rs in found.items() if variant.startswith(prefix)]
+        if not some:
+            continue
+        chosen = sorted([*some, base[0]], key=lambda r: value(_codec(r)))
+        lines = [
+            _line([title, "final accuracy", "up MB", "down MB", "total MB"]),
+            _line(["---"] * 5),
+        ]
+        for record in chosen:
+            figures_of = collect("", [record])
+            lines.append(
+                _line(
+                    [
+                        f"{value(_codec(record)):g}",
+                        f"{figures_of.accuracy:.4f}",
+                        f"{fmean(figures_of.uplink) / 1e6:.2f}",
+                        f"{fmean(figures_of.downlink) / 1e6:.2f}",
+                        f"{figures_of.total_bytes / 1e6:.2f}",
+                    ]
+                )
+            )
+        yield f"## Sweep over {title.partition(',')[0]} on `cifar10-small`, seed {SEEDS[0]}"
+        yield "\n".join(lines)
+
+
+def _codec(record: Record) -> Record:
+    codec: Record = record["config"]["methods"]["fedobd"]["codec"]
+    return codec
+
+
+def _rows(found: dict[tuple[str, str], list[Record]], variants: tuple[str, ...]) -> list[Figures]:
+    return [
+        collect(variant, found["cifar10-small", variant])
+        for variant in variants
+        if ("cifar10-small", variant) in found
+    ]
+
+
+def _provenance(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
+    """Say with what each preset's runs were made."""
+    lines = [
+        _line(["preset", "runs", "commits", "dates", "machine", "seconds"]),
+        _line(["---"] * 6),
+    ]
+    for preset in (*SMALL, LARGE_MODEL):
+        mine = [record for (name, _), rs in found.items() if name == preset for record in rs]
+        if not mine:
+            continue
+        environment = mine[0]["environment"]
+        machine = (
+            f"{environment['cpus']} cores of {environment['cpu']}, Python "
+            f"{environment['python']}, torch {environment['packages']['torch']}"
+        )
+        lines.append(
+            _line(
+                [
+                    f"`{preset}`",
+                    str(len(mine)),
+                    ", ".join(sorted({r["commit"] for r in mine})),
+                    " to ".join(sorted({min(_dates(mine)), max(_dates(mine))})),
+                    machine,
+                    f"{sum(r['summary']['seconds']['round'] for r in mine):.0f}",
+                ]
+            )
+        )
+    planned = sum(1 for _ in plan())
+    made = sum(len(rs) for rs in found.values())
+    yield "## With what it was made"
+    yield f"{made} of {planned} planned runs have a record."
+    if made:
+        yield "\n".join(lines)
+
+
+def _dates(mine: list[Record]) -> list[str]:
+    return [record["date"] for record in mine]

@@ -1,0 +1,124 @@
+"""Which runs the comparison on real data consists of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fedobd import FedOBD
+from fedobd.experiments import RunConfig, load_config
+
+SEEDS = (0, 1, 2)
+SMALL = ("cifar10-small", "cifar100-small", "imdb-small")
+LARGE_MODEL = "minilm-imdb"
+PRESETS = (*SMALL, LARGE_MODEL)
+FOLDERS = {
+    "cifar10-small": "cifar10",
+    "cifar100-small": "cifar100",
+    "imdb-small": "imdb",
+    LARGE_MODEL: "imdb",
+}
+"""The folder of each preset's data."""
+
+BASELINES = ("fedavg", "fedpaq", "feddropoutavg", "smafd")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run: one method with one seed, and what is changed in the preset.
+
+    Args:
+        preset: its preset.
+        variant: names the run among those of the preset: a method, or an ablation of FedOBD.
+        method: the method's name.
+        seed: the run's seed.
+        changes: what is changed, as `--set` takes it.
+    """
+
+    preset: str
+    variant: str
+    method: str
+    seed: int
+    changes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its name in folders and files."""
+        return f"{self.preset}/{self.variant}-seed{self.seed}"
+
+
+def plan() -> Iterator[Run]:
+    """Yield all runs, those that matter most first."""
+    for preset in SMALL:
+        for seed in SEEDS:
+            yield from _methods(preset, seed)
+    yield from (Run(LARGE_MODEL, name, name, 0) for name in ("fedobd", "fedavg", "fedpaq"))
+    for seed in SEEDS:
+        for variant, changes in ABLATIONS.items():
+            yield Run("cifar10-small", variant, "fedobd", seed, changes)
+    for seed in SEEDS:
+        for run in _methods("cifar10-small", seed, at_equal_participation=False):
+            yield Run(
+                run.preset,
+                f"dirichlet-{run.variant}",
+                run.method,
+                seed,
+                (*run.changes, 'data.partition.name="dirichlet"', "data.partition.alpha=0.5"),
+            )
+    for rate in (0.0, 0.5, 0.7, 0.9):
+        yield Run(
+            "cifar10-small", f"dropout-{rate}", "fedobd", 0,
+            (f"methods.fedobd.codec.dropout_rate={rate}",),
+        )  # fmt: skip
+    for weight in (1e-4, 1e-3, 1e-1, 1.0):
+        yield Run(
+            "cifar10-small", f"weight-{weight:g}", "fedobd", 0,
+            (
+                f"methods.fedobd.codec.uplink_weight={weight:.4f}",
+                f"methods.fedobd.codec.downlink_weight={weight:.4f}",
+            ),
+        )  # fmt: skip
+
+
+_CODEC = "methods.fedobd.codec"
+ABLATIONS = {
+    "stochastic": (
+        f'{_CODEC}.uplink_quantizer="stochastic"',
+        f'{_CODEC}.downlink_quantizer="stochastic"',
+    ),
+    "random-blocks": (f'{_CODEC}.selection="random"',),
+    "single-layers": ('model.blocks.style="layer"',),
+    "whole-blocks": ("model.blocks.max_block_fraction=1.0",),
+    "one-stage": ("methods.fedobd.stage_two_epochs=0",),
+    "no-dropout": (f'{_CODEC}.selection="none"',),
+}
+"""FedOBD with one part changed."""
+
+
+def _methods(preset: str, seed: int, *, at_equal_participation: bool = True) -> Iterator[Run]:
+    """Yield FedOBD, FedAvg on all clients, and all baselines at FedOBD's cohort.
+
+    The latter go on for further rounds, until they have had the client-epochs of stage 2 too; what
+    they had at the published number of rounds is read from the same run.
+    """
+    yield Run(preset, "fedobd", "fedobd", seed)
+    yield Run(preset, "fedavg", "fedavg", seed)
+    rounds, cohort = equal_participation(load_config(preset))
+    for name in BASELINES:
+        changes = [f"methods.{name}.cohort={cohort}"]
+        if at_equal_participation:
+            changes.append(f"methods.{name}.rounds={rounds}")
+        variant = "fedavg-cohort" if name == "fedavg" else name
+        if name != "fedavg" or at_equal_participation:
+            yield Run(preset, variant, name, seed, tuple(changes))
+
+
+def equal_participation(config: RunConfig) -> tuple[int, int]:
+    """Return the rounds and the cohort that give a baseline FedOBD's client-epochs."""
+    method = config.methods["fedobd"]
+    assert isinstance(method, FedOBD)
+    assert isinstance(method.cohort, int)
+    more = method.stage_two_epochs * config.federation.clients
+    further = math.ceil(more / (method.stage_one_epochs * method.cohort))
+    return method.stage_one_rounds + further, method.cohort

@@ -83,8 +83,9 @@ def _round(record: dict[str, Any], num_blocks: int) -> dict[str, Any]:
 
 def commit_of_code() -> str:
     """Return the commit that runs are made with; it says so where files differ from it."""
+    git = shutil.which("git") or "git"
     found = subprocess.run(
-        [shutil.which("git") or "git", "describe", "--always", "--dirty", "--abbrev=7", "--match=NONE"],
+        [git, "describe", "--always", "--dirty", "--abbrev=7", "--match=NONE"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return found.stdout.strip()

@@ -34,6 +34,7 @@ class CohortFedAvg(FedAvg):
         workload = stopwatch.workload
         super().__init__(
             fraction_train=workload.cohort / workload.num_clients,
+            min_train_nodes=workload.cohort,  # a product of floats may fall one short
             fraction_evaluate=0.0,
             min_available_nodes=workload.num_clients,
         )

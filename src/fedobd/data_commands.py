@@ -66,10 +66,7 @@ def check_command(
 def _split_table(reports: list[SplitReport]) -> Table:
     table = Table("split", "rows", "inputs", "columns")
     for report in reports:
-        common = sorted(report.inputs.items(), key=lambda item: -item[1])
-        kinds = ", ".join(kind for kind, _ in common[:3]) + (", …" if len(common) > 3 else "")
-        rows = sum(report.inputs.values())
-        table.add_row(report.name, f"{rows:,}", kinds, ", ".join(report.columns))
+        table.add_row(report.name, f"{report.rows:,}", report.inputs, ", ".join(report.columns))
     return table
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _BATCH = 1000
-_MOST_ROWS = 5  # that are named for one kind of fault
+_MOST_NAMED = 5  # rows of one kind of fault, or sizes of images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,16 +21,18 @@ class SplitReport:
 
     Args:
         name: the split's name.
+        rows: how many rows it has.
         columns: the names of its columns.
         examples_by_class: how many examples each class has, in the order of the classes.
-        inputs: how often each size of images or each length of texts (in tens of words) occurs.
+        inputs: the sizes of its images, the most common first, or how many words its texts have.
         faults: what is wrong, with the rows.
     """
 
     name: str
+    rows: int
     columns: tuple[str, ...]
     examples_by_class: tuple[int, ...]
-    inputs: dict[str, int]
+    inputs: str
     faults: tuple[str, ...]
 
 
@@ -46,7 +48,8 @@ def check_split(source: Source, split: Dataset, name: str) -> SplitReport:
     numbers: dict[Any, int] = {i: i for i in range(len(source.classes))}
     numbers |= {text: i for i, text in enumerate(source.classes)}
     by_class: Counter[int] = Counter()
-    inputs: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    lengths: list[int] = []
     row = 0
     for batch in split.select_columns([source.input, source.target]).iter(_BATCH):
         for value, target in zip(batch[source.input], batch[source.target], strict=True):
@@ -55,33 +58,37 @@ def check_split(source: Source, split: Dataset, name: str) -> SplitReport:
                 _note(faults, f"class {target!r} is none of the {len(source.classes)}", row)
             else:
                 by_class[number] += 1
-            found = _size_of(value) if source.kind == "image" else _length_of(value)
-            if found is None:
-                _note(faults, f"no {source.kind}", row)
+            if source.kind == "image" and value is not None:
+                sizes[f"{value.size[0]}x{value.size[1]} {value.mode}"] += 1
+            elif source.kind == "text" and isinstance(value, str) and value.strip():
+                lengths.append(len(value.split()))
             else:
-                inputs[found] += 1
+                _note(faults, f"no {source.kind}", row)
             row += 1
-    if source.kind == "image" and len(inputs) > 1:
-        sizes = ", ".join(f"{size} ({count})" for size, count in inputs.most_common(_MOST_ROWS))
-        _note(faults, f"images of {len(inputs)} sizes: {sizes}; wanted data.image.side", None)
+    if len(sizes) > 1:
+        named = ", ".join(f"{size} ({count})" for size, count in sizes.most_common(_MOST_NAMED))
+        _note(faults, f"images of {len(sizes)} sizes: {named}; wanted data.image.side", None)
     return SplitReport(
         name=name,
+        rows=row,
         columns=tuple(split.column_names),
         examples_by_class=tuple(by_class[i] for i in range(len(source.classes))),
-        inputs=dict(inputs),
+        inputs=_list_of(sizes) if source.kind == "image" else _range_of(lengths),
         faults=tuple(_text_of(what, rows) for what, rows in faults.items()),
     )
 
 
-def _size_of(picture: Any) -> str | None:
-    return None if picture is None else f"{picture.size[0]}x{picture.size[1]} {picture.mode}"
+def _list_of(sizes: Counter[str]) -> str:
+    common = [size for size, _ in sizes.most_common(_MOST_NAMED)]
+    return ", ".join(common) + (", …" if len(sizes) > len(common) else "")
 
 
-def _length_of(text: Any) -> str | None:
-    if not isinstance(text, str) or not text.strip():
-        return None
-    tens = len(text.split()) // 10 * 10
-    return f"{tens} to {tens + 9} words"
+def _range_of(lengths: list[int]) -> str:
+    if not lengths:
+        return "no words"
+    ordered = sorted(lengths)
+    half, most = ordered[len(ordered) // 2], ordered[int(0.9 * len(ordered))]
+    return f"{ordered[0]} to {ordered[-1]} words, median {half}, 90 % up to {most}"
 
 
 def _note(faults: dict[str, list[int]], what: str, row: int | None) -> None:
@@ -93,5 +100,5 @@ def _note(faults: dict[str, list[int]], what: str, row: int | None) -> None:
 def _text_of(what: str, rows: list[int]) -> str:
     if not rows:
         return what
-    named = ", ".join(map(str, rows[:_MOST_ROWS])) + (", …" if len(rows) > _MOST_ROWS else "")
+    named = ", ".join(map(str, rows[:_MOST_NAMED])) + (", …" if len(rows) > _MOST_NAMED else "")
     return f"{what}: {len(rows)} rows ({named})"

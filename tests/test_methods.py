@@ -31,6 +31,7 @@ from fedobd import (
     ServerSession,
     UsageError,
 )
+from fedobd._quantization import Coding
 from fedobd._wire import Kind
 from fedobd.methods import method_of_wire_id
 from tests.session_helpers import (
@@ -307,6 +308,38 @@ def test_a_round_goes_begin_receive_end(name: str) -> None:
     assert server.rounds == 1
     assert bits(server.state) != before
     json.dumps(dataclasses.asdict(ended))
+
+
+@every_method
+def test_the_bytes_of_a_round_are_told_apart_by_block(name: str) -> None:
+    server, engine = set_up(SHORT_METHODS[name], MODELS["batch_norm"]())
+    while (plan := server.begin_round()) is not None:
+        log = engine.ask(server, plan)
+        for number in plan.cohort:
+            server.receive(number, log.uploads[number])
+        record = server.end_round()
+        uploads = [Payload.parse(log.uploads[n], server.schema) for n in plan.cohort]
+        for number, traffic in enumerate(record.uplink_blocks):
+            holding = [u.block_traffic()[number] for u in uploads if number in u.header.kept]
+            assert traffic.payloads == len(holding)
+            assert traffic.num_bytes == sum(held.num_bytes for held in holding)
+            levels = [
+                (code.num_levels, segment.num_elements)
+                for upload in uploads
+                for block, segment, code in upload.codes()
+                if block == number and code.coding is Coding.LEVELS
+            ]
+            least, most = min(levels, default=(0, 0))[0], max(levels, default=(0, 0))[0]
+            assert least - 1e-9 <= traffic.levels <= most + 1e-9
+        nominal = sum(traffic.nominal_bits for traffic in record.uplink_blocks)
+        assert nominal == record.uplink_nominal_bits
+        whole = Payload.parse(log.broadcast, server.schema)
+        frames = sum(traffic.num_bytes for traffic in record.broadcast_blocks)
+        assert [t.payloads for t in record.broadcast_blocks] == [
+            int(number in whole.header.coded) for number in range(len(server.schema.blocks))
+        ]
+        values = record.broadcast.total - record.broadcast.header
+        assert values <= frames < record.broadcast.total
 
 
 @every_method

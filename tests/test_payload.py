@@ -146,7 +146,8 @@ class Case:
             if code.coding in (Coding.RAW, Coding.MASKED) and not is_buffer:
                 raw += values.nbytes
         count = payload.num_bytes
-        in_blocks = payload.block_bytes()
+        in_blocks = {n: t.num_bytes for n, t in payload.block_traffic().items()}
+        assert sum(t.nominal_bits for t in payload.block_traffic().values()) <= count.nominal_bits
         assert tuple(in_blocks) == self.header.coded
         if self.header.is_lossless:
             frames = count.levels + count.raw + count.buffers

@@ -232,7 +232,8 @@ def test_no_frame_longer_than_its_cap_is_waited_for(
     data = encode(
         schema, random_state(schema, 1), header_of(schema, is_lossless=is_lossless), quantizer
     )
-    ((_, length),) = Payload.parse(data, schema).block_bytes().items()
+    (traffic,) = Payload.parse(data, schema).block_traffic().values()
+    length = traffic.num_bytes
     head = data[: len(data) - 4 - length]
     for size, allowed in ((claimed, False), (cap + 1, False), (cap, True)):
         digits = [size >> shift & 0x7F for shift in range(0, size.bit_length(), 7)]

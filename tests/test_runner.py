@@ -257,7 +257,7 @@ def test_seeds_must_be_given_once(seeds: list[int], tmp_path: Path) -> None:
         ({"federation": {"clients": 97}}, r"96 examples cannot be shared among 97 clients"),
         ({"data": {"name": "tests.toy:not_data"}}, r"gave int; wanted FederatedData"),
         ({"data": {"name": "tests.toy:nothing"}}, r"module 'tests.toy' has no 'nothing'"),
-        ({"data": {"name": "mnist"}}, r"data set 'mnist' is unknown; wanted one of digits, or"),
+        ({"data": {"name": "mnist"}}, r"data set 'mnist' is unknown; wanted one of digits, nodes"),
         ({"training": {"loss": "hinge"}}, r"loss 'hinge' is unknown; wanted one of cross-entropy"),
         ({"training": {"metric": "accurracy"}}, r"did you mean 'accuracy'"),
         ({"training": {"device": "gpu"}}, r"training.device is 'gpu'"),

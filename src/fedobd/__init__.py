@@ -21,7 +21,7 @@ from fedobd._rounds import (
 from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
 from fedobd._server import SavedSession, ServerSession
 from fedobd._state import ModelState, get_state, load_state
-from fedobd._wire import ByteCount, Header, Limits, Report
+from fedobd._wire import BlockTraffic, ByteCount, Header, Limits, Report
 from fedobd.methods import METHODS, SMAFD, FedAvg, FedDropoutAvg, FedOBD, FedPAQ
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "SMAFD",
     "Block",
     "BlockRules",
+    "BlockTraffic",
     "Broadcast",
     "ByteCount",
     "ClientSession",

@@ -61,6 +61,13 @@ class BlockLayout:
         return self._level_bits + 8 * plain_bytes
 
     @property
+    def mean_levels(self) -> float:
+        """Mean number of levels over the elements that are quantized; 0 where none is."""
+        elements = sum(segment.num_elements for segment, _ in self.levels)
+        total = sum(segment.num_elements * code.num_levels for segment, code in self.levels)
+        return total / elements if elements else 0.0
+
+    @property
     def _level_bits(self) -> int:
         return sum(s.num_elements * level_bits(code.num_levels) for s, code in self.levels)
 

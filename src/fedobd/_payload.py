@@ -24,6 +24,7 @@ from fedobd._schema import ModelSchema, Segment, TensorSpec
 from fedobd._wire import (
     CHECKSUM,
     DEFAULT_LIMITS,
+    BlockTraffic,
     ByteCount,
     Bytes,
     Cursor,
@@ -260,9 +261,17 @@ class Payload:
             for segment, code in zip(segments, frames.codes, strict=True):
                 yield frames.number, segment, code
 
-    def block_bytes(self) -> dict[int, int]:
-        """Return the bytes of each held block's frames, with their lengths, by block number."""
-        return {frames.number: frames.num_bytes for frames in self._frames}
+    def block_traffic(self) -> dict[int, BlockTraffic]:
+        """Return what each held block takes, by block number."""
+        return {
+            frames.number: BlockTraffic(
+                payloads=1,
+                num_bytes=frames.num_bytes,
+                nominal_bits=frames.layout.nominal_bits,
+                levels=frames.layout.mean_levels,
+            )
+            for frames in self._frames
+        }
 
 
 class _ChunkCursor(Cursor):

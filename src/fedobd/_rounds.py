@@ -14,7 +14,7 @@ import torch
 
 from fedobd._errors import UsageError
 from fedobd._seeds import make_generator
-from fedobd._wire import ByteCount
+from fedobd._wire import BlockTraffic, ByteCount
 
 
 def cohort_size(cohort: int | float, num_clients: int) -> int:
@@ -147,6 +147,7 @@ class UploadRecord:
         blocks_kept: numbers of the blocks that it holds.
         block_differences: mean block difference of every block, where the method sends it.
         uplink: bytes by what they are for.
+        uplink_blocks: what each of those blocks took, in the order of blocks_kept.
     """
 
     client: int
@@ -158,6 +159,7 @@ class UploadRecord:
     blocks_kept: tuple[int, ...]
     block_differences: tuple[float, ...] | None
     uplink: ByteCount
+    uplink_blocks: tuple[BlockTraffic, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +200,9 @@ class RoundRecord:
             those that were sent again, and those of aborted attempts.
         uplink_nominal_bits: accepted uploads by the papers' formula.
         downlink_nominal_bits: the same of what went down.
+        uplink_blocks: what each block of the schema took in the accepted uploads.
         broadcast: bytes of one broadcast by what they are for.
+        broadcast_blocks: what each block of the schema took in one broadcast.
         opening_bytes: bytes of the opening payloads of this round, part of downlink_bytes.
         opened: clients that were sent one.
         reopened: clients that had lost what an earlier opening gave them, and were sent opening
@@ -217,7 +221,9 @@ class RoundRecord:
     downlink_bytes: int
     uplink_nominal_bits: int
     downlink_nominal_bits: int
+    uplink_blocks: tuple[BlockTraffic, ...]
     broadcast: ByteCount
+    broadcast_blocks: tuple[BlockTraffic, ...]
     opening_bytes: int
     opened: tuple[int, ...]
     reopened: tuple[int, ...] = ()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +37,16 @@ from fedobd._rounds import (
 from fedobd._schema import ModelSchema, Role
 from fedobd._seeds import derive_seed, make_generator
 from fedobd._state import ModelState, cast_state, master_state, segment_of, state_fingerprint
-from fedobd._wire import DEFAULT_LIMITS, ByteCount, Bytes, Header, Kind, Limits
+from fedobd._wire import (
+    DEFAULT_LIMITS,
+    BlockTraffic,
+    ByteCount,
+    Bytes,
+    Header,
+    Kind,
+    Limits,
+    add_traffic,
+)
 
 MAX_EXAMPLES = 10_000_000
 """Largest number of examples that an upload may claim, unless the operator says otherwise."""
@@ -64,6 +73,7 @@ class _OpenRound:
     shipment: Shipment
     mean: RunningMean
     broadcast: ByteCount | None = None
+    broadcast_blocks: dict[int, BlockTraffic] = field(default_factory=dict)
     opening: ByteCount | None = None
     opening_payload: bytes | None = None
     uploads: dict[int, UploadRecord] = field(default_factory=dict)
@@ -206,9 +216,11 @@ class ServerSession:
         current = self._current()
         chunks = self._encode(Kind.BROADCAST, current.shipment, current.plan.round)
         if current.broadcast is None:
-            payload = b"".join(chunks)
-            current.broadcast = Payload.parse(payload, self.schema).num_bytes
-            yield payload
+            whole = b"".join(chunks)
+            payload = Payload.parse(whole, self.schema)
+            current.broadcast = payload.num_bytes
+            current.broadcast_blocks = payload.block_traffic()
+            yield whole
         else:
             yield from chunks
 
@@ -381,6 +393,7 @@ class ServerSession:
             blocks_kept=header.kept,
             block_differences=header.block_differences,
             uplink=payload.num_bytes,
+            uplink_blocks=tuple(payload.block_traffic().values()),
         )
         current.uploads[client] = record
         return record
@@ -489,7 +502,12 @@ class ServerSession:
             uplink_nominal_bits=sum(u.uplink.nominal_bits for u in uploads),
             downlink_nominal_bits=current.broadcast.nominal_bits * broadcasts
             + opening.nominal_bits * openings,
+            uplink_blocks=_by_block(uploads, len(self.schema.blocks)),
             broadcast=current.broadcast,
+            broadcast_blocks=tuple(
+                current.broadcast_blocks.get(number, BlockTraffic())
+                for number in range(len(self.schema.blocks))
+            ),
             opening_bytes=opening.total * openings,
             opened=tuple(sorted(current.opened)),
             reopened=tuple(sorted(current.reopened)),
@@ -553,6 +571,15 @@ def _traffic(current: _OpenRound) -> tuple[int, int]:
     again = len(current.reopened)
     down = broadcast * (len(current.plan.cohort) + again) + opening * (len(current.opened) + again)
     return uploads + refused, down
+
+
+def _by_block(uploads: Sequence[UploadRecord], num_blocks: int) -> tuple[BlockTraffic, ...]:
+    """Return what each block took in all uploads."""
+    found: list[list[BlockTraffic]] = [[] for _ in range(num_blocks)]
+    for upload in uploads:
+        for number, traffic in zip(upload.blocks_kept, upload.uplink_blocks, strict=True):
+            found[number].append(traffic)
+    return tuple(map(add_traffic, found))
 
 
 def _check_unit(method: Method, schema: ModelSchema) -> None:

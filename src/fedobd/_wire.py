@@ -238,6 +238,36 @@ class ByteCount:
         return self.header + self.levels + self.raw + self.buffers
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockTraffic:
+    """What a block took in some payloads.
+
+    Args:
+        payloads: how many of them held it.
+        num_bytes: bytes of its frames in all of them, with the frames' lengths.
+        nominal_bits: bits by the papers' formula.
+        levels: mean number of levels s over its quantized elements; 0 where there are none.
+    """
+
+    payloads: int = 0
+    num_bytes: int = 0
+    nominal_bits: int = 0
+    levels: float = 0.0
+
+
+def add_traffic(found: Iterable[BlockTraffic]) -> BlockTraffic:
+    """Return what a block took in several groups of payloads together."""
+    found = list(found)
+    payloads = sum(traffic.payloads for traffic in found)
+    levels = math.fsum(traffic.levels * traffic.payloads for traffic in found)
+    return BlockTraffic(
+        payloads=payloads,
+        num_bytes=sum(traffic.num_bytes for traffic in found),
+        nominal_bits=sum(traffic.nominal_bits for traffic in found),
+        levels=levels / payloads if payloads else 0.0,
+    )
+
+
 def pack_header(
     schema: ModelSchema, header: Header, codes: Iterable[Iterable[SegmentCode]]
 ) -> bytes:

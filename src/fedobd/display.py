@@ -303,7 +303,7 @@ def payload_tables(payload: Payload) -> list[Table]:
     blocks = Table(title="blocks")
     for name in ("#", "block", "parameters", "coding", "levels", "bytes", "bits/param"):
         blocks.add_column(name, justify="left" if name in ("block", "coding") else "right")
-    block_bytes = payload.block_bytes()
+    traffic = payload.block_traffic()
     codings: dict[int, list[Coding]] = {}
     levels: dict[int, list[int]] = {}
     for number, segment, code in payload.codes():
@@ -311,7 +311,8 @@ def payload_tables(payload: Payload) -> list[Table]:
             codings.setdefault(number, []).append(code.coding)
             if code.coding is Coding.LEVELS:
                 levels.setdefault(number, []).append(code.num_levels)
-    for number, num_bytes in block_bytes.items():
+    for number, own_traffic in traffic.items():
+        num_bytes = own_traffic.num_bytes
         block = schema.blocks[number]
         own = levels.get(number, [])
         kinds = dict.fromkeys(coding.name.lower() for coding in codings.get(number, []))

@@ -254,6 +254,7 @@ def make_record(played: PlayedRound) -> dict[str, Any]:
     sent = len(record.opened) + len(record.reopened)
     opening = record.opening_bytes // sent if sent else 0
     for upload in uploads:
+        del upload["uplink_blocks"]  # the round's sums are kept
         again = record.reopened.count(upload["client"])
         openings = again + (upload["client"] in record.opened)
         clients.append(

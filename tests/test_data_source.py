@@ -319,7 +319,6 @@ def test_a_part_is_set_aside_where_there_is_no_test_split(tmp_path: Path) -> Non
     assert (len(part_held), len(part_tested)) == (14, 6)
 
 
-@pytest.mark.xfail(reason="max_test is silently without effect on what is set aside")
 def test_max_test_holds_for_what_is_set_aside(tmp_path: Path) -> None:
     values = {"name": str(as_parquet(tmp_path)), "splits": {"max_test": 1}, "test_fraction": 0.5}
     built = build_data(parse_config({"data": values, "federation": {"clients": 2}}))
@@ -499,7 +498,6 @@ def assert_matches(message: str, said: str) -> None:
     assert re.search(message, said), said
 
 
-@pytest.mark.xfail(reason="datasets logs a line of its own beside it")
 @pytest.mark.parametrize("make", [no_parquet, no_json], ids=lambda make: make.__name__)
 def test_files_that_are_none_are_refused_with_one_line(
     make: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -576,7 +574,6 @@ def test_side_brings_images_of_unequal_size_to_one(
     assert done.status == 0, done.err
 
 
-@pytest.mark.xfail(reason="the error of the decoder, or of datasets, comes as a traceback")
 @pytest.mark.parametrize("command", ["run", "check"])
 @pytest.mark.parametrize(
     "row", [{"bytes": b"no PNG file", "path": None}, {"bytes": None, "path": None}]
@@ -596,7 +593,16 @@ def test_an_image_that_cannot_be_decoded_is_named(
         assert_matches(r"wrong: split 'train': .*\(5\)", done.out)
 
 
-@pytest.mark.xfail(reason="'test' is taken for the column's key, which does not exist")
+def test_an_image_that_is_too_large_to_decode_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [*pictures(3, side=4), *pictures(1)]
+    write_parquet(tmp_path / "set" / "train.parquet", image_rows(images, [0, 1] * 2))
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(UsageError, match=r"image of row 3 cannot be decoded: DecompressionBomb"):
+        load(tmp_path / "set", image=ImageOptions(side=4))
+
+
 def test_a_column_that_the_test_split_lacks_is_named_by_its_key(tmp_path: Path) -> None:
     import datasets
 
@@ -609,14 +615,12 @@ def test_a_column_that_the_test_split_lacks_is_named_by_its_key(tmp_path: Path) 
     assert "data.columns.test" not in str(caught.value)
 
 
-@pytest.mark.xfail(reason="arrow's error comes as a traceback")
 def test_lists_of_classes_are_refused(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", {"text": TEXTS, "label": [[0], [1]] * 3})
     with pytest.raises(UsageError, match=r"column 'label' holds .*; wanted whole numbers or text"):
         load(file)
 
 
-@pytest.mark.xfail(reason="the path is taken for a pattern by datasets")
 def test_paths_with_brackets_are_paths(tmp_path: Path) -> None:
     file = as_parquet(tmp_path).rename(tmp_path / "set[1].parquet")
     assert len(load(file).train) == 6
@@ -643,18 +647,19 @@ TRANSFORMER = {"name": "transformer", "options": {"d_model": 4, "nhead": 1, "dim
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        pytest.param(
-            "images", {"model": {"name": "image-cnn", "options": {"num_classes": 3}}},
-            r"4 classes", marks=pytest.mark.xfail(reason="IndexError of torch"),
-        ),
-        pytest.param(
-            "texts", {}, r"image-cnn.*texts",
-            marks=pytest.mark.xfail(reason="RuntimeError of torch"),
-        ),
-        pytest.param(
-            "texts", {"model": TRANSFORMER, "data": {"image": {"flip": True}}}, r"data.image.flip",
-            marks=pytest.mark.xfail(reason="ValueError of the augmentation"),
-        ),
+        ("images", {"model": {"name": "image-cnn", "options": {"num_classes": 3}}},
+         r"model 'image-cnn' with loss 'cross-entropy' tells 3 classes apart; data './set' has 4 "
+         r"classes: set model.options.num_classes"),
+        ("images", {"training": {"loss": "binary-cross-entropy"}}, r"with loss "
+         r"'binary-cross-entropy' tells 2 classes apart; data './set' has 4 classes"),
+        ("images", {"model": {"name": "image-cnn", "options": {"in_channels": 1}}},
+         r"model 'image-cnn' does not fit data './set', examples of shape \(3, 8, 8\): "
+         r"RuntimeError: .*channels"),
+        ("texts", {}, r"model 'image-cnn' does not fit data './set', texts of 8 tokens: "),
+        ("texts", {"model": TRANSFORMER}, r"'cross-entropy' tells 1 classes apart; data './set' "
+         r"has 2 classes: set model.options.num_outputs"),
+        ("texts", {"model": TRANSFORMER, "data": {"image": {"flip": True}}}, r"data.image.flip "
+         r"and data.image.crop_padding are for images; data './set' holds texts of 8 tokens"),
         ("images", {"model": TRANSFORMER}, r"model 'transformer': missing .*'vocab_size'"),
     ],
 )  # fmt: skip
@@ -765,16 +770,7 @@ def tokenizer_file(file: Path, words: list[str]) -> Path:
     return file
 
 
-@pytest.mark.parametrize(
-    "by_folder",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(reason="the key has the folder's path, not what is in it"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("by_folder", [False, True])
 def test_a_tokenizer_that_has_changed_is_used(by_folder: bool, tmp_path: Path) -> None:
     texts = write_parquet(tmp_path / "a.parquet", {"text": TEXTS, "label": LABELS})
     file = tokenizer_file(tmp_path / "own" / "tokenizer.json", ["good", "bad"])
@@ -882,7 +878,6 @@ def test_two_processes_at_once_both_get_the_data(tmp_path: Path) -> None:
     assert (len(entries()), parts()) == (2, [])
 
 
-@pytest.mark.xfail(reason="the operating system's error comes as a traceback")
 def test_a_cache_that_cannot_be_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -263,10 +263,13 @@ def test_a_transformer_learns_from_made_texts(tmp_path: Path) -> None:
     assert summary.final_metric > max(0.8, start + 0.2)
 
 
-@pytest.mark.xfail(reason="the vocabulary's length is less than its highest number")
 def test_a_tokenizer_whose_numbers_have_gaps_fits_its_model(tmp_path: Path) -> None:
     file = own_tokenizer(tmp_path / "own", {"[PAD]": 0, "[UNK]": 1, "good": 7})
     folder = text_folder(tmp_path / "set")
+    loaded = load(folder, text=TextOptions(tokenizer=str(file)))
+    assert loaded.vocabulary is not None
+    assert loaded.vocabulary[:3] == ("[PAD]", "[UNK]", "[gap 2]")
+    assert loaded.vocabulary[6:] == ("[gap 6]", "good")
     run(small(folder, ENCODER, tokenizer=str(file)), tmp_path / "out")
 
 
@@ -289,11 +292,37 @@ def test_models_of_hugging_face_train_on_words(tmp_path: Path) -> None:
     assert summary.refusals == 0
 
 
-@pytest.mark.xfail(reason="IndexError of torch comes as a traceback")
 def test_a_model_with_too_few_tokens_is_refused(tmp_path: Path) -> None:
     config = small(text_folder(tmp_path / "set"), {"config": {**BERT, "vocab_size": 5}}, "hf-text")
-    with pytest.raises(UsageError, match=r"vocab_size"):
+    with pytest.raises(UsageError, match=r"'hf-text' has a vocab_size of 5, and .* 17 different"):
         run(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def embedding_of_three() -> torch.nn.Module:
+    """Make a model that does not say how many tokens it takes."""
+    return torch.nn.Sequential(
+        torch.nn.Embedding(3, 12), torch.nn.Flatten(), torch.nn.Linear(144, 1)
+    )
+
+
+def test_a_model_of_ones_own_with_too_few_tokens_is_refused(tmp_path: Path) -> None:
+    name = f"{__name__}:embedding_of_three"
+    config = small(text_folder(tmp_path / "set"), {}, name)
+    with pytest.raises(
+        UsageError, match=r"does not fit data '.*set', texts of 12 tokens: IndexError: index out"
+    ):
+        run(config, tmp_path / "out")
+
+
+def test_trying_a_model_leaves_no_trace(tmp_path: Path) -> None:
+    config = small(text_folder(tmp_path / "set"), ENCODER)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    experiment = build_experiment(config)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert experiment.evaluate is not None
+    assert experiment.evaluate(experiment.initial) == experiment.evaluate(experiment.initial)
 
 
 def test_texts_longer_than_the_model_takes_are_refused(tmp_path: Path) -> None:

@@ -52,11 +52,12 @@ PUBLISHED = {
         "stanfordnlp/imdb", "transformer", 10, 5, 1e-3, 0.01, "binary-cross-entropy"
     ),
 }
+SMALL = ("cifar10-small", "cifar100-small", "imdb-small")
 METHODS = ("fedobd", "fedavg", "fedpaq", "feddropoutavg", "smafd")
 
 
 def test_there_are_presets_for_each_published_setting() -> None:
-    assert set(list_presets()) == {*PUBLISHED, "cifar10-small", "cifar100-small", "digits"}
+    assert set(list_presets()) == {*PUBLISHED, *SMALL, "digits", "minilm-imdb"}
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

@@ -16,7 +16,7 @@ from fedobd.data import Columns, SplitReport, Splits, check_split, open_source
 from fedobd.experiments import build_data, load_config
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at data sets and how they are shared out.")
-console = Console()
+console = Console(markup=False, emoji=False)  # names are shown as they are
 
 _SHADES = " ░▒▓█"
 _MOST_CLASSES = 20  # that are named one by one
@@ -47,17 +47,16 @@ def check_command(
         highlight=False,
         soft_wrap=True,
     )
-    parts = [(train_split, source.train)]
+    reports = [check_split(source, source.train, train_split)]
     if source.test is not None:
-        parts.append((test_split, source.test))
-    reports = [check_split(source, split, split_name) for split_name, split in parts]
+        reports.append(check_split(source, source.test, test_split, like=reports[0]))
     console.print(_split_table(reports))
     console.print(_class_table(source.classes, reports))
     if source.test is None:
         console.print(f"no split {test_split!r}: a part of {train_split!r} will be set aside")
     faults = [f"split {r.name!r}: {fault}" for r in reports for fault in r.faults]
     for fault in faults:
-        console.print(f"wrong: {fault}", style="red", markup=False, soft_wrap=True)
+        console.print(f"wrong: {fault}", style="red", soft_wrap=True)
     if faults:
         raise typer.Exit(2)
     console.print("nothing is wrong with it")
@@ -144,9 +143,10 @@ def _draw(counts: torch.Tensor, classes: tuple[str, ...], file: Path, title: str
     axes = figure.subplots()
     image = axes.imshow(counts.numpy(), aspect="auto", cmap="viridis", vmin=0)
     figure.colorbar(image, label="examples")
-    axes.set(xlabel="class", ylabel="client", title=title)
+    axes.set(xlabel="class", ylabel="client")
+    axes.set_title(title, parse_math=False)
     if len(classes) <= _MOST_CLASSES:
-        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", parse_math=False)
     try:
         figure.savefig(file, dpi=150, format="png")
     except OSError as error:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedobd._errors import UsageError
 from fedobd.data._source import Source
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class SplitReport:
         columns: the names of its columns.
         examples_by_class: how many examples each class has, in the order of the classes.
         inputs: the sizes of its images, the most common first, or how many words its texts have.
+        sides: the widths and heights of its images.
         faults: what is wrong, with the rows.
     """
 
@@ -33,49 +35,96 @@ class SplitReport:
     columns: tuple[str, ...]
     examples_by_class: tuple[int, ...]
     inputs: str
+    sides: frozenset[tuple[int, int]]
     faults: tuple[str, ...]
 
 
-def check_split(source: Source, split: Dataset, name: str) -> SplitReport:
+def check_split(
+    source: Source, split: Dataset, name: str, *, like: SplitReport | None = None
+) -> SplitReport:
     """Look at every row of a split.
 
     Args:
         source: the data set.
         split: one of its splits.
         name: the split's name.
+        like: the report of another split, whose images must be of the same size.
     """
-    faults: dict[str, list[int]] = {}
-    numbers: dict[Any, int] = {i: i for i in range(len(source.classes))}
-    numbers |= {text: i for i, text in enumerate(source.classes)}
-    by_class: Counter[int] = Counter()
-    sizes: Counter[str] = Counter()
-    lengths: list[int] = []
-    row = 0
+    seen = _Seen(source)
     for batch in split.select_columns([source.input, source.target]).iter(_BATCH):
         for value, target in zip(batch[source.input], batch[source.target], strict=True):
-            number = numbers.get(target)
-            if number is None:
-                _note(faults, f"class {target!r} is none of the {len(source.classes)}", row)
-            else:
-                by_class[number] += 1
-            if source.kind == "image" and value is not None:
-                sizes[f"{value.size[0]}x{value.size[1]} {value.mode}"] += 1
-            elif source.kind == "text" and isinstance(value, str) and value.strip():
-                lengths.append(len(value.split()))
-            else:
-                _note(faults, f"no {source.kind}", row)
-            row += 1
-    if len(sizes) > 1:
-        named = ", ".join(f"{size} ({count})" for size, count in sizes.most_common(_MOST_NAMED))
-        _note(faults, f"images of {len(sizes)} sizes: {named}; wanted data.image.side", None)
+            seen.add(value, target)
+    seen.compare_sizes(like)
     return SplitReport(
         name=name,
-        rows=row,
+        rows=seen.rows,
         columns=tuple(split.column_names),
-        examples_by_class=tuple(by_class[i] for i in range(len(source.classes))),
-        inputs=_list_of(sizes) if source.kind == "image" else _range_of(lengths),
-        faults=tuple(_text_of(what, rows) for what, rows in faults.items()),
+        examples_by_class=tuple(seen.by_class[i] for i in range(len(source.classes))),
+        inputs=_list_of(seen.images) if source.kind == "image" else _range_of(seen.lengths),
+        sides=frozenset(seen.sides),
+        faults=tuple(_text_of(what, where) for what, where in seen.faults.items()),
     )
+
+
+class _Seen:
+    """What was seen of a split's rows so far.
+
+    Args:
+        source: the data set.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._numbers: dict[Any, int] = {i: i for i in range(len(source.classes))}
+        self._numbers |= {text: i for i, text in enumerate(source.classes)}
+        self.rows = 0
+        self.by_class: Counter[int] = Counter()
+        self.images: Counter[str] = Counter()
+        self.sides: set[tuple[int, int]] = set()
+        self.lengths: list[int] = []
+        self.faults: dict[str, list[int]] = {}
+
+    def add(self, value: Any, target: Any) -> None:
+        """Look at the next row."""
+        number = self._numbers.get(target)
+        if number is None:
+            self._note(f"class {target!r} is none of the {len(self._source.classes)}")
+        else:
+            self.by_class[number] += 1
+        if self._source.kind == "image":
+            self._add_image(value)
+        elif isinstance(value, str) and value.strip():
+            self.lengths.append(len(value.split()))
+        else:
+            self._note("no text")
+        self.rows += 1
+
+    def _add_image(self, value: Any) -> None:
+        try:
+            picture = self._source.picture(value, self.rows)
+        except UsageError:
+            self._note("an image that cannot be decoded")
+            return
+        if picture is None:
+            self._note("no image")
+            return
+        self.images[f"{picture.width}x{picture.height} {picture.mode}"] += 1
+        self.sides.add(picture.size)
+
+    def _note(self, what: str) -> None:
+        self.faults.setdefault(what, []).append(self.rows)
+
+    def compare_sizes(self, like: SplitReport | None) -> None:
+        """Note images of several sizes, in this split or compared with another."""
+        if len(self.sides) > 1:
+            found = self.images.most_common(_MOST_NAMED)
+            named = ", ".join(f"{image} ({count})" for image, count in found)
+            fault = f"images of {len(self.sides)} sizes: {named}"
+        elif like and len(self.sides) == len(like.sides) == 1 and self.sides != like.sides:
+            fault = f"images of {_list_of(self.images)}, in split {like.name!r} {like.inputs}"
+        else:
+            return
+        self.faults[f"{fault}; wanted data.image.side"] = []
 
 
 def _list_of(sizes: Counter[str]) -> str:
@@ -89,12 +138,6 @@ def _range_of(lengths: list[int]) -> str:
     ordered = sorted(lengths)
     half, most = ordered[len(ordered) // 2], ordered[int(0.9 * len(ordered))]
     return f"{ordered[0]} to {ordered[-1]} words, median {half}, 90 % up to {most}"
-
-
-def _note(faults: dict[str, list[int]], what: str, row: int | None) -> None:
-    rows = faults.setdefault(what, [])
-    if row is not None:
-        rows.append(row)
 
 
 def _text_of(what: str, rows: list[int]) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +16,18 @@ from fedobd.data._examples import Prepare
 from fedobd.data._images import ImageOptions, Normalization, decode_images
 from fedobd.data._source import Columns, Source, Splits, open_source
 from fedobd.data._store import StoredExamples, Write, stored
-from fedobd.data._text import TextOptions, encode_texts, make_tokenizer, vocabulary
+from fedobd.data._text import (
+    TextOptions,
+    encode_texts,
+    make_tokenizer,
+    read_tokenizer,
+    vocabulary,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_VERSION = 1  # of what is stored; other versions are made anew
+_VERSION = 2  # of what is stored; other versions are made anew
 _BATCH = 1000
 _MOST_MEASURED = 10_000  # images that mean and deviation are taken from
 
@@ -82,6 +87,7 @@ def load_data(
             f"data {name!r} needs {error.name!r}, which is not installed; "
             "pip install 'fedobd[data]'"
         ) from error
+    clients = None if columns.client is None else _owners(source.train, columns.client)
     key = _key(source, image, text)
     if source.kind == "image":
         train, test = _store_images(source, key, image)
@@ -97,7 +103,6 @@ def load_data(
             f"train on {tuple(train.inputs.shape[1:])}; set data.image.side to bring all to one "
             "size"
         )
-    clients = source.train[columns.client][:] if columns.client is not None else None
     return LoadedData(
         train=train,
         test=test,
@@ -106,13 +111,23 @@ def load_data(
         prepare=prepare,
         classes=source.classes,
         vocabulary=words,
-        clients=None if clients is None else tuple(clients),
+        clients=clients,
     )
 
 
 def to_token_ids(tokens: torch.Tensor) -> torch.Tensor:
     """Return stored tokens as what models take: int64."""
     return tokens.to(torch.int64)
+
+
+def _owners(train: Dataset, column: str) -> tuple[Any, ...]:
+    owners = tuple(train[column][:])
+    if None in owners:
+        raise UsageError(
+            f"row {owners.index(None)} of column {column!r} is empty; wanted the client whose "
+            "example it is"
+        )
+    return owners
 
 
 def _some(total: int, most: int | None, split: str) -> torch.Tensor:
@@ -133,8 +148,8 @@ def _key(source: Source, image: ImageOptions, text: TextOptions) -> str:
         made_of["side"] = image.side
     else:
         made_of["text"] = asdict(text)
-        if text.tokenizer is not None and Path(text.tokenizer).is_file():
-            made_of["tokenizer"] = hashlib.blake2b(Path(text.tokenizer).read_bytes()).hexdigest()
+        if text.tokenizer is not None:
+            made_of["tokenizer"] = hashlib.blake2b(read_tokenizer(text.tokenizer)).hexdigest()
     digest = hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=12)
     return digest.hexdigest()
 
@@ -145,7 +160,8 @@ def _store_images(
     def store(split: Dataset, name: str) -> StoredExamples:
         def make(write: Write) -> None:
             targets = source.targets(split)
-            pictures = (p for batch in _batches(split, source.input) for p in batch)
+            rows = enumerate(p for batch in _batches(split, source.input) for p in batch)
+            pictures = (source.picture(encoded, row) for row, encoded in rows)
             images = (image[None] for image in decode_images(pictures, options.side))
             write(images, targets, {})
 

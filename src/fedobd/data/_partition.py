@@ -31,9 +31,11 @@ class PartitionOptions:
     Args:
         name: `iid`: at random, in shares that differ by at most one; `dirichlet`: each class by
             shares drawn from a Dirichlet distribution; `shard`: sorted by class, cut into
-            shards, and so many of them to each client; `pathological`: so many classes to each
-            client; `natural`: by the column that says whose an example is. All but `iid` are those
-            of Flower Datasets.
+            shards that differ by at most one, and so many of them to each client;
+            `pathological`: so many classes to each client, and each class in equal parts to so
+            many clients, or one more, as any other; `natural`: by the column that says whose an
+            example is. `dirichlet` and `natural` are those of Flower Datasets. None leaves an
+            example out.
         alpha: concentration of `dirichlet`, above 0; the smaller, the more unequal.
         min_examples: the least of a client's share with `dirichlet`, drawn anew until it is met.
         shards_per_client: with `shard`, from 1.
@@ -47,6 +49,9 @@ class PartitionOptions:
         Distribution for Federated Visual Classification. 2019, arXiv 1909.06335 (`dirichlet`).
         H. Brendan McMahan et al. Communication-Efficient Learning of Deep Networks from
         Decentralized Data. AISTATS 2017, arXiv 1602.05629, section 3 (`shard`).
+        Qinbin Li, Yiqun Diao, Quan Chen, Bingsheng He. Federated Learning on Non-IID Data Silos:
+        An Experimental Study. ICDE 2022, arXiv 2102.02079, section 4.1 (`pathological`; there the
+        classes of a client are drawn, so that one may be left without a client).
     """
 
     name: Literal["iid", "dirichlet", "shard", "pathological", "natural"] = "iid"
@@ -90,10 +95,10 @@ def partition(
     _check_count(len(targets), num_clients)
     if options.name == "iid":
         return partition_iid(len(targets), num_clients, seed=seed)
-    if options.name == "natural" and owners is None:
-        raise UsageError("the partition 'natural' wants data.columns.client")
+    if options.name == "natural":
+        _check_owners(owners)
     try:
-        found = _partition_by_library(targets, num_clients, options, owners, seed)
+        shares = _shares(targets, num_clients, options, owners, seed)
     except ModuleNotFoundError as error:
         raise UsageError(
             f"the partition {options.name!r} needs {error.name!r}, which is not installed; "
@@ -104,13 +109,84 @@ def partition(
             f"{len(targets)} examples cannot be shared among {num_clients} clients by "
             f"{options.name!r}: {error}"
         ) from error
-    for client, share in enumerate(found):
+    for client, share in enumerate(shares):
         if len(share) == 0:
             raise UsageError(
                 f"the partition {options.name!r} leaves client {client} without examples; use "
                 "fewer clients, or shares that are more equal"
             )
-    return found
+    return [_shuffled(share, seed, client) for client, share in enumerate(shares)]
+
+
+def _check_owners(owners: Sequence[Any] | None) -> None:
+    if owners is None:
+        raise UsageError("the partition 'natural' wants data.columns.client")
+    if None in owners:
+        raise UsageError(f"example {owners.index(None)} is of no client")
+
+
+def _shuffled(share: torch.Tensor, seed: int, client: int) -> torch.Tensor:
+    generator = make_generator(seed, "partition order", client)
+    return share[torch.randperm(len(share), generator=generator)]
+
+
+def _shares(
+    targets: torch.Tensor,
+    num_clients: int,
+    options: PartitionOptions,
+    owners: Sequence[Any] | None,
+    seed: int,
+) -> list[torch.Tensor]:
+    """Share out examples; raises ValueError where that cannot be done."""
+    generator = make_generator(seed, "partition")
+    if options.name == "shard":
+        return _deal_shards(targets, num_clients, options.shards_per_client, generator)
+    if options.name == "pathological":
+        return _deal_classes(targets, num_clients, options.classes_per_client, generator)
+    return _partition_by_library(targets, num_clients, options, owners, seed)
+
+
+def _deal_shards(
+    targets: torch.Tensor, num_clients: int, shards_per_client: int, generator: torch.Generator
+) -> list[torch.Tensor]:
+    num_shards = num_clients * shards_per_client
+    if num_shards > len(targets):
+        raise ValueError(f"{shards_per_client} shards for each of them are {num_shards} shards")
+    shards = targets.argsort(stable=True).tensor_split(num_shards)
+    dealt = torch.randperm(num_shards, generator=generator).reshape(num_clients, -1)
+    return [torch.cat([shards[shard] for shard in hand]) for hand in dealt.tolist()]
+
+
+def _deal_classes(
+    targets: torch.Tensor, num_clients: int, classes_per_client: int, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Give each client classes of a shuffled deck of all, which is replaced when it is used up."""
+    classes = sorted(set(targets.tolist()))
+    least = -(-len(classes) // num_clients)
+    if not least <= classes_per_client <= len(classes):
+        raise ValueError(
+            f"{classes_per_client} classes for each of them, and there are {len(classes)}; "
+            f"allowed are {least} to {len(classes)}"
+        )
+    deck: list[int] = []
+    shares: list[list[torch.Tensor]] = [[] for _ in range(num_clients)]
+    clients_by_class: dict[int, list[int]] = {number: [] for number in classes}
+    for client in range(num_clients):
+        if len(deck) < classes_per_client:
+            order = torch.randperm(len(classes), generator=generator).tolist()
+            deck += sorted((classes[n] for n in order), key=deck.count)  # no class twice in a hand
+        for number in deck[:classes_per_client]:
+            clients_by_class[number].append(client)
+        del deck[:classes_per_client]
+    for number, clients in clients_by_class.items():
+        numbers = (targets == number).nonzero().flatten()
+        if len(numbers) < len(clients):
+            raise ValueError(
+                f"class {number} has {len(numbers)} examples for {len(clients)} clients"
+            )
+        for client, part in zip(clients, numbers.tensor_split(len(clients)), strict=True):
+            shares[client].append(part)
+    return [torch.cat(parts) for parts in shares]
 
 
 def _partition_by_library(
@@ -132,14 +208,10 @@ def _partition_by_library(
             f"the examples are of {partitioner.num_partitions} clients; federation.clients is "
             f"{num_clients}"
         )
-    shares = []
-    for client in range(num_clients):
-        numbers = torch.tensor(partitioner.load_partition(client)["number"][:], dtype=torch.int64)
-        order = torch.randperm(
-            len(numbers), generator=make_generator(seed, "partition order", client)
-        )
-        shares.append(numbers[order])
-    return shares
+    return [
+        torch.tensor(partitioner.load_partition(client)["number"][:], dtype=torch.int64)
+        for client in range(num_clients)
+    ]
 
 
 def _partitioner(options: PartitionOptions, num_clients: int, seed: int) -> Partitioner:
@@ -151,21 +223,6 @@ def _partitioner(options: PartitionOptions, num_clients: int, seed: int) -> Part
             partition_by="target",
             alpha=options.alpha,
             min_partition_size=options.min_examples,
-            seed=seed,
-        )
-    if options.name == "shard":
-        return library.ShardPartitioner(
-            num_partitions=num_clients,
-            partition_by="target",
-            num_shards_per_partition=options.shards_per_client,
-            seed=seed,
-        )
-    if options.name == "pathological":
-        return library.PathologicalPartitioner(
-            num_partitions=num_clients,
-            partition_by="target",
-            num_classes_per_partition=options.classes_per_client,
-            class_assignment_mode="random",
             seed=seed,
         )
     return library.NaturalIdPartitioner(partition_by="owner")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import glob
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +14,10 @@ from numpy.typing import NDArray
 
 from fedobd._errors import UsageError
 from fedobd._imports import nearest
+from fedobd.data._images import Picture
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Image
 
 INPUT_COLUMNS = ("img", "image", "text", "sentence", "content", "review")
 TARGET_COLUMNS = ("label", "fine_label", "labels", "target")
@@ -53,7 +56,7 @@ class Splits:
             aside.
         max_train: the most training examples that are used, drawn at random and the same in every
             run; None for all.
-        max_test: the most test examples.
+        max_test: the most test examples, also of those that are set aside.
 
     Raises:
         UsageError: a number is below 1.
@@ -76,20 +79,25 @@ class Source:
     """A data set that was opened.
 
     Args:
-        train: its training split, mapped from disk.
+        train: its training split, mapped from disk; images as they are encoded.
         test: its test split, None where there is none.
-        kind: what the inputs are.
-        input: their column.
+        input: the column of the images or texts.
         target: the column of the classes.
         classes: their names, in the order of their numbers.
+        decoder: decodes the images; None where the inputs are texts.
     """
 
     train: Dataset
     test: Dataset | None
-    kind: Literal["image", "text"]
     input: str
     target: str
     classes: tuple[str, ...]
+    decoder: Image | None
+
+    @property
+    def kind(self) -> Literal["image", "text"]:
+        """What the inputs are."""
+        return "text" if self.decoder is None else "image"
 
     def targets(self, split: Dataset) -> NDArray[np.int64]:
         """Return the class numbers of a split, shape (n,).
@@ -113,6 +121,26 @@ class Source:
             found[row] = number
         return found
 
+    def picture(self, encoded: dict[str, Any] | None, row: int) -> Picture | None:
+        """Decode an image; None where there is none.
+
+        Args:
+            encoded: what the column of images holds.
+            row: where, for messages.
+
+        Raises:
+            UsageError: it cannot be decoded.
+        """
+        if encoded is None:
+            return None
+        assert self.decoder is not None
+        try:
+            return self.decoder.decode_example(encoded)
+        except Exception as error:  # any that a decoder of one of many formats may raise
+            raise UsageError(
+                f"the image of row {row} cannot be decoded: {_reason(error)}"
+            ) from error
+
 
 def open_source(name: str, *, columns: Columns, splits: Splits) -> Source:
     """Open a data set.
@@ -135,17 +163,24 @@ def open_source(name: str, *, columns: Columns, splits: Splits) -> Source:
         _column(columns.client, (), columns_of, "client", where)
     if len(train) == 0:
         raise UsageError(f"{where}: the split {splits.train!r} has no rows")
+    _check_target(train, target, where)
     if test is not None:
-        for column in (input_, target):
-            _column(column, (), test.column_names, "test", f"{where}, split {splits.test!r}")
-    kind, train, test = _with_images(train, test, input_, where)
+        in_test = f"{where}, split {splits.test!r}"
+        _column(input_, (), test.column_names, "input", in_test)
+        _column(target, (), test.column_names, "target", in_test)
+        _check_target(test, target, in_test)
+    decoder = _decoder(train, input_, where)
+    if decoder is not None:
+        encoded = replace(decoder, decode=False)
+        train = train.cast_column(input_, encoded)
+        test = test.cast_column(input_, encoded) if test is not None else None
     return Source(
         train=train,
         test=test,
-        kind=kind,
         input=input_,
         target=target,
         classes=_classes(train, target, where),
+        decoder=decoder,
     )
 
 
@@ -157,15 +192,15 @@ def _open(name: str, splits: Splits) -> tuple[Dataset, Dataset | None]:
         raise UsageError(f"data {name!r}: there is no such file or folder")
     datasets.disable_progress_bars()
     try:
-        found = _open_files(path, splits) if path.exists() else datasets.load_dataset(name)
+        with _quiet():
+            found = _open_files(path, splits) if path.exists() else datasets.load_dataset(name)
     except UsageError:
         raise
     except Exception as error:  # a hub that cannot be reached, files that are none: many kinds
         hint = "" if path.exists() else "; without a network, give the path of local files"
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"data {name!r} cannot be opened: {type(error).__name__}: {reason}{hint}"
-        ) from error
+        says_nothing = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        reason = _reason(error.__cause__ if says_nothing and error.__cause__ else error)
+        raise UsageError(f"data {name!r} cannot be opened: {reason}{hint}") from error
     if isinstance(found, datasets.Dataset):
         return found, None
     if splits.train not in found:
@@ -174,6 +209,25 @@ def _open(name: str, splits: Splits) -> tuple[Dataset, Dataset | None]:
             f"data.splits.train is {splits.train!r}{nearest(splits.train, found)}"
         )
     return found[splits.train], found.get(splits.test)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep datasets from logging what is wrong, which is said in the error that it raises."""
+    from datasets.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what a library says."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}"
 
 
 def _open_files(path: Path, splits: Splits) -> Any:
@@ -203,9 +257,8 @@ def _open_files(path: Path, splits: Splits) -> Any:
             f"data {str(path)!r}: files of {', '.join(sorted(suffixes))}; wanted one of "
             f"{', '.join(sorted(_BUILDERS))}"
         )
-    return datasets.load_dataset(
-        builder, data_files={split: [str(f) for f in chosen] for split, chosen in files.items()}
-    )
+    patterns = {split: [glob.escape(str(f)) for f in chosen] for split, chosen in files.items()}
+    return datasets.load_dataset(builder, data_files=patterns)
 
 
 def _column(
@@ -220,22 +273,30 @@ def _column(
     )
 
 
-def _with_images(
-    train: Dataset, test: Dataset | None, column: str, where: str
-) -> tuple[Literal["image", "text"], Dataset, Dataset | None]:
-    """Say what a column holds; encoded images are marked as such."""
+def _decoder(train: Dataset, column: str, where: str) -> Image | None:
+    """Return what decodes the images of a column; None for texts."""
     import datasets
 
     feature = train.features[column]
     if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
-        return "text", train, test
+        return None
     is_encoded = isinstance(feature, dict) and "bytes" in feature
     if is_encoded or getattr(feature, "dtype", None) == "binary":
-        train = train.cast_column(column, datasets.Image())
-        test = test.cast_column(column, datasets.Image()) if test is not None else None
-    elif not isinstance(feature, datasets.Image):
+        return datasets.Image()
+    if not isinstance(feature, datasets.Image):
         raise UsageError(f"{where}: column {column!r} holds {feature}; wanted images or texts")
-    return "image", train, test
+    return replace(feature, decode=True)
+
+
+def _check_target(split: Dataset, target: str, where: str) -> None:
+    """Refuse a column of lists, tables or the like."""
+    import datasets
+
+    feature = split.features[target]
+    if not isinstance(feature, datasets.Value | datasets.ClassLabel):
+        raise UsageError(
+            f"{where}: column {target!r} holds {feature}; wanted whole numbers or texts"
+        )
 
 
 def _classes(train: Dataset, target: str, where: str) -> tuple[str, ...]:

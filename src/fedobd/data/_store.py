@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedobd._errors import UsageError
 from fedobd.data._examples import Examples
 
 _INPUTS, _TARGETS, _FACTS = "inputs.npy", "targets.npy", "facts.json"
@@ -67,17 +69,33 @@ def stored(name: str, make: Callable[[Write], None]) -> StoredExamples:
         name: names what they are made of.
         make: is given a function that takes their inputs, batch by batch and each batch of shape
             (m, ...), their targets, shape (n,), and facts to keep beside them, as JSON values.
+
+    Raises:
+        UsageError: the cache cannot be written.
     """
     folder = cache_folder() / name
     if not (folder / _FACTS).exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder.parent))
+        with _writing(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder.parent))
         try:
             make(lambda batches, targets, facts: _write(partial, batches, targets, facts))
-            _move(partial, folder)
+            with _writing(folder.parent):
+                _move(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return StoredExamples(folder)
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"the cache {str(cache)!r} cannot be written: {error.strerror or error}; "
+            "FEDOBD_CACHE names another folder"
+        ) from error
 
 
 def _write(
@@ -91,16 +109,18 @@ def _write(
     for batch in batches:
         if whole is None:
             shape = (len(targets), *batch.shape[1:])
-            whole = np.lib.format.open_memmap(
-                folder / _INPUTS, mode="w+", dtype=batch.dtype, shape=shape
-            )
+            with _writing(folder.parent):
+                whole = np.lib.format.open_memmap(
+                    folder / _INPUTS, mode="w+", dtype=batch.dtype, shape=shape
+                )
         whole[row : row + len(batch)] = batch
         row += len(batch)
     assert whole is not None
     assert row == len(targets)
-    whole.flush()  # type: ignore[attr-defined]
-    np.save(folder / _TARGETS, targets)
-    (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    with _writing(folder.parent):
+        whole.flush()  # type: ignore[attr-defined]
+        np.save(folder / _TARGETS, targets)
+        (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _move(made: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fedobd._checkpoint import PACKAGE, checkpoint_folder
 from fedobd._errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ class TextOptions:
 
     Args:
         length: tokens a text, from 1: longer ones are cut, shorter ones padded.
-        tokenizer: a `tokenizer.json` of Hugging Face's `tokenizers`, or a folder with one; None
-            for the words of the training texts, in lower case.
+        tokenizer: a `tokenizer.json` of Hugging Face's `tokenizers`, or a folder with one, or
+            `package:name` for that of a pretrained model in an installed package; None for the
+            words of the training texts, in lower case.
         min_count: how often a word must occur there to get a token of its own, from 1.
         max_words: the most words that get one, the most frequent; None for all.
 
@@ -59,7 +61,7 @@ def make_tokenizer(options: TextOptions, texts: Iterable[str]) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     if options.tokenizer is not None:
-        tokenizer = _read_tokenizer(Path(options.tokenizer))
+        tokenizer = _parse_tokenizer(options.tokenizer)
     else:
         tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
         tokenizer.normalizer = normalizers.Sequence(
@@ -85,20 +87,46 @@ def make_tokenizer(options: TextOptions, texts: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(name: str) -> bytes:
+    """Return what the file of a tokenizer holds.
+
+    Args:
+        name: see `TextOptions`.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    file = _tokenizer_file(name)
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"tokenizer {str(file)!r} cannot be read: {error.strerror}") from error
+
+
+def _tokenizer_file(name: str) -> Path:
+    path = checkpoint_folder(name) if name.startswith(PACKAGE) else Path(name).expanduser()
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
+def _parse_tokenizer(name: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    file = path / "tokenizer.json" if path.is_dir() else path
+    content = read_tokenizer(name)
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing more exact
-        raise UsageError(f"tokenizer {str(file)!r} cannot be read: {error}") from error
+        raise UsageError(
+            f"tokenizer {str(_tokenizer_file(name))!r} cannot be read: {error}"
+        ) from error
 
 
 def vocabulary(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Return a tokenizer's tokens in the order of their numbers."""
+    """Return a tokenizer's tokens in the order of their numbers; no gap stays without a name."""
     numbers = tokenizer.get_vocab()
-    return tuple(sorted(numbers, key=numbers.__getitem__))
+    tokens = [f"[gap {number}]" for number in range(max(numbers.values()) + 1)]
+    for token, number in numbers.items():
+        tokens[number] = token
+    return tuple(tokens)
 
 
 def encode_texts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def load_vectors(path: str | Path, vocabulary: Sequence[str], *, seed: int = 0) 
 
     Args:
         path: a text file with a word and its numbers on each line, as GloVe comes, or a parquet
-            file with the columns `word` and `vector`.
+            file with the columns `word` and `vector`. In a text, what stands before the numbers
+            is the word, spaces included, as in some lines of glove.840B.300d.
         vocabulary: the words in the order of their token ids; the first is the padding.
         seed: of the vectors of words that the file lacks.
 
@@ -28,7 +30,8 @@ def load_vectors(path: str | Path, vocabulary: Sequence[str], *, seed: int = 0) 
         lacks is drawn from a normal distribution with the deviation of those that it has.
 
     Raises:
-        UsageError: the file cannot be read, is of neither form, or has none of the words.
+        UsageError: the file cannot be read, is of neither form, has a number that is not finite,
+            or has none of the words.
     """
     path = Path(path)
     numbers = {word: number for number, word in enumerate(vocabulary)}
@@ -41,6 +44,10 @@ def load_vectors(path: str | Path, vocabulary: Sequence[str], *, seed: int = 0) 
             raise UsageError(
                 f"word vectors {str(path)!r}: row {row} has {len(values)} numbers, the first "
                 f"{width}"
+            )
+        if not np.isfinite(values).all():
+            raise UsageError(
+                f"word vectors {str(path)!r}: row {row} has numbers that are not finite"
             )
         if word in numbers:
             found[numbers[word]] = values
@@ -62,21 +69,48 @@ def _rows(path: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
             yield from _parquet_rows(path)
         else:
             with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    word, _, rest = line.rstrip("\n").partition(" ")
-                    yield word, np.array(rest.split(" "), np.float32)
+                for row, line in enumerate(lines):
+                    yield _parse_line(line.rstrip("\n "), row)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"word vectors {str(path)!r} cannot be read: {error}") from error
 
 
+def _parse_line(line: str, row: int) -> tuple[str, NDArray[np.float32]]:
+    """Take a word and its numbers apart; numbers are all that stand at the end."""
+    parts = line.split(" ")
+    if len(parts) == 1:
+        raise ValueError(f"row {row} has no numbers")
+    try:
+        return parts[0], np.array(parts[1:], np.float32)
+    except ValueError:
+        start = len(parts) - sum(1 for _ in takewhile(_is_number, reversed(parts)))
+        if start == len(parts):
+            raise
+        return " ".join(parts[:start]), np.array(parts[start:], np.float32)
+
+
+def _is_number(part: str) -> bool:
+    try:
+        float(part)
+    except ValueError:
+        return False
+    return True
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     try:
-        from pyarrow import parquet
+        from pyarrow import parquet, types
     except ModuleNotFoundError as error:
         raise UsageError(
             f"word vectors {str(path)!r} need {error.name!r}, which is not installed; "
             "pip install 'fedobd[data]'"
         ) from error
     table: Any = parquet.read_table(path, columns=["word", "vector"])
-    for word, vector in zip(table["word"].to_pylist(), table["vector"], strict=True):
+    vectors = table["vector"]
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    if not any(is_list(vectors.type) for is_list in lists):
+        raise ValueError(f"column 'vector' holds {vectors.type}; wanted lists of numbers")
+    for row, (word, vector) in enumerate(zip(table["word"].to_pylist(), vectors, strict=True)):
+        if not vector.is_valid:
+            raise ValueError(f"row {row} has no vector")
         yield word, vector.values.to_numpy(zero_copy_only=False).astype(np.float32)

@@ -19,6 +19,7 @@ from fedobd._seeds import derive_seed, make_generator
 from fedobd._state import ModelState, get_state, load_state
 from fedobd.data import Augmentation, ClientData, ExampleSet, load_vectors, select
 from fedobd.experiments._data import build_data
+from fedobd.experiments._fit import check_fit
 from fedobd.experiments.config import ModelConfig, RunConfig
 from fedobd.models import MODELS, build_model, use_batch_statistics
 from fedobd.simulation import ClientSetup, StackedTraining
@@ -74,20 +75,13 @@ def build_experiment(config: RunConfig) -> Experiment:
     rules = config.model.blocks if method.unit == "semantic" else BlockRules(style=method.unit)
     schema = decompose(model, rules)
     initial = get_state(model)
-    training = config.training
-    device = _device(training.device)
-    loss: Loss = find_object(training.loss, "loss", LOSSES)
-    metric: Metric = find_object(training.metric, "metric", METRICS)
-    together: StackedTraining | None = None
-    if training.function is None:
-        options = TrainingOptions(
-            **{name: getattr(training, name) for name in TrainingOptions.__slots__}
-        )
-        augment = _augmentation(config)
-        train: LocalTraining = partial(train_locally, options=options, loss=loss, augment=augment)
-        together = partial(train_stacked, options=options, loss=loss, augment=augment)
-    else:
-        train = find_object(training.function, "training function", {})
+    loss: Loss = find_object(config.training.loss, "loss", LOSSES)
+    metric: Metric = find_object(config.training.metric, "metric", METRICS)
+    train, together = _training(config, loss)
+    device = _device(config.training.device)
+    model = model.to(device)
+    if config.training.function is None and data.clients:
+        check_fit(config, built, model, loss)
     setup = ClientSetup(
         method=method,
         schema=schema,
@@ -102,15 +96,7 @@ def build_experiment(config: RunConfig) -> Experiment:
         stack=1 if config.simulation.stack == "auto" else config.simulation.stack,
         train_together=together,
     )
-    model = model.to(device)
-
-    def evaluate_on(examples: ExampleSet) -> Callable[[ModelState], Evaluation] | None:
-        def evaluate_state(state: ModelState) -> Evaluation:
-            load_state(model, state)
-            return evaluate(model, examples, loss=loss, metric=metric)
-
-        return evaluate_state if len(examples) else None
-
+    evaluate_on = partial(_evaluation, model, loss, metric)
     return Experiment(
         method=method,
         schema=schema,
@@ -121,12 +107,37 @@ def build_experiment(config: RunConfig) -> Experiment:
     )
 
 
+def _evaluation(
+    model: nn.Module, loss: Loss, metric: Metric, examples: ExampleSet
+) -> Callable[[ModelState], Evaluation] | None:
+    def evaluate_state(state: ModelState) -> Evaluation:
+        load_state(model, state)
+        return evaluate(model, examples, loss=loss, metric=metric)
+
+    return evaluate_state if len(examples) else None
+
+
 def _some(examples: ExampleSet, most: int | None) -> ExampleSet:
     """Draw examples, the same in every run."""
     if most is None or most >= len(examples):
         return examples
     order = torch.randperm(len(examples), generator=make_generator(0, "evaluated"))
     return select(examples, order[:most])
+
+
+def _training(config: RunConfig, loss: Loss) -> tuple[LocalTraining, StackedTraining | None]:
+    """Return how one client is trained and how several are at once, if that can be done."""
+    training = config.training
+    if training.function is not None:
+        return find_object(training.function, "training function", {}), None
+    options = TrainingOptions(
+        **{name: getattr(training, name) for name in TrainingOptions.__slots__}
+    )
+    augment = _augmentation(config)
+    return (
+        partial(train_locally, options=options, loss=loss, augment=augment),
+        partial(train_stacked, options=options, loss=loss, augment=augment),
+    )
 
 
 def _augmentation(config: RunConfig) -> Augmentation | None:

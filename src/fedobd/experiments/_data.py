@@ -126,7 +126,7 @@ def _share(config: RunConfig, pool: _Pool) -> BuiltData:
     numbers, test = pool.numbers, pool.test
     if test is None:
         rest, aside = set_aside(len(numbers), data.test_fraction, seed=federation.seed)
-        test = Selection(pool.train, numbers[aside], pool.prepare)
+        test = Selection(pool.train, numbers[aside[: data.splits.max_test]], pool.prepare)
         numbers = numbers[rest]
     owners = None if pool.owners is None else [pool.owners[n] for n in numbers.tolist()]
     shares = partition(

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from fedobd._checkpoint import checkpoint_folder
 from fedobd.models._build import build_from
-from fedobd.models._checkpoint import checkpoint_folder
 from fedobd.models.batch_norm import use_batch_statistics
 from fedobd.models.densenet import DenseLayer, DenseNet40
 from fedobd.models.digits_cnn import DigitsCNN

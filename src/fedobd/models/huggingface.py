@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedobd._checkpoint import checkpoint_folder
 from fedobd._errors import UsageError
 from fedobd._imports import nearest
-from fedobd.models._checkpoint import checkpoint_folder
 from fedobd.models._checks import check_counts
 
 _NOT_A_SIZE = ("auto_map", "id2label", "label2id", "num_labels", "quantization_config")
@@ -93,6 +93,7 @@ class HuggingFaceText(nn.Module):
             longest = max_length
         self.max_length = longest
         self.padding: int = self.network.config.pad_token_id
+        self.vocab_size: int | None = getattr(self.network.config, "vocab_size", None)
         takes = inspect.signature(type(self.network).forward).parameters
         self._takes_mask = "attention_mask" in takes
         own = self.network.config

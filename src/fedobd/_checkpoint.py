@@ -9,7 +9,8 @@ from fedobd._errors import UsageError
 
 _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # in one file, or in several
-_PACKAGE = "package:"
+PACKAGE = "package:"
+"""Begins the name of a folder in an installed package."""
 
 
 def checkpoint_folder(checkpoint: str) -> Path:
@@ -38,7 +39,7 @@ def checkpoint_folder(checkpoint: str) -> Path:
         raise UsageError(
             f"checkpoint is {checkpoint!r}; wanted the path of a folder, or 'package:name'"
         )
-    if checkpoint.startswith(_PACKAGE):
+    if checkpoint.startswith(PACKAGE):
         folder = _folder_in_package(checkpoint)
     else:
         folder = Path(checkpoint).expanduser()
@@ -62,7 +63,7 @@ def checkpoint_folder(checkpoint: str) -> Path:
 
 
 def _folder_in_package(checkpoint: str) -> Path:
-    name, _, inner = checkpoint.removeprefix(_PACKAGE).partition("/")
+    name, _, inner = checkpoint.removeprefix(PACKAGE).partition("/")
     if not name.isidentifier():
         raise UsageError(
             f"checkpoint {checkpoint!r} does not have the form 'package:name' or "
@@ -80,7 +81,7 @@ def _folder_in_package(checkpoint: str) -> Path:
     places = [place for top in tops for place in (top, *sorted(top.iterdir()))]
     found = [p for p in places if (p / _CONFIG).is_file() and _has_weights(p)]
     if len(found) != 1:
-        names = ", ".join(f"'{_PACKAGE}{name}/{p.name}'" for p in found if p not in tops)
+        names = ", ".join(f"'{PACKAGE}{name}/{p.name}'" for p in found if p not in tops)
         raise UsageError(
             f"checkpoint {checkpoint!r}: {len(found)} folders in {tops[0]} hold {_CONFIG} and "
             f"{_WEIGHTS[0]}" + (f"; name one: {names}" if names else "; wanted one")

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import page
-from plan import FOLDERS, LARGE_MODEL, PRESETS, Run, plan
+from plan import FOLDERS, LARGE_MODEL, PRESETS, SEEDS, Run, plan
 from records import commit_of_code, read_record, write_record
 
 from fedobd.experiments import load_config, run
@@ -28,15 +28,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder with the data sets")
     parser.add_argument("--only", default="", help=f"presets, of {', '.join(PRESETS)}")
     parser.add_argument("--variants", default="", help="variants, such as fedobd,fedavg")
+    parser.add_argument("--seeds", default="", help="seeds, such as 0,1")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--until", type=float, help="begin no run after so many minutes")
     parser.add_argument("--page-only", action="store_true", help="make the page, and no run")
     options = parser.parse_args()
     presets = [name for name in options.only.split(",") if name] or list(PRESETS)
     variants = [name for name in options.variants.split(",") if name]
+    seeds = [int(seed) for seed in options.seeds.split(",") if seed] or list(SEEDS)
     began = time.monotonic()
     for entry in plan():
-        if options.page_only or entry.preset not in presets:
+        if options.page_only or entry.preset not in presets or entry.seed not in seeds:
             continue
         if variants and entry.variant not in variants:
             continue

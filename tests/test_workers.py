@@ -489,3 +489,23 @@ def test_ctrl_c_ends_all_workers_and_leaves_a_run_that_resumes(
     assert records(folder) == records(whole_run)
     model = [(at / "model.safetensors").read_bytes() for at in (folder, whole_run)]
     assert model[0] == model[1]
+
+
+def test_workers_end_in_silence_when_the_main_process_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(LONG.to_toml(), encoding="utf-8")
+    folder = tmp_path / "a"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedobd", "run", str(file), "--workers", "2", "-o", str(folder)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: len(records(folder)) >= 1 or process.poll() is not None)
+        process.kill()
+        _, said = process.communicate(timeout=30)
+        wait_for(lambda: group_is_empty(process.pid), 10)
+    finally:
+        if not group_is_empty(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "Traceback" not in said

@@ -155,16 +155,20 @@ def _work(connection: Connection, setup: Path, file: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare_process()
     client = LocalClient(torch.load(setup, mmap=True, weights_only=False))
+    with suppress(EOFError, ConnectionError):  # the process that started this one is gone
+        _play_groups(connection, client, file)
+
+
+def _play_groups(connection: Connection, client: LocalClient, file: Path) -> None:
     numbers = count()
     while True:
-        try:
-            group = _receive(connection)
-        except EOFError:
-            return
+        group = _receive(connection)
         try:
             for results, is_last in _portions(client.run(group), len(group)):
                 portion = _Portion.write(file, next(numbers), results, is_last=is_last)
                 _send(connection, portion)
+        except ConnectionError:
+            raise
         except FedOBDError as error:
             _send(connection, error)
         except Exception as error:

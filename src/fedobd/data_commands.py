@@ -116,16 +116,21 @@ def partition_command(
 def _partition_table(counts: torch.Tensor, classes: tuple[str, ...]) -> Table:
     """Make the table: numbers where they fit into a line, else shades."""
     if len(classes) <= _MOST_NUMBERED:
-        table = Table("client", *classes, "all")
+        table = Table(padding=(0, 0), collapse_padding=True)
+        for name in ("client", *classes, "all"):
+            table.add_column(name, overflow="fold", justify="right")
         for client, row in enumerate(counts.tolist()):
-            table.add_row(str(client), *(f"{count:,}" for count in row), f"{sum(row):,}")
+            table.add_row(str(client), *map(str, row), str(sum(row)))
         return table
-    table = Table("client", f"{len(classes)} classes, the darker the more", "classes", "all")
+    table = Table("client")
+    table.add_column(f"{len(classes)} classes, the darker the more", overflow="fold")
+    for name in ("classes", "all"):
+        table.add_column(name, justify="right", no_wrap=True)
     most = int(counts.max())
     for client, row in enumerate(counts.tolist()):
         shades = [_SHADES[math.ceil(count / most * (len(_SHADES) - 1))] for count in row]
         held = sum(count > 0 for count in row)
-        table.add_row(str(client), "".join(shades), str(held), f"{sum(row):,}")
+        table.add_row(str(client), "".join(shades), str(held), str(sum(row)))
     return table
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from records import ROOT
 
 FOLDER = ROOT / "docs" / "figures"
@@ -34,6 +35,9 @@ def accuracy_by_bytes(preset: str, variants: list[tuple[str, list[Record]]]) -> 
         accuracies = np.mean([curve[1] for curve in curves], axis=0)
         axes.plot(megabytes, accuracies, color=color, marker=marker, markersize=4, label=name)
     axes.set(xlabel="MB sent, up and down", ylabel="test accuracy", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return _save(figure, f"{preset}-accuracy", f"Test accuracy against megabytes, {preset}")
@@ -56,20 +60,24 @@ def uploads(preset: str, variants: Sequence[tuple[str, list[Record]]]) -> str:
     figure = Figure(figsize=(7, 2.6 * len(variants)), layout="constrained")
     rows = figure.subplots(len(variants), squeeze=False)[:, 0]
     for axes, (name, found) in zip(rows, variants, strict=True):
-        stage = [[r for r in record["rounds"] if r["stage"] == 1] for record in found]
-        shares = np.mean(
-            [
-                [[n / r["clients"] for n in r["uploads_by_block"]] for r in rounds]
-                for rounds in stage
-            ],
-            axis=0,
-        ).T
-        image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+        shares = np.mean([_shares(record) for record in found], axis=0).T
+        count, rounds = shares.shape
+        image = axes.imshow(
+            shares, aspect="auto", cmap="viridis", vmin=0, vmax=1,
+            extent=(0.5, rounds + 0.5, count - 0.5, -0.5),
+        )  # fmt: skip
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         labels = [f"{b['name']} ({b['parameters']:,})" for b in found[0]["blocks"]]
         axes.set_yticks(range(len(labels)), labels, fontsize=6)
         axes.set(xlabel="round of stage 1", title=name)
         figure.colorbar(image, label="share of clients")
     return _save(figure, f"{preset}-uploads", f"Share of clients that uploaded a block, {preset}")
+
+
+def _shares(record: Record) -> list[list[float]]:
+    """Return by round of stage 1 and block which share of the clients uploaded it."""
+    stage = [r for r in record["rounds"] if r["stage"] == 1]
+    return [[count / r["clients"] for count in r["uploads_by_block"]] for r in stage]
 
 
 def _save(figure: Figure, name: str, title: str) -> str:

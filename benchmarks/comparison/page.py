@@ -95,8 +95,11 @@ def spread(values: list[float]) -> str:
 
 def table(rows: list[Figures], reference: Figures | None, baseline: Figures | None) -> str:
     """Return a table of variants, with the reduction against two of them."""
+    others = [] if reference is None else [(reference, "")]
+    if baseline is not None and baseline is not reference:
+        others.append((baseline, ", the most accurate"))
     head = ["", "seeds", "final accuracy", "best", "up MB", "down MB", "total MB"]
-    head += [f"less than {NAMES[other.variant]}" for other in (reference, baseline) if other]
+    head += [f"less than {NAMES[other.variant]}{what}" for other, what in others]
     lines = [_line([*head, "s a run"]), _line(["---"] * (len(head) + 1))]
     for row in rows:
         cells = [
@@ -108,10 +111,9 @@ def table(rows: list[Figures], reference: Figures | None, baseline: Figures | No
             f"{fmean(row.downlink) / 1e6:.2f}",
             f"{row.total_bytes / 1e6:.2f}",
         ]
-        for other in (reference, baseline):
-            if other is not None:
-                less = 1 - row.total_bytes / other.total_bytes
-                cells.append("–" if row is other else f"{100 * less:.1f} %")
+        for other, _ in others:
+            less = 1 - row.total_bytes / other.total_bytes
+            cells.append("–" if row is other else f"{100 * less:.1f} %")
         lines.append(_line([*cells, f"{fmean(row.seconds):.0f}"]))
     return "\n".join(lines)
 

@@ -69,6 +69,53 @@ def test_run_with_a_shared_start_and_again(capsys: pytest.CaptureFixture[str]) -
     assert "shared_start" in done.err
 
 
+def test_quiet_runs_print_nothing_and_leave_the_same_folder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("run", "toy.toml", "--method", "fedavg")
+    done = fedobd(capsys, *words, "--quiet", "-o", "quiet")
+    assert (done.status, done.out, done.err) == (0, "", "")
+    assert fedobd(capsys, *words, "-o", "loud").status == 0
+    names = {
+        name: sorted(path.name for path in Path(name).iterdir()) for name in ("quiet", "loud")
+    }
+    assert names["quiet"] == names["loud"]
+    assert {"report.html", "run.log", "summary.json"} <= set(names["quiet"])
+    compared = fedobd(capsys, "compare", "toy.toml", "--methods", "fedpaq", "-q", "-o", "all")
+    assert (compared.status, compared.out, compared.err) == (0, "", "")
+    assert Path("all/report.html").is_file()
+
+
+def test_json_is_all_that_stands_on_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("compare", "toy.toml", "--methods", "fedobd,fedavg", "--seeds", "0,1", "-o", "all")
+    done = fedobd(capsys, *words, "--json", "--log-level", "info")
+    assert done.status == 0, done.err
+    found = [json.loads(line) for line in done.out.splitlines()]
+    runs = [("fedobd", 0, 5), ("fedavg", 0, 3), ("fedobd", 1, 5), ("fedavg", 1, 3)]
+    assert [(f["method"], f["seed"], f.get("round")) for f in found if f["type"] == "round"] == [
+        (method, seed, number + 1) for method, seed, rounds in runs for number in range(rounds)
+    ]
+    summaries = [(f["method"], f["seed"], f["rounds"]) for f in found if f["type"] == "summary"]
+    assert summaries == runs
+    assert done.err.count("info: round ") == 16
+    resumed = fedobd(capsys, *words, "--json", "--resume")
+    assert resumed.out == done.out
+    assert resumed.err == ""
+
+
+def test_the_report_is_written_or_its_extra_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("run", "toy.toml", "--method", "fedavg", "-o", "run")
+    assert fedobd(capsys, *words).out.splitlines()[-1] == "report: run/report.html"
+    assert Path("run/report.html").read_text(encoding="utf-8").startswith("<!")
+    Path("run/report.html").unlink()
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    done = fedobd(capsys, *words, "--resume")
+    assert done.out.splitlines()[-1] == "report: pip install 'fedobd[report]'"
+    assert not Path("run/report.html").exists()
+
+
 def test_compare_ends_with_one_table_that_fits_80_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,9 +144,9 @@ def test_the_warning_of_a_block_that_is_never_uploaded(capsys: pytest.CaptureFix
     done = fedobd(capsys, "run", "toy.toml", "--set", "model.options.width=8", "-o", "run")
     assert done.status == 0, done.err
     assert re.search(
-        r"warning: fedobd: no client uploaded these blocks in stage 1: 4 \(8\d\.\d %\)", done.out
+        r"warning: fedobd: no client uploaded these blocks in stage 1: 4 \(8\d\.\d %\)", done.err
     )
-    assert "max_block_fraction" in done.out
+    assert "max_block_fraction" in done.err
 
 
 def test_blocks_shows_the_table_and_marks_what_cannot_fit(
@@ -190,6 +237,9 @@ def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
         ),
         (["run", "toy.toml", "--resume"], r"--resume needs --output"),
         (["run", "toy.toml", "--workers", "-1"], r"workers is -1"),
+        (["run", "toy.toml", "-q", "--json"], r"--quiet and --json were both given"),
+        (["run", "toy.toml", "--log-level", "loud"], r"'loud' is unknown; allowed are debug"),
+        (["run", "toy.toml", "--set", "output.trackers=['a']"], r"'tensorboard' or 'mlflow'"),
         (["compare", "toy.toml", "--seeds", "a"], r"--seeds 'a': wanted whole numbers"),
         (["compare", "toy.toml", "--methods", "fedavg,fedx"], r"method 'fedx' is unknown"),
         (["blocks", "digits-cn"], r"digits-cnn"),

@@ -13,7 +13,7 @@ PACKAGE = Path(fedobd.__file__).parent
 
 LAYERS = (
     ("_errors",),
-    ("_seeds", "_imports", "_parallel", "_kernels", "_varint", "_planes"),
+    ("_seeds", "_imports", "_checkpoint", "_parallel", "_kernels", "_varint", "_planes"),
     ("_tables",),
     ("_schema",),
     ("_state",),
@@ -34,10 +34,12 @@ LAYERS = (
     ("training",),
     ("stacked",),
     ("simulation",),
+    ("tracking",),
     ("experiments",),
-    ("flower",),
+    ("flower", "planning"),
     ("display",),
-    ("data_commands",),
+    ("report",),
+    ("data_commands", "plan_commands", "report_commands"),
     ("cli",),
     ("__main__",),
 )

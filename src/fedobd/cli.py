@@ -1,4 +1,4 @@
-"""The command line: `fedobd run | compare | blocks | inspect | presets | flower`.
+"""The command line: `fedobd run | compare | report | blocks | inspect | presets | ...`.
 
 A mistake of the user ends with exit status 2 and one message, never a traceback.
 """
@@ -9,9 +9,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Protocol
@@ -29,6 +31,7 @@ from fedobd._schema import ModelSchema
 from fedobd.data_commands import data_app
 from fedobd.display import (
     Display,
+    JsonLines,
     block_table,
     comparison_table,
     never_fitting,
@@ -45,6 +48,10 @@ from fedobd.experiments import (
     run,
 )
 from fedobd.models import build_model
+from fedobd.plan_commands import plan_command
+from fedobd.report import write_report
+from fedobd.report_commands import report_command
+from fedobd.tracking import log_to_terminal
 
 app = typer.Typer(
     name="fedobd",
@@ -61,6 +68,8 @@ app.add_typer(data_app, name="data")
 console = Console()
 errors = Console(stderr=True)
 
+REPORT = "report.html"
+
 Source = Annotated[str, typer.Argument(help="A preset's name or the path of a TOML file.")]
 Overrides = Annotated[
     list[str] | None,
@@ -71,6 +80,18 @@ Workers = Annotated[
     int, typer.Option(help="Worker processes; 0 for none. Results do not depend on it.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")
+]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print a JSON object a round and one a run, a line each, and nothing else."
+    ),
+]
+LogLevel = Annotated[
+    str, typer.Option(help="What of the log is shown: debug, info, warning or error.")
+]
 DropoutRate = Annotated[float, typer.Option(help="λ, for the (1 - λ) budget.")]
 
 
@@ -98,6 +119,61 @@ def _interruptible(folder: Path) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Screen:
+    """What `run` and `compare` show.
+
+    Args:
+        quiet: nothing but warnings and errors.
+        as_json: a JSON object a round and a run.
+        log_level: what of the log is shown.
+
+    Raises:
+        UsageError: quiet and as_json exclude each other.
+    """
+
+    quiet: bool
+    as_json: bool
+    log_level: str
+
+    def __post_init__(self) -> None:
+        if self.quiet and self.as_json:
+            raise UsageError("--quiet and --json were both given; one of them is allowed")
+
+    @contextmanager
+    def watching(
+        self, folder: Path, methods: Sequence[str], seeds: Sequence[int]
+    ) -> Iterator[Observer | None]:
+        """Yield what observes the runs in a folder."""
+        with _interruptible(folder), log_to_terminal(self.log_level):
+            if self.quiet:
+                yield None
+            elif self.as_json:
+                yield JsonLines(sys.stdout)
+            else:
+                with Display(console, methods=methods, seeds=seeds) as display:
+                    yield display
+
+    def end(self, table: Table, folder: Path) -> None:
+        """Show what came of the runs in a folder, and write their report."""
+        is_silent = self.quiet or self.as_json
+        if not is_silent:
+            console.print(table)
+            console.print(f"run folder: {folder}", highlight=False, markup=False, soft_wrap=True)
+        report = _write_report(folder)
+        if not is_silent:
+            console.print(report, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _write_report(folder: Path) -> str:
+    """Write report.html and return the line that says where it is, or what it needs."""
+    if find_spec("plotly") is None:
+        return "report: pip install 'fedobd[report]'"
+    output = folder / REPORT
+    write_report([folder], output)
+    return f"report: {output}"
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
@@ -119,15 +195,18 @@ def run_command(
     engine: Annotated[
         str, typer.Option(help="local, or flower for Flower's simulation; the same results.")
     ] = "local",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    log_level: LogLevel = "warning",
 ) -> None:
     """Run one method with one seed."""
+    screen = _Screen(quiet=quiet, as_json=as_json, log_level=log_level)
     play = _engine(engine)
     single = _single(source, overrides, method, seed)
     folder = _folder(output, source, single.method, resume)
-    with _interruptible(folder), Display(console) as display:
-        summary = play(single, folder, workers=workers, resume=resume, observer=display)
-    console.print(summary_table(summary))
-    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    with screen.watching(folder, [single.method], [single.federation.seed]) as observer:
+        summary = play(single, folder, workers=workers, resume=resume, observer=observer)
+    screen.end(summary_table(summary), folder)
 
 
 def _single(
@@ -200,22 +279,27 @@ def compare_command(
     overrides: Overrides = None,
     workers: Workers = 0,
     resume: Resume = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    log_level: LogLevel = "warning",
 ) -> None:
     """Run several methods, with several seeds, and compare them."""
+    screen = _Screen(quiet=quiet, as_json=as_json, log_level=log_level)
     config = load_config(source, overrides=overrides or [])
     folder = _folder(output, source, "compare", resume)
-    with _interruptible(folder), Display(console) as display:
+    chosen = [name.strip() for name in methods.split(",") if name.strip()] or list(config.methods)
+    chosen_seeds = _seeds(seeds, config)
+    with screen.watching(folder, chosen, chosen_seeds) as observer:
         comparison = compare(
             config,
             folder,
-            seeds=_seeds(seeds, config),
-            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            seeds=chosen_seeds,
+            methods=chosen,
             workers=workers,
             resume=resume,
-            observer=display,
+            observer=observer,
         )
-    console.print(comparison_table(comparison))
-    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    screen.end(comparison_table(comparison), folder)
 
 
 def _seeds(text: str, config: RunConfig) -> list[int]:
@@ -236,6 +320,10 @@ def _folder(output: Path | None, source: str, what: str, resume: bool) -> Path:
         raise UsageError("--resume needs --output, the folder of the run to go on with")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{Path(source).stem}-{what}-{stamp}"
+
+
+app.command("report")(report_command)
+app.command("plan")(plan_command)
 
 
 @app.command("blocks")

@@ -26,6 +26,7 @@ from fedobd._server import MAX_EXAMPLES
 from fedobd.data import Columns, ImageOptions, PartitionOptions, Splits, TextOptions
 from fedobd.experiments.presets import preset_text
 from fedobd.methods import METHODS
+from fedobd.tracking import TrackerName
 from fedobd.training import TrainingOptions
 
 
@@ -154,6 +155,23 @@ class OutputConfig(_Section):
     keep_payloads: bool = Field(
         False, description="Keep every payload as a file, for `fedobd inspect`."
     )
+    trackers: tuple[TrackerName, ...] = Field(
+        (), description="Tools that are given the figures of each round as it ends."
+    )
+    tracking_uri: str | None = Field(
+        None,
+        description="MLflow's server, or a database such as `sqlite:///all.db`; without it the "
+        "file `mlflow.db` beside the run folder.",
+    )
+
+    @model_validator(mode="after")
+    def _check_tracking(self) -> OutputConfig:
+        if self.tracking_uri is not None and "mlflow" not in self.trackers:
+            raise UsageError(
+                f"tracking_uri is {self.tracking_uri!r}, and trackers has no 'mlflow', which it "
+                "is for"
+            )
+        return self
 
 
 class RunConfig(_Section):
@@ -205,6 +223,22 @@ class RunConfig(_Section):
         changed = self.to_dict()
         changed["simulation"]["stack"] = stack
         return parse_config(changed)
+
+    def to_resume(self, started: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return plain values to start a run folder with, or to go on with one that was started.
+
+        What tracks a run may change then, since results do not depend on it.
+
+        Args:
+            started: the configuration in the folder; None for a new run.
+        """
+        plain = self.to_dict()
+        if started is not None:
+            for key in ("trackers", "tracking_uri"):
+                plain["output"].pop(key, None)
+                if key in started["output"]:
+                    plain["output"][key] = started["output"][key]
+        return plain
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, every key present that has a value."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import platform
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +34,11 @@ from fedobd.simulation import (
     open_pool,
     simulate,
 )
+from fedobd.tracking import log_round, log_summary, log_to_file, make_trackers
+
+logger = logging.getLogger(__name__)
+
+LOG = "run.log"
 
 OVERHEAD_PHASES = ("broadcast", "fold", "mean", "decode", "encode")
 """Phases of a round that are the core's own work, in the seconds of a record."""
@@ -54,7 +61,10 @@ class Engine(Protocol):
 
 
 class Observer(Protocol):
-    """Sees a run as it goes."""
+    """Sees a run as it goes.
+
+    A run that goes on, or has ended before, shows the rounds that lie behind it first.
+    """
 
     def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
         """A run begins or goes on."""
@@ -71,6 +81,29 @@ class Observer(Protocol):
     def end_run(self, summary: Summary) -> None:
         """The run has ended."""
         ...
+
+
+class _Observers:
+    """Several observers, as one."""
+
+    def __init__(self, members: Sequence[Observer]) -> None:
+        self._members = members
+
+    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
+        for member in self._members:
+            member.begin_run(config, planned_rounds, folder)
+
+    def client_done(self, plan: RoundPlan, done: int) -> None:
+        for member in self._members:
+            member.client_done(plan, done)
+
+    def end_round(self, record: dict[str, Any]) -> None:
+        for member in self._members:
+            member.end_round(record)
+
+    def end_run(self, summary: Summary) -> None:
+        for member in self._members:
+            member.end_run(summary)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +167,9 @@ def run(
 ) -> Summary:
     """Run a configuration to its end, or go on with a run that was cut off.
 
+    What the run says is appended to `run.log` in its folder, and its figures go to the trackers
+    of `output.trackers`; results depend on neither.
+
     Args:
         config: what to run.
         path: the run folder.
@@ -143,12 +179,14 @@ def run(
         engine: plays the rounds; None for the clients on this machine.
 
     Raises:
-        UsageError: the configuration cannot be run, or the folder holds another run.
+        UsageError: the configuration cannot be run, the folder holds another run, or a tracker
+            cannot be used.
         EmptyRoundError: no upload of a round was accepted.
     """
     check_workers(workers)
     one_at_a_time = engine is None and workers == 0
     engine = engine or partial(_play_here, workers=workers)
+    trackers = make_trackers(config.output.trackers, config.output.tracking_uri)
     experiment = build_experiment(config)
     server = ServerSession(
         experiment.method,
@@ -166,26 +204,50 @@ def run(
         config = config.with_stack(found)
         setup = dataclasses.replace(experiment.setup, stack=found)
         experiment = dataclasses.replace(experiment, setup=setup)
-    folder.start(config.to_dict(), resume=resume)
-    if observer is not None:
-        observer.begin_run(config, server.planned_rounds, path)
-    if folder.is_finished:
-        summary = read_summary(folder)
-    else:
-        saved = folder.load_checkpoint()
-        if saved is not None:
-            server.restore(saved)
-        folder.cut_records(server.rounds)
-        folder.write_json("schema.json", experiment.schema.to_json())
-        folder.write_json("environment.json", _environment(workers))
-        if observer is not None:
-            for record in folder.records():
-                observer.end_round(record)
-        _play(config, experiment, server, folder, engine, observer)
-        summary = _finish(config, experiment, server, folder, one_at_a_time)
-    if observer is not None:
-        observer.end_run(summary)
+    folder.start(config.to_resume(folder.config()), resume=resume)
+    with ExitStack() as stack:
+        stack.enter_context(log_to_file(path / LOG))
+        for tracker in trackers:
+            stack.enter_context(closing(tracker))
+        observers = _Observers([*([observer] if observer is not None else []), *trackers])
+        observers.begin_run(config, server.planned_rounds, path)
+        _take_up(config, experiment, server, folder, workers)
+        for record in folder.records():
+            observers.end_round(record)
+        if folder.is_finished:
+            summary = read_summary(folder)
+        else:
+            _play(config, experiment, server, folder, engine, observers)
+            summary = _finish(config, experiment, server, folder, one_at_a_time)
+        observers.end_run(summary)
     return summary
+
+
+def _take_up(
+    config: RunConfig,
+    experiment: Experiment,
+    server: ServerSession,
+    folder: RunFolder,
+    workers: int,
+) -> None:
+    """Bring server and folder to where the run stands."""
+    logger.info(
+        "fedobd %s: method %s, seed %d, at most %d rounds",
+        version("fedobd"),
+        config.method,
+        config.federation.seed,
+        server.planned_rounds,
+    )
+    if folder.is_finished:
+        logger.info("has ended before")
+        return
+    saved = folder.load_checkpoint()
+    if saved is not None:
+        server.restore(saved)
+        logger.info("goes on after round %d", server.rounds)
+    folder.cut_records(server.rounds)
+    folder.write_json("schema.json", experiment.schema.to_json())
+    folder.write_json("environment.json", _environment(workers))
 
 
 def _play(
@@ -194,12 +256,12 @@ def _play(
     server: ServerSession,
     folder: RunFolder,
     engine: Engine,
-    observer: Observer | None,
+    observer: Observer,
 ) -> None:
     every = config.output.evaluate_every
     watcher = Watcher(
         on_payload=folder.write_payload if config.output.keep_payloads else None,
-        on_client=observer.client_done if observer is not None else None,
+        on_client=observer.client_done,
     )
     if server.is_finished:
         return
@@ -214,8 +276,8 @@ def _play(
         record = make_record(played)
         folder.append_record(record)
         folder.save_checkpoint(server.save())
-        if observer is not None:
-            observer.end_round(record)
+        log_round(record, server.planned_rounds)
+        observer.end_round(record)
 
 
 def _play_here(
@@ -333,6 +395,7 @@ def _finish(
     )
     folder.write_model(server.state)
     folder.write_json(SUMMARY, dataclasses.asdict(summary))
+    log_summary(dataclasses.asdict(summary))
     return summary
 
 

@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +36,7 @@ from fedobd.experiments import (
 )
 from fedobd.flower._app import check_stack
 from fedobd.flower._scaffold import write_app
+from fedobd.tracking import log_round, log_summary
 
 START_SECONDS = 60.0
 STOP_SECONDS = 5.0
@@ -85,11 +86,13 @@ def run_in_simulation(
     if config.data.name == "nodes":
         raise UsageError("data 'nodes' lies on the nodes of a deployment; a simulation has none")
     folder = RunFolder(path)
-    folder.start(config.to_dict(), resume=resume)
+    folder.start(config.to_resume(folder.config()), resume=resume)
+    planned = sum(stage.rounds for stage in config.chosen.stages())
     if observer is not None:
-        planned = sum(stage.rounds for stage in config.chosen.stages())
         observer.begin_run(config, planned, path)
-    if not folder.is_finished:
+    if folder.is_finished:
+        _show(folder.records(), observer)
+    else:
         with tempfile.TemporaryDirectory(prefix="fedobd-flower-") as made:
             app = Path(made) / "app"
             write_app(app, config)
@@ -97,21 +100,29 @@ def run_in_simulation(
                 settings = {"output": str(path), "resume": True}
                 clients = config.federation.clients
                 link.start_run(app, settings, clients=clients, workers=workers)
-                _follow(folder, link, observer)
+                _follow(folder, link, observer, planned)
     summary = read_summary(folder)
     if observer is not None:
         observer.end_run(summary)
     return summary
 
 
-def _follow(folder: RunFolder, link: _SuperLink, observer: Observer | None) -> None:
+def _show(records: Sequence[dict[str, Any]], observer: Observer | None) -> None:
+    if observer is not None:
+        for record in records:
+            observer.end_round(record)
+
+
+def _follow(
+    folder: RunFolder, link: _SuperLink, observer: Observer | None, planned_rounds: int
+) -> None:
     """Show a run's rounds as they come, until Flower says that it has ended."""
     seen, looked, status = 0, time.monotonic(), "running"
     while True:
         records = folder.records()
-        for record in records[seen:] if observer is not None else ():
-            assert observer is not None
-            observer.end_round(record)
+        for record in records[seen:]:
+            log_round(record, planned_rounds)
+        _show(records[seen:], observer)
         seen = len(records)
         if status.startswith("finished"):
             break
@@ -120,6 +131,7 @@ def _follow(folder: RunFolder, link: _SuperLink, observer: Observer | None) -> N
         time.sleep(LOOK_SECONDS)
     if status != "finished:completed" or not folder.is_finished:
         raise FedOBDError(f"Flower ended the run as {status!r}; its log ends with:\n{link.log()}")
+    log_summary(folder.read_json("summary.json"))
 
 
 class _SuperLink:

@@ -7,6 +7,7 @@ workers.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 from collections import deque
@@ -29,6 +30,8 @@ from fedobd.simulation._client import (
 )
 from fedobd.simulation._process import prepare_process
 from fedobd.simulation._worker import Worker, write_setup
+
+logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 4
 """How often clients are played before a round fails because their worker died each time."""
@@ -175,6 +178,12 @@ class ProcessPool(_SingleThread):
                             f"that played it died {MAX_ATTEMPTS} times, with exit status "
                             f"{exit_code}"
                         )
+                logger.warning(
+                    "round %d: a worker process died with exit status %s and is replaced; its "
+                    "clients are played again",
+                    lost[0][0].plan.round,
+                    exit_code,
+                )
                 waiting.extendleft(reversed(lost))
                 replacement = Worker(self._setup_file, next(self._names))
                 self._workers[self._workers.index(worker)] = replacement

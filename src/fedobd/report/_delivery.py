@@ -1,0 +1,89 @@
+"""Delivery: what the levels of the trained model hold, block by block, in bits a parameter.
+
+The model of a run that has ended is quantized as its method's broadcasts are, and coded as its
+delivery is; beside what that takes stands the entropy of its levels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from fedobd._entropy import encode_levels
+from fedobd._errors import UsageError
+from fedobd._quantization import Coding, Levels, Unquantized, level_bits
+from fedobd._schema import Block, Role
+from fedobd._seeds import make_generator
+from fedobd._state import master_state, segment_of
+from fedobd.report._run import Run, Values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelBits:
+    """Bits for each quantized parameter of each block; NaN for a block without any.
+
+    Args:
+        real: of the coded level stream, shape (blocks,).
+        nominal: by the papers' formula, ⌈log2(s + 1)⌉ + 1.
+        entropy: of the levels, each tensor by the frequencies of its own levels, taken one by
+            one; the tables of frequencies are not counted.
+    """
+
+    real: Values
+    nominal: Values
+    entropy: Values
+
+
+def delivery_bits(run: Run) -> LevelBits | None:
+    """Return the bits of each block in the delivery of a run's trained model.
+
+    Returns:
+        The bits, or None where there is no trained model, or the method does not quantize
+        broadcasts.
+
+    Raises:
+        UsageError: the model's file is damaged, or of another model.
+    """
+    quantizer = run.config.chosen.downlink({}, run.schema).quantizer
+    if isinstance(quantizer, Unquantized) or not run.model_file.is_file():
+        return None
+    try:
+        state = master_state(run.schema, load_file(run.model_file))
+    except (SafetensorError, OSError, UsageError) as error:
+        raise UsageError(f"model {str(run.model_file)!r} cannot be read: {error}") from error
+    generator = make_generator(run.seed, "downlink", len(run.rounds))
+
+    def levels_of(block: Block) -> list[Levels]:
+        found = []
+        for segment in block.segments:
+            spec = run.schema.tensors[segment.tensor]
+            if spec.role is Role.PARAMETER:
+                values = segment_of(state, spec, segment).numpy()
+                code = quantizer.measure(values, spec.repr_bits)
+                if code.coding is Coding.LEVELS:
+                    found.append(quantizer.quantize(values, code, generator))
+        return found
+
+    rows = np.array([_bits(levels_of(block)) for block in run.schema.blocks])
+    return LevelBits(real=rows[:, 0], nominal=rows[:, 1], entropy=rows[:, 2])
+
+
+def _bits(levels: list[Levels]) -> tuple[float, float, float]:
+    """Return real and nominal bits and entropy of a quantized parameter of a block."""
+    if not levels:
+        return math.nan, math.nan, math.nan
+    count = sum(own.symbols.size for own in levels)
+    nominal = sum(own.symbols.size * level_bits(own.num_levels) for own in levels)
+    entropy = sum(map(_entropy_bits, levels))
+    return 8 * len(encode_levels(levels)) / count, nominal / count, entropy / count
+
+
+def _entropy_bits(levels: Levels) -> float:
+    """Return the entropy of all elements of a tensor together, in bits."""
+    counts = np.bincount(levels.symbols)
+    counts = counts[counts > 0]
+    return float(-(counts * np.log2(counts / levels.symbols.size)).sum())

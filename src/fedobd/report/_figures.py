@@ -1,0 +1,188 @@
+"""Figures: the pictures of a report for papers, as PNG and SVG.
+
+They have the width of a column, serifs, no title, and can be read in grey: methods differ in
+marker and dash, stage 2 has open markers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedobd._errors import UsageError
+from fedobd.report._curves import MEASURES, Curve, Measure, common_rounds, curves_of, mean_curve
+from fedobd.report._gather import Section, Variant
+from fedobd.report._run import Round
+from fedobd.report._uploads import block_labels, drops_blocks, upload_shares
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "STIXGeneral",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "text.parse_math": False,
+    "svg.hashsalt": "fedobd",
+}
+
+_LOOKS = (
+    ("#000000", "-", "o"),
+    ("#0072b2", "--", "s"),
+    ("#d55e00", "-.", "^"),
+    ("#009e73", ":", "D"),
+    ("#8c5aa8", (0, (5, 1, 1, 1, 1, 1)), "v"),
+    ("#7f7f7f", (0, (6, 3)), "P"),
+)
+"""Color, dash and marker of variants."""
+
+_WIDTH, _HEIGHT = 3.5, 2.6  # inches: a column of a paper in two columns
+_MAP_WIDTH = 5.0
+_MOST_MARKERS = 12  # on a line
+
+
+def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
+    """Draw the figures of all sections and return their files.
+
+    Args:
+        sections: what to draw; of several, each has its number in the names of its files.
+        folder: an existing folder.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+        OSError: a file cannot be written.
+    """
+    try:
+        from matplotlib import rc_context
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"this needs {error.name!r}, which is not installed; pip install 'fedobd[report]'"
+        ) from error
+    files = []
+    with rc_context(_STYLE):
+        for number, section in enumerate(sections, start=1):
+            prefix = f"section-{number}-" if len(sections) > 1 else ""
+            for name, figure in _figures(section):
+                for suffix in ("png", "svg"):
+                    file = folder / f"{prefix}{name}.{suffix}"
+                    dated = {"metadata": {"Date": None}} if suffix == "svg" else {}
+                    figure.savefig(file, dpi=300, **dated)
+                    files.append(file)
+    return tuple(files)
+
+
+def _figures(section: Section) -> Iterator[tuple[str, Any]]:
+    """Yield name and figure."""
+    if any(run.results.final_metric is not None for run in section.runs):
+        yield "accuracy-bytes", _accuracy(section, MEASURES[0])
+        yield "accuracy-rounds", _accuracy(section, MEASURES[-1])
+    yield "bytes-per-round", _traffic(section)
+    dropping = [v for v in section.variants if drops_blocks(v)] or section.variants[:1]
+    names = [re.sub(r"[^\w.]+", "-", variant.label).strip("-") for variant in dropping]
+    for number, (variant, name) in enumerate(zip(dropping, names, strict=True)):
+        unique = name if names.count(name) == 1 else f"{name}-{number}"
+        yield f"uploads-{unique}", _upload_map(variant)
+
+
+def _new_figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _accuracy(section: Section, measure: Measure) -> Any:
+    """Draw means over the seeds, with a band of one standard deviation on each side."""
+    figure = _new_figure(_WIDTH, _HEIGHT)
+    axes = figure.subplots()
+    for variant, look in zip(section.variants, cycle(_LOOKS)):
+        tested = curves_of(variant, measure)
+        if not tested:
+            continue
+        curves = common_rounds(list(tested.values()))
+        mean = mean_curve(curves)
+        _line(axes, mean, look, variant.label)
+        if len(curves) > 1:
+            spread = np.std([curve.y for curve in curves], axis=0, ddof=1)
+            band = mean.y - spread, mean.y + spread
+            axes.fill_between(mean.x, *band, color=look[0], alpha=0.15, linewidth=0)
+    axes.set(xlabel=measure.title, ylabel=section.metric)
+    axes.legend()
+    return figure
+
+
+def _line(axes: Any, curve: Curve, look: tuple[Any, ...], label: str) -> None:
+    color, dash, marker = look
+    axes.plot(curve.x, curve.y, color=color, linestyle=dash)
+    every = math.ceil(len(curve.x) / _MOST_MARKERS)
+    marked = np.arange(len(curve.x)) % max(every, 1) == 0
+    for stage, face in ((1, color), (2, "white")):
+        own = marked & (curve.stage == stage)
+        points = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": ""}
+        axes.plot(curve.x[own], curve.y[own], **points)
+    axes.plot([], [], color=color, linestyle=dash, marker=marker, label=label)
+
+
+def _traffic(section: Section) -> Any:
+    """Draw bytes of each round of the run that is shown of each variant, up and down."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = _new_figure(_WIDTH, 1.6 * _HEIGHT)
+    panels = figure.subplots(2, sharex=True)
+    ways: tuple[tuple[str, Callable[[Round], int]], ...] = (
+        ("MB up", lambda r: r.uplink_bytes),
+        ("MB down", lambda r: r.downlink_bytes),
+    )
+    for axes, (title, num_bytes) in zip(panels, ways, strict=True):
+        for variant, look in zip(section.variants, cycle(_LOOKS)):
+            rounds = variant.shown.rounds
+            curve = Curve(
+                x=np.array([played.number for played in rounds], np.float64),
+                y=np.array([num_bytes(played) / 1e6 for played in rounds]),
+                number=np.array([played.number for played in rounds], np.float64),
+                stage=np.array([played.stage for played in rounds], np.float64),
+            )
+            _line(axes, curve, look, variant.label)
+        axes.set(ylabel=title, yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    panels[1].set(xlabel="round")
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    return figure
+
+
+def _upload_map(variant: Variant) -> Any:
+    """Draw the share of each round's clients that uploaded a block."""
+    run = variant.shown
+    count = len(run.schema.blocks)
+    figure = _new_figure(_MAP_WIDTH, min(9.0, 1.0 + 0.17 * count))
+    axes = figure.subplots()
+    rounds = len(run.rounds)
+    image = axes.imshow(
+        upload_shares(run).T,
+        aspect="auto",
+        cmap="viridis",
+        vmin=0,
+        vmax=1,
+        origin="lower",
+        interpolation="none",
+        extent=(0.5, rounds + 0.5, -0.5, count - 0.5),
+    )
+    second = np.flatnonzero(run.in_stage(2))
+    if 0 < second.size < rounds:
+        axes.axvline(second[0] + 0.5, color="white", linestyle="--", linewidth=1)
+    axes.set_yticks(range(count), block_labels(run), fontsize=7)
+    axes.grid(visible=False)
+    axes.set(xlabel="round")
+    figure.colorbar(image, label="share of the clients")
+    return figure

@@ -1,0 +1,235 @@
+"""Gather: run folders to sections of runs that can be compared.
+
+Runs whose configurations differ in the method, its options and the seed alone stand in one
+section; in it, runs that differ in the seed alone are one variant.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from fedobd._errors import UsageError
+from fedobd.methods import METHODS
+from fedobd.report._run import Run, is_run, read_run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A method with its options, over its seeds.
+
+    Args:
+        label: the method's name, with the options that tell it from others of the section.
+        number: its number in the whole report, the same for the same label.
+        runs: one or more, by seed.
+    """
+
+    label: str
+    number: int
+    runs: tuple[Run, ...]
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self.runs[0].method
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether any run of it has ended."""
+        return any(run.is_finished for run in self.runs)
+
+    @property
+    def counted(self) -> tuple[Run, ...]:
+        """The runs that tables are made of: those that have ended, or all where none has."""
+        return tuple(run for run in self.runs if run.is_finished) or self.runs
+
+    @property
+    def shown(self) -> Run:
+        """The run whose blocks are shown: the first that has ended, or that with most rounds."""
+        if self.is_finished:
+            return self.counted[0]
+        return max(self.runs, key=lambda run: len(run.rounds))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """Runs on the same data, model and clients.
+
+    Args:
+        title: data and model.
+        settings: what tells it from other sections of the same title; empty where none is.
+        metric: what was measured on the test set, such as `test accuracy`.
+        variants: what is compared.
+        notes: what has to be known of the runs.
+    """
+
+    title: str
+    settings: str
+    metric: str
+    variants: tuple[Variant, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All runs."""
+        return tuple(run for variant in self.variants for run in variant.runs)
+
+
+def gather(paths: Sequence[Path]) -> tuple[Section, ...]:
+    """Read run folders, and folders of them such as a comparison's.
+
+    Args:
+        paths: at least one; a folder that is named twice counts once.
+
+    Raises:
+        UsageError: a path is no folder, holds no run, or a run is damaged; or no round of any of
+            them has ended.
+    """
+    if not paths:
+        raise UsageError("no run was named; wanted at least one run folder")
+    folders = list(dict.fromkeys(f.resolve() for path in paths for f in _folders(path)))
+    read = {folder: read_run(folder) for folder in folders}
+    runs = [run for run in read.values() if run is not None]
+    if not runs:
+        raise UsageError(
+            f"no round has ended in {', '.join(repr(str(f)) for f in folders)}; a report needs one"
+        )
+    empty = tuple(folder for folder, run in read.items() if run is None)
+    return _sections(runs, empty)
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise UsageError(f"run {str(path)!r} {what}; wanted a run folder, or a comparison's")
+    if is_run(path):
+        yield path
+        return
+    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and is_run(folder)]
+    if not inner:
+        raise UsageError(
+            f"folder {str(path)!r} is no run and holds none; wanted a run folder, with "
+            "config.toml and schema.json, or a comparison's"
+        )
+    yield from inner
+
+
+def _sections(runs: Sequence[Run], empty: Sequence[Path]) -> tuple[Section, ...]:
+    settings = {run.folder: _settings(run) for run in runs}
+    groups = _grouped(runs, lambda run: settings[run.folder])
+    titles = [_title(group[0]) for group in groups]
+    told = _told([(_title(group[0]), settings[group[0].folder]) for group in groups])
+    numbers: dict[str, int] = {}
+    sections = []
+    for title, telling, group in zip(titles, told, groups, strict=True):
+        variants = _variants(group, numbers)
+        sections.append(
+            Section(
+                title=title,
+                settings=telling,
+                metric=f"test {group[0].config.training.metric}",
+                variants=variants,
+                notes=tuple(_notes(variants, empty)),
+            )
+        )
+        empty = ()  # named once
+    return tuple(sections)
+
+
+def _title(run: Run) -> str:
+    """Return data and model of a run, a path by its last part."""
+    data = Path(run.config.data.name)
+    return f"{data.name if data.is_absolute() else data}, {run.config.model.name}"
+
+
+def _variants(runs: Sequence[Run], numbers: dict[str, int]) -> tuple[Variant, ...]:
+    groups = _grouped(runs, lambda run: {"method": run.method, **_options(run)})
+    groups.sort(key=lambda group: list(METHODS).index(group[0].method))
+    told = _told([(group[0].method, _options(group[0])) for group in groups])
+    names = [group[0].method for group in groups]
+    labels = [", ".join(filter(None, pair)) for pair in zip(names, told, strict=True)]
+    return tuple(
+        Variant(
+            label=label,
+            number=numbers.setdefault(label, len(numbers)),
+            runs=tuple(sorted(group, key=lambda run: (run.seed, run.folder))),
+        )
+        for label, group in zip(labels, groups, strict=True)
+    )
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Return what runs of a section have in common, by dotted key."""
+    plain = run.config.to_dict()
+    for key in ("method", "methods", "simulation", "output"):
+        del plain[key]
+    del plain["federation"]["seed"]
+    return dict(_flat(plain))
+
+
+def _options(run: Run) -> dict[str, Any]:
+    """Return the options of the run's method, by dotted key."""
+    return dict(_flat(run.config.to_dict()["methods"][run.method]))
+
+
+def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        place = f"{path}.{key}" if path else key
+        if isinstance(value, Mapping):
+            yield from _flat(value, place)
+        else:
+            yield place, value
+
+
+def _grouped(runs: Iterable[Run], key: Any) -> list[list[Run]]:
+    """Return runs with equal keys together, in the order of the first of each."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(key(run), sort_keys=True, default=str), []).append(run)
+    return list(groups.values())
+
+
+def _told(named: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Return for each name the values that tell it from others of the same name."""
+    found = []
+    for name, values in named:
+        others = [other for same, other in named if same == name]
+        keys = dict.fromkeys(key for other in others for key in other)
+        telling = [k for k in keys if any(o.get(k) != others[0].get(k) for o in others)]
+        found.append(", ".join(_setting(key, values) for key in telling))
+    return found
+
+
+def _setting(key: str, values: Mapping[str, Any]) -> str:
+    if key not in values:
+        return f"no {key}"
+    value = values[key]
+    return f"{key} = {value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _notes(variants: Sequence[Variant], empty: Sequence[Path]) -> Iterator[str]:
+    for folder in empty:
+        yield f"Run {folder.name} is left out: no round of it has ended."
+    for variant in variants:
+        for run in variant.runs:
+            if not run.is_finished:
+                use = "leave it out" if variant.is_finished else "take the rounds that have ended"
+                yield (
+                    f"Run {run.folder.name} has not finished: {len(run.rounds)} of "
+                    f"{run.planned_rounds} planned rounds have ended; the tables {use}."
+                )
+            if run.results.stops_on_test:
+                yield (
+                    f"Run {run.folder.name} stopped on the test set, which flatters its results."
+                )
+        for seed, same in groupby(variant.runs, key=lambda run: run.seed):
+            names = [run.folder.name for run in same]
+            if len(names) > 1:
+                yield (
+                    f"Runs {', '.join(names)} have the same configuration and seed {seed}; each "
+                    "counts."
+                )

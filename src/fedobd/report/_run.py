@@ -1,0 +1,334 @@
+"""Run: what a run folder says of one run, as plain data.
+
+All figures are those of summary.json and rounds.jsonl. A run that has not finished has no
+summary; its figures are those of the rounds that have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedobd._errors import UsageError
+from fedobd._schema import Block, ModelSchema
+from fedobd.experiments import RunConfig, RunFolder, load_config
+from fedobd.experiments.folder import CONFIG, MODEL, ROUNDS, SUMMARY
+from fedobd.experiments.runner import BYTE_PARTS
+
+Record = dict[str, Any]
+"""One line of rounds.jsonl."""
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockBits:
+    """Bits for each parameter of each block, over all payloads; NaN where there are none.
+
+    Args:
+        real: of the block's frames, shape (blocks,).
+        nominal: of the same by the papers' formula.
+        levels: mean number of levels s.
+    """
+
+    real: Values
+    nominal: Values
+    levels: Values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What blocks took in one direction; every array has the shape (rounds, blocks).
+
+    Args:
+        payloads: payloads that held the block.
+        num_bytes: bytes of its frames in them.
+        nominal_bits: their bits by the papers' formula.
+        levels: mean number of levels s; 0 where nothing was quantized.
+    """
+
+    payloads: Values
+    num_bytes: Values
+    nominal_bits: Values
+    levels: Values
+
+    def bits(self, schema: ModelSchema) -> BlockBits:
+        """Return what a parameter of each block took, a mean over the payloads that held it."""
+        payloads = self.payloads.sum(axis=0)
+        elements = payloads * [block.num_parameters for block in schema.blocks]
+        quantized = np.where(self.levels > 0, self.payloads, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            real = 8 * self.num_bytes.sum(axis=0) / elements
+            nominal = self.nominal_bits.sum(axis=0) / elements
+            levels = (self.levels * quantized).sum(axis=0) / quantized.sum(axis=0)
+        empty = elements == 0
+        return BlockBits(
+            real=np.where(empty, np.nan, real),
+            nominal=np.where(empty, np.nan, nominal),
+            levels=levels,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One round that has ended.
+
+    Args:
+        number: from 1.
+        stage: 1 or 2.
+        cohort: clients that were asked.
+        clients: clients whose upload was accepted.
+        broadcasts: broadcasts that went down: one a client, and those that were sent again.
+        uplink_bytes: all uploads.
+        downlink_bytes: all broadcasts and openings.
+        uplink_parts: the same bytes by what they are for.
+        downlink_parts: the same bytes by what they are for.
+        test_metric: of the server's model; None where it was not tested.
+        train_s: training time, mean over the clients; None where it was not measured.
+    """
+
+    number: int
+    stage: int
+    cohort: int
+    clients: int
+    broadcasts: int
+    uplink_bytes: int
+    downlink_bytes: int
+    uplink_parts: dict[str, int]
+    downlink_parts: dict[str, int]
+    test_metric: float | None
+    train_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """What came of a run, or of its rounds so far.
+
+    Args:
+        final_metric: of the server's model after the last round; None where it was not tested.
+        best_metric: the best of all rounds.
+        uplink_bytes: all uploads.
+        downlink_bytes: all broadcasts and openings.
+        refusals: refused uploads.
+        round_s: wall-clock seconds of all rounds.
+        stops_on_test: whether the test set decided when to stop.
+    """
+
+    final_metric: float | None
+    best_metric: float | None
+    uplink_bytes: int
+    downlink_bytes: int
+    refusals: int
+    round_s: float
+    stops_on_test: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of both directions."""
+        return self.uplink_bytes + self.downlink_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run.
+
+    Args:
+        folder: where it lies.
+        config: its configuration.
+        toml: the same as it stands in the folder.
+        environment: versions and machine.
+        schema: the model's tensors and blocks.
+        rounds: the rounds that have ended, at least one.
+        uploads: how many clients uploaded each block, shape (rounds, blocks).
+        differences: mean block difference over the clients of a round, the same shape; None where
+            the method sends none.
+        uplink: what each block took in accepted uploads; None in folders that do not say.
+        downlink: what each block took in one broadcast; None in folders that do not say.
+        results: what came of it.
+        is_finished: whether the run has ended.
+    """
+
+    folder: Path
+    config: RunConfig
+    toml: str
+    environment: dict[str, Any]
+    schema: ModelSchema
+    rounds: tuple[Round, ...]
+    uploads: Values
+    differences: Values | None
+    uplink: Traffic | None
+    downlink: Traffic | None
+    results: Results
+    is_finished: bool
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self.config.method
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.config.federation.seed
+
+    @property
+    def planned_rounds(self) -> int:
+        """Rounds of all stages, if none is left early."""
+        return sum(stage.rounds for stage in self.config.chosen.stages())
+
+    @property
+    def model_file(self) -> Path:
+        """Where the trained model lies, once the run has finished."""
+        return self.folder / MODEL
+
+    def in_stage(self, number: int) -> NDArray[np.bool_]:
+        """Return which rounds are of a stage, shape (rounds,)."""
+        return np.array([r.stage == number for r in self.rounds], bool)
+
+    def never_uploaded(self) -> tuple[Block, ...]:
+        """Return the blocks with parameters that no client uploaded in stage 1."""
+        counts = self.uploads[self.in_stage(1)].sum(axis=0)
+        return tuple(
+            block
+            for block, count in zip(self.schema.blocks, counts, strict=True)
+            if count == 0 and block.num_parameters
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, and not a comparison or something else."""
+    return (folder / CONFIG).is_file() and (folder / "schema.json").is_file()
+
+
+def read_run(folder: Path) -> Run | None:
+    """Read a run folder.
+
+    Returns:
+        The run, or None where no round has ended yet.
+
+    Raises:
+        UsageError: a file of it is missing or damaged.
+    """
+    stored = RunFolder(folder)
+    try:
+        return _read(stored)
+    except UsageError as error:
+        raise UsageError(f"run {str(folder)!r}: {error}") from error
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UsageError(
+            f"run {str(folder)!r} is damaged: {type(error).__name__}: {error}; wanted "
+            f"{CONFIG}, schema.json, environment.json, {ROUNDS} and, once it has finished, "
+            f"{SUMMARY}, as `fedobd run` writes them"
+        ) from error
+
+
+def _read(stored: RunFolder) -> Run | None:
+    records = stored.records()
+    if not records:
+        return None
+    schema = ModelSchema.from_json(stored.read_json("schema.json"))
+    summary = stored.read_json(SUMMARY) if stored.is_finished else None
+    return Run(
+        folder=stored.path,
+        config=load_config(str(stored.path / CONFIG)),
+        toml=(stored.path / CONFIG).read_text(encoding="utf-8"),
+        environment=dict(stored.read_json("environment.json")),
+        schema=schema,
+        rounds=tuple(map(_round, records)),
+        uploads=_uploads(records, len(schema.blocks)),
+        differences=_differences(records, len(schema.blocks)),
+        uplink=_traffic(records, "uplink_blocks", len(schema.blocks)),
+        downlink=_traffic(records, "broadcast_blocks", len(schema.blocks)),
+        results=_results(records, summary),
+        is_finished=summary is not None,
+    )
+
+
+def _round(record: Record) -> Round:
+    clients = record["clients"]
+    broadcasts = len(record["cohort"]) + len(record.get("reopened", ()))
+    up = {part: sum(c["uplink"][part] for c in clients) for part in BYTE_PARTS}
+    up["refused or repeated"] = record["uplink_bytes"] - sum(up.values())
+    down = {part: record["broadcast"][part] * broadcasts for part in BYTE_PARTS}
+    down["openings"] = record["opening_bytes"]
+    down["refused or repeated"] = record["downlink_bytes"] - sum(down.values())
+    train_s = record["seconds"].get("train")
+    return Round(
+        number=record["round"],
+        stage=record["stage"],
+        cohort=len(record["cohort"]),
+        clients=len(clients),
+        broadcasts=broadcasts,
+        uplink_bytes=record["uplink_bytes"],
+        downlink_bytes=record["downlink_bytes"],
+        uplink_parts=up,
+        downlink_parts=down,
+        test_metric=record["test_metric"],
+        train_s=None if train_s is None else train_s / len(clients),
+    )
+
+
+def _uploads(records: Sequence[Record], num_blocks: int) -> Values:
+    counts = np.zeros((len(records), num_blocks))
+    for row, record in zip(counts, records, strict=True):
+        for client in record["clients"]:
+            row[client["blocks_kept"]] += 1
+    return counts
+
+
+def _differences(records: Sequence[Record], num_blocks: int) -> Values | None:
+    found = [[c["block_differences"] for c in record["clients"]] for record in records]
+    if any(own is None for clients in found for own in clients):
+        return None
+    means = np.array([np.mean(clients, axis=0) for clients in found])
+    return _shaped(means, len(records), num_blocks)
+
+
+def _traffic(records: Sequence[Record], key: str, num_blocks: int) -> Traffic | None:
+    if any(key not in record for record in records):
+        return None
+
+    def values(name: str) -> Values:
+        found = np.array([[own[name] for own in record[key]] for record in records], np.float64)
+        return _shaped(found, len(records), num_blocks)
+
+    return Traffic(
+        payloads=values("payloads"),
+        num_bytes=values("num_bytes"),
+        nominal_bits=values("nominal_bits"),
+        levels=values("levels"),
+    )
+
+
+def _shaped(values: Values, rounds: int, num_blocks: int) -> Values:
+    if values.shape != (rounds, num_blocks):
+        raise ValueError(f"records name other blocks than the {num_blocks} of schema.json")
+    return values
+
+
+def _results(records: Sequence[Record], summary: Record | None) -> Results:
+    if summary is not None:
+        return Results(
+            final_metric=summary["final_metric"],
+            best_metric=summary["best_metric"],
+            uplink_bytes=summary["uplink_bytes"],
+            downlink_bytes=summary["downlink_bytes"],
+            refusals=summary["refusals"],
+            round_s=summary["seconds"]["round"],
+            stops_on_test=summary["stops_on_test"],
+        )
+    metrics = [r["test_metric"] for r in records if r["test_metric"] is not None]
+    return Results(
+        final_metric=metrics[-1] if metrics else None,
+        best_metric=max(metrics, default=None),
+        uplink_bytes=sum(r["uplink_bytes"] for r in records),
+        downlink_bytes=sum(r["downlink_bytes"] for r in records),
+        refusals=sum(len(r["refusals"]) for r in records),
+        round_s=sum(r["seconds"]["round"] for r in records),
+        stops_on_test=False,
+    )

@@ -1,0 +1,148 @@
+"""The log of a run: the logger `fedobd`, its lines in the run folder and on the terminal.
+
+Handlers are there while a run is; importing the package sets up none.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedobd._errors import UsageError
+
+LEVELS = ("debug", "info", "warning", "error")
+"""From where on the terminal may show the log, from most to least."""
+
+_package = logging.getLogger("fedobd")
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def log_to_file(file: Path) -> Iterator[None]:
+    """Append what the package logs, from level info on, to a file.
+
+    Other handlers get what they would have got without the file. An exception that passes is
+    noted.
+    """
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+    )
+    others = [_Above(_package.getEffectiveLevel())] if _package.propagate else []
+    with _handled_by(handler, *others):
+        try:
+            yield
+        except BaseException as error:
+            logger.info("stopped: %r", error)
+            raise
+
+
+@contextmanager
+def log_to_terminal(level: str) -> Iterator[None]:
+    """Show what the package logs on the standard error stream, and nowhere else on a terminal.
+
+    Args:
+        level: the least that is shown, one of `LEVELS`.
+
+    Raises:
+        UsageError: there is no such level.
+    """
+    if level not in LEVELS:
+        raise UsageError(f"log level {level!r} is unknown; allowed are {', '.join(LEVELS)}")
+    with _handled_by(_Terminal(level.upper())):
+        yield
+
+
+class _Terminal(logging.Handler):
+    """Writes to what is the standard error stream at the moment, which a display may replace."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+class _Above(logging.Handler):
+    """Hands records on to the handlers of the loggers above the package's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert _package.parent is not None
+        _package.parent.callHandlers(record)
+
+
+@contextmanager
+def _handled_by(*handlers: logging.Handler) -> Iterator[None]:
+    """Have these handlers alone, and those that the package's logger has of its own."""
+    level, propagates = _package.level, _package.propagate
+    wanted = min(handler.level for handler in handlers)
+    _package.setLevel(min(wanted, _package.getEffectiveLevel()))
+    _package.propagate = False
+    for handler in handlers:
+        _package.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            _package.removeHandler(handler)
+            handler.close()
+        _package.propagate = propagates
+        _package.setLevel(level)
+
+
+def log_round(record: Mapping[str, Any], planned_rounds: int) -> None:
+    """Log a round, and the uploads that were refused in it as warnings.
+
+    Args:
+        record: the round's line of rounds.jsonl.
+        planned_rounds: how many rounds the run has at most.
+    """
+    logger.info(
+        "round %d/%d, stage %d: metric %s, loss %.4f, %d bytes up, %d bytes down, %.1f s",
+        record["round"],
+        planned_rounds,
+        record["stage"],
+        _metric(record["test_metric"]),
+        record["train_loss"],
+        record["uplink_bytes"],
+        record["downlink_bytes"],
+        record["seconds"]["round"],
+    )
+    for refusal in record["refusals"]:
+        logger.warning(
+            "round %d: the upload of client %d is refused: %s",
+            record["round"],
+            refusal["client"],
+            refusal["message"],
+        )
+
+
+def log_summary(summary: Mapping[str, Any]) -> None:
+    """Log that a run has ended; a warning names the blocks that were never uploaded in stage 1.
+
+    Args:
+        summary: what summary.json holds.
+    """
+    never = summary["never_uploaded"]
+    if never:
+        logger.warning(
+            "%s: no client uploaded these blocks in stage 1: %s; %.1f %% of the parameters were "
+            "not trained on the server in it. Split large blocks with "
+            "model.blocks.max_block_fraction, or lower dropout_rate.",
+            summary["method"],
+            ", ".join(f"{block['block']} ({100 * block['share']:.1f} %)" for block in never),
+            100 * sum(block["share"] for block in never),
+        )
+    logger.info(
+        "ended after %d rounds: metric %s, %d bytes up, %d bytes down",
+        summary["rounds"],
+        _metric(summary["final_metric"]),
+        summary["uplink_bytes"],
+        summary["downlink_bytes"],
+    )
+
+
+def _metric(metric: float | None) -> str:
+    return "-" if metric is None else f"{metric:.4f}"

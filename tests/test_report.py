@@ -1,0 +1,653 @@
+"""The report: what is gathered from run folders, and what its tables and plots say."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from fedobd import ModelSchema, Payload, Role, ServerSession, UsageError
+from fedobd._quantization import Coding
+from fedobd.experiments import compare, load_config
+from fedobd.report import _traffic
+from fedobd.report._bits import bits_plot, levels_plot
+from fedobd.report._content import (
+    drawing_step,
+    left_out,
+    plots_of,
+    read_deliveries,
+    reproductions,
+)
+from fedobd.report._curves import MEASURES, Curve, accuracy_plot, curve_of, mean_curve
+from fedobd.report._delivery import delivery_bits
+from fedobd.report._gather import Section, gather
+from fedobd.report._links import round_seconds, run_seconds, train_seconds
+from fedobd.report._plot import block_color, plain, shorten, thin, typed
+from fedobd.report._run import Run
+from fedobd.report._tables import (
+    Table,
+    block_table,
+    environment_table,
+    link_table,
+    run_table,
+    summary_table,
+)
+from fedobd.report._uploads import upload_map, upload_shares, warning
+from tests.toy import CONFIG
+
+METHODS = ("fedobd", "fedavg", "fedpaq")
+SEEDS = (0, 1)
+PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a comparison of three methods with two seeds."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "toy.toml").write_text(CONFIG, encoding="utf-8")
+    config = load_config(str(folder / "toy.toml"))
+    compare(config, folder / "runs", seeds=SEEDS, methods=METHODS)
+    return folder / "runs"
+
+
+@pytest.fixture
+def runs(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return shutil.copytree(made, tmp_path / "runs")
+
+
+def only(sections: tuple[Section, ...]) -> Section:
+    (section,) = sections
+    return section
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return values
+
+
+def change_records(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    file = folder / "rounds.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records:
+        change(record)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def drop_block_traffic(record: dict[str, Any]) -> None:
+    del record["uplink_blocks"], record["broadcast_blocks"]
+    del record["reopened"]
+
+
+def column(table: Table, name: str) -> list[str]:
+    number = table.head.index(name)
+    return [row[number].text for row in table.rows]
+
+
+# gathering
+
+
+def test_a_comparison_is_one_section_with_its_seeds(made: Path) -> None:
+    section = only(gather([made]))
+    assert section.title == "tests.toy:make_data, tests.toy:make_model"
+    assert section.metric == "test accuracy"
+    assert [variant.label for variant in section.variants] == list(METHODS)
+    assert [[run.seed for run in v.runs] for v in section.variants] == [[0, 1]] * 3
+    assert section.notes == ()
+
+
+def test_runs_that_are_named_twice_count_once(made: Path) -> None:
+    section = only(gather([made, made / "fedobd-seed0", made / ".." / "runs" / "fedobd-seed1"]))
+    assert len(section.runs) == 6
+
+
+def test_rounds_are_as_recorded(made: Path) -> None:
+    (run,) = only(gather([made / "fedobd-seed0"])).runs
+    lines = (made / "fedobd-seed0" / "rounds.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r.stage for r in run.rounds] == [1, 1, 1, 2, 2]
+    for played, record in zip(run.rounds, records, strict=True):
+        assert (played.uplink_bytes, played.cohort) == (
+            record["uplink_bytes"],
+            len(record["cohort"]),
+        )
+        assert sum(played.uplink_parts.values()) == record["uplink_bytes"]
+        assert sum(played.downlink_parts.values()) == record["downlink_bytes"]
+        assert min(played.uplink_parts.values()) >= 0
+        assert min(played.downlink_parts.values()) >= 0
+        assert played.train_s == record["seconds"]["train"] / len(record["clients"])
+    first = records[0]["clients"]
+    for block in range(len(run.schema.blocks)):
+        kept = sum(block in client["blocks_kept"] for client in first)
+        assert run.uploads[0, block] == kept
+        assert upload_shares(run)[0, block] == kept / len(first)
+        assert run.differences is not None
+        assert run.differences[0, block] == pytest.approx(
+            fmean(client["block_differences"][block] for client in first)
+        )
+
+
+def test_other_models_get_sections_of_their_own(runs: Path) -> None:
+    for number in SEEDS:
+        file = runs / f"fedavg-seed{number}" / "config.toml"
+        file.write_text(file.read_text().replace("[model.options]", "[model.options]\nwidth = 4"))
+    first, second = gather([runs])
+    assert [variant.label for variant in first.variants] == ["fedavg"]
+    assert first.title == second.title == "tests.toy:make_data, tests.toy:make_model"
+    assert (first.settings, second.settings) == (
+        "model.options.width = 4",
+        "no model.options.width",
+    )
+    assert [variant.number for variant in (*first.variants, *second.variants)] == [0, 1, 2]
+
+
+def test_options_tell_variants_of_a_method_apart(runs: Path) -> None:
+    file = runs / "fedobd-seed1" / "config.toml"
+    file.write_text(file.read_text().replace("dropout_rate = 0.3", "dropout_rate = 0.5"))
+    labels = [variant.label for variant in only(gather([runs])).variants]
+    assert labels[:2] == ["fedobd, codec.dropout_rate = 0.3", "fedobd, codec.dropout_rate = 0.5"]
+    assert labels[2:] == ["fedavg", "fedpaq"]
+
+
+def test_equal_runs_are_noted(runs: Path) -> None:
+    shutil.copytree(runs / "fedobd-seed0", runs / "again")
+    section = only(gather([runs]))
+    assert section.notes == (
+        "Runs again, fedobd-seed0 have the same configuration and seed 0; each counts.",
+    )
+
+
+def test_a_run_that_stops_on_the_test_set_is_noted(runs: Path) -> None:
+    file = runs / "fedavg-seed0" / "summary.json"
+    file.write_text(json.dumps({**summary_of(file.parent), "stops_on_test": True}))
+    assert only(gather([runs])).notes == (
+        "Run fedavg-seed0 stopped on the test set, which flatters its results.",
+    )
+
+
+def refusal(paths: list[Path]) -> str:
+    with pytest.raises(UsageError) as caught:
+        gather(paths)
+    return str(caught.value)
+
+
+def test_what_is_no_run_is_refused(made: Path, tmp_path: Path) -> None:
+    assert refusal([]) == "no run was named; wanted at least one run folder"
+    missing = tmp_path / "missing"
+    assert refusal([missing]) == (
+        f"run {str(missing)!r} does not exist; wanted a run folder, or a comparison's"
+    )
+    file = made / "config.toml"
+    assert refusal([file]).startswith(f"run {str(file)!r} is a file; wanted a run folder")
+    (tmp_path / "empty").mkdir()
+    assert refusal([made, tmp_path / "empty"]) == (
+        f"folder {str(tmp_path / 'empty')!r} is no run and holds none; wanted a run folder, with "
+        "config.toml and schema.json, or a comparison's"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("rounds.jsonl", "{broken\n", "is damaged: JSONDecodeError"),
+        ("rounds.jsonl", '{"round": 1}\n', "is damaged: KeyError"),
+        ("rounds.jsonl", "[]\n", "is damaged: TypeError"),
+        ("schema.json", "{}", "this is not a model schema"),
+        ("schema.json", "\xff", "is damaged"),
+        ("summary.json", "[1]", "is damaged: TypeError"),
+        ("environment.json", "3", "is damaged: TypeError"),
+        ("config.toml", "method = 3", "method"),
+        ("config.toml", "lambda = 3", "key 'lambda' is unknown"),
+    ],
+)
+def test_a_damaged_run_is_refused(runs: Path, name: str, text: str, told: str) -> None:
+    folder = runs / "fedobd-seed0"
+    (folder / name).write_text(text, encoding="latin-1")
+    message = refusal([runs])
+    assert message.startswith(f"run {str(folder)!r}")
+    assert told in message
+
+
+def test_records_of_other_blocks_are_refused(runs: Path) -> None:
+    change_records(runs / "fedobd-seed0", lambda record: record["uplink_blocks"].pop())
+    assert "records name other blocks than the" in refusal([runs])
+
+
+def test_a_damaged_model_is_refused(runs: Path) -> None:
+    file = runs / "fedobd-seed0" / "model.safetensors"
+    file.write_bytes(b"nonsense")
+    with pytest.raises(UsageError, match=r"model .*fedobd-seed0.* cannot be read"):
+        read_deliveries(only(gather([runs])))
+
+
+def test_a_run_that_has_not_finished_is_shown_as_far_as_it_is(runs: Path) -> None:
+    for seed in SEEDS:
+        (runs / f"fedobd-seed{seed}" / "summary.json").unlink()
+    (runs / "fedpaq-seed1" / "summary.json").unlink()
+    lines = (runs / "fedobd-seed0" / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (runs / "fedobd-seed0" / "rounds.jsonl").write_text("".join(lines[:2]) + lines[2][:40])
+    section = only(gather([runs]))
+    assert section.notes == (
+        "Run fedobd-seed0 has not finished: 2 of 5 planned rounds have ended; the tables take the "
+        "rounds that have ended.",
+        "Run fedobd-seed1 has not finished: 5 of 5 planned rounds have ended; the tables take the "
+        "rounds that have ended.",
+        "Run fedpaq-seed1 has not finished: 3 of 3 planned rounds have ended; the tables leave it "
+        "out.",
+    )
+    table = summary_table(section)
+    assert table.notes[0].startswith("† not finished")
+    assert column(table, "method") == ["fedobd †", "fedavg", "fedpaq"]
+    assert column(table, "seeds") == ["0, 1", "0, 1", "0"]
+    assert column(table, "rounds") == ["2 to 5", "3", "3"]
+    assert not any(cell.is_best for cell in table.rows[0])
+    assert column(table, "less than\nFedAvg")[:2] == ["–", "–"]
+    records = [json.loads(line) for line in lines[:2]]
+    results = section.variants[0].runs[0].results
+    assert results.uplink_bytes == sum(record["uplink_bytes"] for record in records)
+    assert results.final_metric == records[-1]["test_metric"]
+    assert section.variants[0].shown.seed == 1  # it has more rounds
+    assert plots_of(section, read_deliveries(section), 1)
+
+
+def test_a_run_without_a_round_is_left_out(runs: Path) -> None:
+    (runs / "fedobd-seed0" / "rounds.jsonl").unlink()
+    (runs / "fedobd-seed1" / "rounds.jsonl").write_text('{"round": 1')
+    section = only(gather([runs]))
+    assert [variant.label for variant in section.variants] == ["fedavg", "fedpaq"]
+    assert section.notes == (
+        "Run fedobd-seed0 is left out: no round of it has ended.",
+        "Run fedobd-seed1 is left out: no round of it has ended.",
+    )
+    assert refusal([runs / "fedobd-seed0"]).startswith("no round has ended in ")
+
+
+# tables
+
+
+def test_the_summary_is_that_of_the_runs(made: Path) -> None:
+    table = summary_table(only(gather([made])))
+    for row, method in enumerate(METHODS):
+        found = [summary_of(made / f"{method}-seed{seed}") for seed in SEEDS]
+        finals = [summary["final_metric"] for summary in found]
+        assert column(table, "test accuracy\nfinal")[row] == (
+            f"{fmean(finals):.4f}{PLUS_MINUS}{stdev(finals):.4f}"
+        )
+        totals = [summary["total_bytes"] / 1e6 for summary in found]
+        digits = 2 if fmean(totals) >= 0.1 else 5
+        assert column(table, "total, MB")[row] == (
+            f"{fmean(totals):.{digits}f}{PLUS_MINUS}{stdev(totals):.{digits}f}"
+        )
+    totals = [
+        fmean(summary_of(made / f"{m}-seed{s}")["total_bytes"] for s in SEEDS) for m in METHODS
+    ]
+    number = table.head.index("total, MB")
+    assert [row[number].is_best for row in table.rows] == [t == min(totals) for t in totals]
+    assert column(table, "less than\nFedAvg") == [
+        f"{100 * (1 - totals[0] / totals[1]):.1f} %",
+        "–",
+        f"{100 * (1 - totals[2] / totals[1]):.1f} %",
+    ]
+
+
+def test_a_single_run_has_neither_spread_nor_best(made: Path) -> None:
+    table = summary_table(only(gather([made / "fedobd-seed1"])))
+    (row,) = table.rows
+    summary = summary_of(made / "fedobd-seed1")
+    assert column(table, "test accuracy\nfinal") == [f"{summary['final_metric']:.4f}"]
+    assert not any(cell.is_best for cell in row)
+    assert not any("±" in cell.text for cell in row)
+    assert not any(name.startswith("less") for name in table.head)
+
+
+def test_every_run_has_a_row(made: Path) -> None:
+    table = run_table(only(gather([made])))
+    assert column(table, "folder") == [f"{m}-seed{s}" for m in METHODS for s in SEEDS]
+    assert column(table, "rounds") == ["5 of 5"] * 2 + ["3 of 3"] * 4
+    assert set(column(table, "finished")) == {"yes"}
+
+
+def test_time_over_a_link_is_transfers_and_training(made: Path) -> None:
+    section = only(gather([made / "fedobd-seed0"]))
+    (run,) = section.runs
+    first = run.rounds[0]
+    assert first.train_s is not None
+    transfer = 8 * (first.downlink_bytes + first.uplink_bytes) / 2 / 1e6
+    assert round_seconds(first, 1e6) == pytest.approx(transfer + first.train_s)
+    assert run_seconds(run, 1e6) == pytest.approx(sum(round_seconds(r, 1e6) for r in run.rounds))
+    table = link_table(section)
+    assert len(table.head) == 4 + 8
+    assert "at the same time, each on a link of its own" in table.notes[0]
+    assert table.rows[0][5].text == f"{run_seconds(run, 1e6):.2f} s"
+    untimed = replace(run, rounds=tuple(replace(r, train_s=None) for r in run.rounds))
+    assert train_seconds(untimed) is None
+    without = replace(section.variants[0], runs=(untimed,))
+    assert link_table(replace(section, variants=(without,))).rows[0][3].text == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.5, "0.50 s"), (59.94, "59.9 s"), (90, "1.5 min"), (5400, "1.5 h"), (216000, "2.5 d")],
+)
+def test_durations_have_the_unit_that_suits_them(made: Path, seconds: float, text: str) -> None:
+    section = only(gather([made / "fedavg-seed0"]))
+    (run,) = section.runs
+    still = replace(run.rounds[0], uplink_bytes=0, downlink_bytes=0, train_s=seconds)
+    variant = replace(section.variants[0], runs=(replace(run, rounds=(still,)),))
+    assert link_table(replace(section, variants=(variant,))).rows[0][3].text == text
+
+
+def test_blocks_are_a_table(made: Path) -> None:
+    section = only(gather([made]))
+    deliveries = read_deliveries(section)
+    table = block_table(section.variants[0], deliveries["fedobd"])
+    run = section.variants[0].shown
+    assert column(table, "block") == [f"{n} {b.name}" for n, b in enumerate(run.schema.blocks)]
+    assert run.uplink is not None
+    sent, held = run.uplink.num_bytes.sum(axis=0), run.uplink.payloads.sum(axis=0)
+    for number, block in enumerate(run.schema.blocks):
+        if held[number]:
+            bits = 8 * sent[number] / (held[number] * block.num_parameters)
+            assert column(table, "up\nreal bits")[number] == f"{bits:.2f}"
+    assert "delivery\nentropy" in table.head
+    plain_table = block_table(section.variants[1], deliveries["fedavg"])
+    assert "delivery\nentropy" not in plain_table.head
+    assert set(column(plain_table, "down\nlevels s")) == {"–"}
+    assert set(column(plain_table, "uploaded\nin stage 1")) == {"100.0 %"}
+
+
+def test_versions_that_differ_stand_beside_each_other(runs: Path) -> None:
+    file = runs / "fedavg-seed1" / "environment.json"
+    values = json.loads(file.read_text())
+    started = values["started"]
+    values["python"], values["started"] = "3.99", "2999-01-01"
+    file.write_text(json.dumps(values))
+    rows = {row[0].text: row[1].text for row in environment_table(only(gather([runs]))).rows}
+    assert rows["python"].endswith(", 3.99")
+    assert rows["started"].endswith(" to 2999-01-01")
+    assert started[:4] in rows["started"]
+    assert rows["cuda"] == "–" or rows["cuda"]
+
+
+def test_commands_run_it_again(runs: Path) -> None:
+    renamed = (runs / "fedobd-seed0").rename(runs / "it's mine")
+    (first, *_) = reproductions(only(gather([renamed])))
+    assert first.toml == (renamed / "config.toml").read_text()
+    assert first.commands == (
+        f"fedobd run '{renamed.parent}/it'\"'\"'s mine/config.toml' "
+        "--output 'it'\"'\"'s mine-again'",
+    )
+
+
+# bits of the delivery
+
+
+def parsed_delivery(run: Run) -> Payload:
+    """Encode the trained model as the server does, through the sessions."""
+    server = ServerSession(
+        run.config.chosen, run.schema, load_file(run.model_file), num_clients=4, seed=run.seed
+    )
+    return Payload.parse(b"".join(server.delivery()), run.schema)
+
+
+def test_the_delivery_is_that_of_the_server(made: Path) -> None:
+    (run,) = only(gather([made / "fedobd-seed0"])).runs
+    bits = delivery_bits(run)
+    assert bits is not None
+    payload = parsed_delivery(run)
+    codes = {(number, segment): code for number, segment, code in payload.codes()}
+    total = 0.0
+    for number, segments in payload.blocks():
+        entropy, count = 0.0, 0
+        for decoded in segments:
+            code = codes[number, decoded.segment]
+            is_parameter = run.schema.tensors[decoded.segment.tensor].role is Role.PARAMETER
+            if is_parameter and code.coding is Coding.LEVELS:
+                step = code.range / code.num_levels
+                levels = np.rint((decoded.values.numpy() - code.offset) / step)
+                _, counts = np.unique(levels, return_counts=True)
+                shares = counts / levels.size
+                entropy += -(shares * np.log2(shares)).sum() * levels.size
+                count += levels.size
+        assert bits.entropy[number] == pytest.approx(entropy / count)
+        assert bits.nominal[number] >= bits.entropy[number]
+        total += bits.real[number] * count / 8
+    assert total == pytest.approx(payload.num_bytes.levels)
+
+
+def test_without_quantized_broadcasts_or_a_model_there_are_no_delivery_bits(runs: Path) -> None:
+    (runs / "fedobd-seed0" / "model.safetensors").unlink()
+    section = only(gather([runs / "fedobd-seed0", runs / "fedpaq-seed0"]))
+    assert dict(read_deliveries(section)) == {"fedobd": None, "fedpaq": None}
+
+
+# plots
+
+
+def array(value: dict[str, str]) -> Any:
+    """Return the array that plotly.js reads."""
+    flat = np.frombuffer(base64.b64decode(value["bdata"]), f"<{value['dtype']}")
+    return (
+        flat.reshape([int(part) for part in value["shape"].split(",")])
+        if "shape" in value
+        else flat
+    )
+
+
+def test_arrays_travel_as_plotly_reads_them() -> None:
+    assert array(typed([1.5, 2])).tolist() == [1.5, 2]
+    assert array(typed([[1, 2, 3], [4, 5, 6]], "u1")).tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert "shape" not in typed([1, 2])
+
+
+def test_every_figure_is_valid(made: Path) -> None:
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    section = only(gather([made]))
+    plots = plots_of(section, read_deliveries(section), 1)
+    names = [plot.name for plot in plots]
+    assert names == ["accuracy", "traffic", "uploads", "bits", "levels"]
+    for plot in plots:
+        counts = [len(switch.options) for switch in plot.switches]
+        assert sorted(plot.views) == sorted(np.ndindex(*counts))
+        for view in plot.views.values():
+            assert view["data"]
+            graph_objects.Figure(view)  # raises for what plotly does not know
+
+
+def test_curves_add_up_what_was_sent(made: Path) -> None:
+    (run,) = only(gather([made / "fedobd-seed0"])).runs
+    summary = summary_of(made / "fedobd-seed0")
+    curves = {measure.name: curve_of(run, measure) for measure in MEASURES}
+    assert curves["total"].x[-1] == pytest.approx(summary["total_bytes"] / 1e6)
+    assert curves["up"].x[-1] == pytest.approx(summary["uplink_bytes"] / 1e6)
+    assert curves["down"].x[-1] == pytest.approx(summary["downlink_bytes"] / 1e6)
+    assert curves["rounds"].x.tolist() == [1, 2, 3, 4, 5]
+    assert curves["rounds"].y[-1] == summary["final_metric"]
+    x, y = curves["rounds"].part(2)
+    assert x.tolist() == [3, 4, 5]  # from the end of stage 1
+    assert y.tolist() == curves["rounds"].y[2:].tolist()
+
+
+def test_the_mean_of_curves_leaves_out_rounds_of_different_stages() -> None:
+    numbers = np.arange(4.0)
+    long = Curve(numbers, np.array([0.0, 1, 2, 3]), numbers, np.array([1.0, 1, 2, 2]))
+    short = Curve(numbers[:3] + 2, np.array([2.0, 3, 4]), numbers[:3], np.array([1.0, 2, 2]))
+    mean = mean_curve([long, short])
+    assert (mean.x.tolist(), mean.y.tolist()) == ([1, 3], [1, 3])
+    assert (mean.number.tolist(), mean.stage.tolist()) == ([0, 2], [1, 2])
+
+
+def test_accuracy_marks_seeds_and_stages(made: Path) -> None:
+    plot = accuracy_plot(only(gather([made])))
+    assert plot is not None
+    traces = plot.views[0, 0]["data"]
+    shown = [trace["name"] for trace in traces if trace["showlegend"]]
+    assert shown == list(METHODS)
+    dashes = {t["name"]: t["line"]["dash"] for t in traces if t["line"]["dash"] == "dot"}
+    assert dashes == {"fedobd": "dot", "fedobd, seed 0": "dot", "fedobd, seed 1": "dot"}
+    assert "thick lines are means over the seeds" in plot.caption
+
+
+def test_stacks_add_up_to_what_was_measured(made: Path) -> None:
+    for folder in ("fedobd-seed0", "fedpaq-seed1"):
+        (run,) = only(gather([made / folder])).runs
+        by_block = _traffic.stack_by_block(run)
+        assert by_block is not None
+        for stacks in (by_block, _traffic.stack_by_part(run)):
+            for stack, direction in zip(stacks, ("uplink", "downlink"), strict=True):
+                total = sum(values for _, _, values in stack)
+                wanted = [getattr(played, f"{direction}_bytes") for played in run.rounds]
+                assert np.asarray(total).tolist() == wanted
+                assert all((values >= 0).all() for _, _, values in stack)
+
+
+def test_many_rounds_are_drawn_as_areas(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = only(gather([made / "fedobd-seed0"]))
+    bars = _traffic.traffic_plot(section, 1).views[0, 0]["data"]
+    assert {trace["type"] for trace in bars} == {"bar"}
+    monkeypatch.setattr(_traffic, "_MOST_BARS", 3)
+    areas = _traffic.traffic_plot(section, 1).views[0, 0]["data"]
+    assert {trace["type"] for trace in areas} == {"scatter"}
+    assert [array(t["y"]).tolist() for t in areas] == [array(t["y"]).tolist() for t in bars]
+
+
+def test_the_map_shows_who_uploaded_what(made: Path) -> None:
+    section = only(gather([made]))
+    plot = upload_map(section, 1)
+    assert plot.switches[0].options == METHODS
+    (trace,) = plot.views[0,]["data"]
+    run = section.variants[0].shown
+    assert array(trace["z"]).tolist() == np.round(100 * upload_shares(run).T).tolist()
+    assert array(trace["customdata"]) == pytest.approx(run.differences.T)  # type: ignore[union-attr]
+    layout = plot.views[0,]["layout"]
+    assert layout["shapes"][0]["x0"] == 3.5  # stage 2 begins with round 4
+    sizes = [label.rpartition(" · ")[2] for label in layout["yaxis"]["ticktext"]]
+    assert sizes == [f"{block.num_parameters:,}" for block in run.schema.blocks]
+    (flat,) = plot.views[1,]["data"]
+    assert set(array(flat["z"]).ravel().tolist()) == {100}
+    assert "customdata" not in flat
+
+
+def test_levels_are_shown_of_what_is_quantized(made: Path) -> None:
+    section = only(gather([made]))
+    plot = levels_plot(section, 1)
+    assert plot is not None
+    assert plot.switches[0].options == ("fedobd, up", "fedobd, down", "fedpaq, up")
+    lines = plot.views[1,]["data"]
+    run = section.variants[0].shown
+    assert run.downlink is not None
+    assert array(lines[0]["y"]) == pytest.approx(run.downlink.levels[:, 0])
+    assert levels_plot(only(gather([made / "fedavg-seed0"])), 1) is None
+
+
+def test_old_folders_lack_what_blocks_took(runs: Path) -> None:
+    for folder in runs.glob("*-seed*"):
+        change_records(folder, drop_block_traffic)
+    section = only(gather([runs]))
+    deliveries = read_deliveries(section)
+    plots = plots_of(section, deliveries, 1)
+    assert [plot.name for plot in plots] == ["accuracy", "traffic", "uploads"]
+    assert plots[1].switches[1].options == ("use",)
+    assert list(left_out(section)) == [
+        "The run folders of fedobd, fedavg, fedpaq were written before records said what each "
+        "block took: bytes by block, bits for each parameter and levels are left out."
+    ]
+    table = block_table(section.variants[0], deliveries["fedobd"])
+    assert "up\nreal bits" not in table.head
+    assert "delivery\nentropy" in table.head
+
+
+def test_old_folders_stand_beside_new_ones(runs: Path) -> None:
+    for seed in SEEDS:
+        change_records(runs / f"fedavg-seed{seed}", drop_block_traffic)
+    section = only(gather([runs]))
+    plot = bits_plot(section, read_deliveries(section))
+    assert plot is not None
+    assert plot.switches[0].options == ("fedobd", "fedpaq")
+
+
+def test_without_a_test_set_there_are_no_curves(runs: Path) -> None:
+    for folder in runs.glob("*-seed*"):
+        change_records(folder, lambda record: record.update(test_metric=None))
+        values = {**summary_of(folder), "final_metric": None, "best_metric": None}
+        (folder / "summary.json").write_text(json.dumps(values))
+    section = only(gather([runs]))
+    assert accuracy_plot(section) is None
+    assert next(left_out(section)).startswith("Nothing was tested on the server")
+    table = summary_table(section)
+    assert set(column(table, "test accuracy\nfinal")) == {"–"}
+    assert set(column(table, "best")) == {"–"}
+
+
+def never(block: int) -> Callable[[dict[str, Any]], None]:
+    def drop(record: dict[str, Any]) -> None:
+        for client in record["clients"]:
+            if record["stage"] == 1 and block in client["blocks_kept"]:
+                client["blocks_kept"].remove(block)
+
+    return drop
+
+
+def test_a_block_that_was_never_uploaded_is_warned_of(runs: Path) -> None:
+    for seed in SEEDS:
+        change_records(runs / f"fedobd-seed{seed}", never(0))
+    first, second, _ = only(gather([runs])).variants
+    schema = ModelSchema.from_json(json.loads((runs / "fedobd-seed0/schema.json").read_text()))
+    block = schema.blocks[0]
+    share = f"{100 * block.num_parameters / schema.num_parameters:.1f} %"
+    text = warning(first)
+    assert text is not None
+    assert text.startswith("fedobd: no client uploaded these blocks in stage 1")
+    assert f"seed 0: {block.name} ({share})" in text
+    assert "model.blocks.max_block_fraction, or lower dropout_rate" in text
+    assert warning(second) is None
+
+
+def test_large_reports_draw_fewer_rounds(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = gather([made])
+    assert drawing_step(sections) == 1
+    cells = sum(variant.shown.uploads.size for variant in sections[0].variants)
+    monkeypatch.setattr("fedobd.report._content.MOST_CELLS", cells / 1.5)
+    assert drawing_step(sections) == 2
+    plot = upload_map(sections[0], 2)
+    assert array(plot.views[0,]["data"][0]["x"]).tolist() == [1, 3, 5]
+    assert plot.caption.endswith(" One of 2 rounds is drawn.")
+    assert (thin(5, 1), thin(6, 2), thin(1, 3)) == ([0, 1, 2, 3, 4], [0, 2, 4, 5], [0])
+
+
+def test_names_are_shown_as_they_are() -> None:
+    assert plain("<b>a</b> & b") == "&lt;b&gt;a&lt;/b&gt; &amp; b"
+    assert shorten("encoder.layer.11.attention", 12) == "…1.attention"
+    assert len(shorten("x" * 50, 20)) == 20
+    assert shorten("short") == "short"
+
+
+def luminance(color: str) -> float:
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def colors() -> Iterator[str]:
+    from fedobd.report._plot import COLORS
+
+    for color in (*COLORS, *_traffic.PART_COLORS):
+        yield "rgb({}, {}, {})".format(*bytes.fromhex(color[1:]))
+    yield from (block_color(number, 40) for number in range(40))
+
+
+@pytest.mark.parametrize("page", ["rgb(255, 255, 255)", "rgb(20, 24, 29)"])
+def test_colors_stand_out_on_both_pages(page: str) -> None:
+    for color in colors():
+        high, low = sorted((luminance(color), luminance(page)), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 3, color

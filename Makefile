@@ -17,10 +17,13 @@ demo-deployment: $(VENV)/.installed-flower
 test: $(VENV)/.installed-dev check
 	$(BIN)/python -m pytest -n auto
 
-# What is slow: real deployments, Flower's simulation, the oldest and newest versions of Flower.
+# What is slow: real deployments, Flower's simulation, the oldest and newest versions of Flower, MLflow, and
+# the report in a browser, which is installed where apt can.
 FLOWER_VERSIONS := 1.24.0 1.36.0 newest
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python tests/flower_versions.py $(FLOWER_VERSIONS)
+	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+		apt-get install -qq -y chromium chromium-driver; } || true
 	$(BIN)/python -m pytest -m deployment -v
 
 check: $(VENV)/.installed-dev

@@ -163,11 +163,12 @@ def _preset(preset: str, found: dict[tuple[str, str], list[Record]]) -> Iterator
     for variant in ("fedavg-cohort", "fedpaq", "feddropoutavg", "smafd"):
         if variant in mine:
             equal.append(collect(variant, mine[variant]))
-    yield (
-        "**At equal participation**: every baseline on FedOBD's cohort, with further rounds until "
-        "it has had as many client-epochs as FedOBD with its stage 2."
-    )
-    yield table(equal, _of(equal, "fedavg-cohort"), _best(equal))
+    if len(equal) > 1:
+        yield (
+            "**At equal participation**: every baseline on FedOBD's cohort, with further rounds "
+            "until it has had as many client-epochs as FedOBD with its stage 2."
+        )
+        yield table(equal, _of(equal, "fedavg-cohort"), _best(equal))
     named = [(NAMES[v], rs) for v, rs in mine.items() if v in NAMES]
     yield figures.accuracy_by_bytes(preset, named)
     variants = [(v, mine[v]) for v in ("fedobd", "whole-blocks") if v in mine]

@@ -8,6 +8,9 @@
     payloads/           every payload, if that was asked for
     model.safetensors   the trained model
     summary.json        written last
+    run.log             what the run said
+    report.html         the page of `fedobd report`
+    tensorboard/, mlflow_run_id.txt     where trackers of `output.trackers` go on
 
 A file that must be whole is written beside its place and moved there, so a kill at any moment
 leaves the old or the new one. The checkpoint names the client states that belong to it by round; a

@@ -3,7 +3,7 @@
 The digits are run here, all methods with one seed, in a minute and a half; other runs come from
 records that `benchmarks/comparison` made. Exit status 1 where a ratio is off by more than 25 %.
 
-    python benchmarks/plan.py [--seed 0] [--no-digits] [--records FOLDER] [--data FOLDER]
+    python benchmarks/estimates.py [--seed 0] [--no-digits] [--records FOLDER] [--data FOLDER]
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def train(model: nn.Module, data: Data, epochs: int) -> float:
         for batch in torch.split(torch.randperm(len(inputs)), 32):
             optimizer.zero_grad()
             loss = nn.functional.mse_loss(model(inputs[batch]), targets[batch])
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.item() * len(batch)
     return total / len(inputs)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-deployment test test-all check bench-digits bench-codec bench-deployment bench-simulation \
+.PHONY: demo demo-deployment test test-all check docs bench-digits bench-codec bench-deployment bench-simulation \
 	results fuzz build \
 	clean
 
@@ -31,6 +31,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --strict tests benchmarks examples
+
+# The documentation site, in site/; a link that leads nowhere is an error.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The figures of benchmarks/RESULTS.md for the digits: five methods, three seeds, one process.
 bench-digits: $(VENV)/.installed
@@ -82,4 +86,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,7 +1,9 @@
-"""What the documents say is true: the README's example runs, the package ships what it names."""
+"""What the documents say is true: their code runs, the package ships what they name."""
 
 from __future__ import annotations
 
+import ast
+import difflib
 import re
 import subprocess
 import sys
@@ -13,9 +15,74 @@ from typing import Any
 import pytest
 
 from fedobd import cli
+from tests.document_helpers import LANGUAGES, ROOT, Page, blocks_of, documents, run_command
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+NOT_RUN = [
+    ("docs/flower.md", "Flower leaves a SuperLink behind"),
+    ("docs/runs.md", "the folders are examples"),
+]
+
+
+@pytest.mark.parametrize("document", documents())
+def test_the_code_of_a_document_runs(
+    document: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = set(sys.modules)
+    page = Page()
+    try:
+        for block in blocks_of(document):
+            assert block.language in LANGUAGES, block.place
+            if block.reason is None:
+                page.play(block)
+    finally:
+        for name in set(sys.modules) - modules:
+            if getattr(sys.modules[name], "__file__", None) == str(tmp_path / f"{name}.py"):
+                del sys.modules[name]
+
+
+def test_what_is_not_run_is_known() -> None:
+    marked = [block for document in documents() for block in blocks_of(document) if block.reason]
+    assert [(block.document, block.reason) for block in marked] == NOT_RUN
+
+
+def test_the_start_page_says_what_the_comparison_shows(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    short = ["methods.fedobd.stage_one_rounds=1", "methods.fedobd.stage_two_epochs=1"]
+    options = [*short, "methods.fedavg.rounds=1", "methods.fedavg.cohort=2"]
+    sets = [word for option in options for word in ("--set", option)]
+    chosen = ["--methods", "fedobd,fedavg", "--output", str(tmp_path / "out")]
+    shown = run_command(["compare", "digits", *chosen, *sets])
+    assert (
+        "| method | final acc. | uplink MB | downlink MB | total MB | less than FedAvg |" in page
+    )
+    for word in ("final", "acc.", "uplink", "total", "less than", "FedAvg", "baseline*"):
+        assert word in shown
+    assert shown.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<h3>Which blocks were uploaded</h3>" in html  # named in the questions
+
+
+def test_the_flower_page_shows_the_difference_of_the_examples() -> None:
+    (shown,) = [b.code for b in blocks_of("docs/flower-steps.md") if b.language == "diff"]
+    before, after = (code_lines(ROOT / "examples" / f"flower_{n}.py") for n in ("before", "after"))
+    difference = list(difflib.unified_diff(before, after, n=0, lineterm=""))
+    rest = ("---", "+++", "@@")
+    changed = [line for line in difference if len(line) > 1 and not line.startswith(rest)]
+    assert shown.splitlines() == changed
+
+
+def code_lines(file: Path) -> list[str]:
+    """Return the lines of a module after its docstring."""
+    text = file.read_text(encoding="utf-8")
+    return text.splitlines()[ast.parse(text).body[0].end_lineno :]
 
 
 def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from fedobd.tracking._tensorboard import TensorBoardTracker
 from fedobd.tracking._tracker import Tracker
 
 TrackerName = Literal["tensorboard", "mlflow"]
-"""A tracker\'s name in `output.trackers`."""
+"""A tracker's name in `output.trackers`."""
 
 
 def make_trackers(names: Iterable[TrackerName], tracking_uri: str | None = None) -> list[Tracker]:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import page
-from plan import FOLDERS, LARGE_MODEL, PRESETS, SEEDS, Run, plan
+from plan import FOLDERS, PRESETS, SEEDS, Run, plan
 from records import commit_of_code, read_record, write_record
 
 from fedobd.experiments import load_config, run
@@ -57,7 +57,6 @@ def make(entry: Run, data: Path, workers: int) -> None:
         changes.append(f"model.options.vectors={data / VECTORS[entry.preset]}")
     config = load_config(entry.preset, overrides=changes).for_method(entry.method, entry.seed)
     print(f"{time.strftime('%H:%M:%S')} {entry.name}", flush=True)
-    workers = 0 if entry.preset == LARGE_MODEL else workers
     summary = run(config, folder, workers=workers, resume=folder.exists())
     write_record(entry, folder, summary, commit_of_code())
     (folder / "model.safetensors").unlink()

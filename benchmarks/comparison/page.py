@@ -171,7 +171,7 @@ def _preset(preset: str, found: dict[tuple[str, str], list[Record]]) -> Iterator
         yield table(equal, _of(equal, "fedavg-cohort"), _best(equal))
     named = [(NAMES[v], rs) for v, rs in mine.items() if v in NAMES]
     yield figures.accuracy_by_bytes(preset, named)
-    variants = [(v, mine[v]) for v in ("fedobd", "whole-blocks") if v in mine]
+    variants = [(v, mine[v]) for v in ("fedobd", "larger-parts", "whole-blocks") if v in mine]
     yield figures.uploads(preset, variants)
 
 

@@ -91,6 +91,7 @@ ABLATIONS = {
     "random-blocks": (f'{_CODEC}.selection="random"',),
     "single-layers": ('model.blocks.style="layer"',),
     "whole-blocks": ("model.blocks.max_block_fraction=1.0",),
+    "larger-parts": ("model.blocks.max_block_fraction=0.2",),
     "one-stage": ("methods.fedobd.stage_two_epochs=0",),
     "no-dropout": (f'{_CODEC}.selection="none"',),
 }

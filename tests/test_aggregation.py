@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,7 +19,7 @@ from fedobd._aggregation import RunningMean
 from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError
 from fedobd._masks import Mask
 from fedobd._payload import DecodedSegment, Payload
-from fedobd._quantization import NNADQ
+from fedobd._quantization import NNADQ, Quantizer, Unquantized
 from fedobd._schema import ModelSchema, Role
 from fedobd._state import ModelState, master_state
 from fedobd._wire import Kind
@@ -445,6 +446,55 @@ def test_damaged_payload_leaves_no_trace() -> None:
     assert_same(snapshot(mean), before)
     mean.fold(Payload.parse(data, schema).blocks, 5, differences=False)
     assert torch.allclose(mean.finish()["v"], state["v"], atol=0.1)
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("quantizer", [Unquantized(), NNADQ(0.01)])
+@pytest.mark.parametrize("mask", [None, Mask.of_rate(3, 0.4)])
+@pytest.mark.parametrize("differences", [False, True])
+def test_views_into_a_payload_add_up_as_decoded_values(
+    differences: bool, mask: Mask | None, quantizer: Quantizer, lossless: bool
+) -> None:
+    reference = master_state(SCHEMA, random_state(SCHEMA, 1))
+    start = random_state(SCHEMA, 0) if differences else None
+    header = header_of(
+        SCHEMA, Kind.UPLOAD, is_difference=differences, mask=mask, is_lossless=lossless
+    )
+    one, other = (
+        RunningMean(SCHEMA, reference, cohort_size=3, max_examples=9, per_element=True)
+        for _ in range(2)
+    )
+    for seed in (2, 3, 4):
+        data = encode(SCHEMA, random_state(SCHEMA, seed), header, quantizer, start=start)
+        payload = Payload.parse(data, SCHEMA)
+        one.fold(payload.blocks, seed, differences=differences)
+        other.fold(payload.views, seed, differences=differences)
+    assert_same_state(one.finish(), other.finish())
+
+
+@pytest.mark.parametrize("differences", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["w", "mean", "v"])
+def test_a_view_that_is_not_finite_leaves_no_trace(
+    name: str, bad: float, masked: bool, differences: bool
+) -> None:
+    reference = master_state(SCHEMA, random_state(SCHEMA, 1))
+    mean = RunningMean(SCHEMA, reference, cohort_size=4, max_examples=9, per_element=True)
+    state = {name: value.contiguous() for name, value in random_state(SCHEMA, 2).items()}
+    mark = struct.pack("<f", 0.123)
+    state[name].reshape(-1)[-1] = 0.123
+    mask = Mask(0, 0) if masked else None
+    header = header_of(SCHEMA, Kind.UPLOAD, is_difference=differences, mask=mask)
+    data = encode(SCHEMA, state, header)
+    mean.fold(Payload.parse(data, SCHEMA).views, 2, differences=differences)
+    before = snapshot(mean)
+    assert data.count(mark) == 1
+    forged = with_checksum(data.replace(mark, struct.pack("<f", bad)))
+    with pytest.raises(DecodeError, match=f"tensor '{name}' holds NaN or an infinity") as caught:
+        mean.fold(Payload.parse(forged, SCHEMA).views, 2, differences=differences)
+    assert caught.value.reason is DecodeReason.NOT_FINITE
+    assert_same(snapshot(mean), before)
 
 
 @pytest.mark.parametrize("per_element", [False, True])

@@ -254,17 +254,49 @@ def test_a_million_values_come_back_without_a_fused_operation(num_levels: int) -
 
 
 @law(200)
-@given(st.integers(0, 2**32), st.integers(0, 40), st.integers(-40, 40))
-def test_add_scaled_rounds_each_product_once(seed: int, count: int, exponent: int) -> None:
+@given(
+    st.integers(0, 2**32),
+    st.integers(0, 40),
+    st.integers(-40, 40),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 3),
+)
+def test_add_differences_rounds_each_product_once(
+    seed: int, count: int, exponent: int, has_base: bool, has_mask: bool, address: int
+) -> None:
     rng = np.random.default_rng(seed)
-    values = rng.standard_normal(count).astype(np.float32)
+    kept = rng.random(count) < (0.5 if has_mask else 2)
+    values = rng.standard_normal(int(kept.sum())).astype(np.float32)
+    base = rng.standard_normal(count if has_base else 0).astype(np.float32)
     scale = math.ldexp(float(rng.integers(1, 10_000)), exponent)
     sums = rng.integers(-(2**60), 2**60, count)
-    wanted = [int(s) + round(float(v) * scale) for s, v in zip(sums, values, strict=True)]
-    for kind in (np.float32, np.float64):
-        came = sums.copy()
-        kernels.add_scaled(values.astype(kind), scale, came)
+    whole = np.zeros(count)
+    whole[kept] = values.astype(np.float64) - (base[kept] if has_base else 0)
+    wanted = [int(s) + round(float(v) * scale) for s, v in zip(sums, whole, strict=True)]
+    # as they lie in a payload: read-only, at any address
+    view = np.frombuffer(b"\xff" * address + values.tobytes(), np.float32, values.size, address)
+    mask = kept if has_mask else np.empty(0, np.bool_)
+    came, largest = sums.copy(), float(np.abs(whole).max(initial=0))
+    assert kernels.add_differences(view, base, mask, largest, scale, came) == -1
+    assert came.tolist() == wanted
+    if largest > 0:
+        below = math.nextafter(largest, 0)
+        bits = kernels.add_differences(view, base, mask, below, scale, came)
+        assert np.int64(bits).view(np.float64) == largest
         assert came.tolist() == wanted
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_add_differences_adds_nothing_that_is_not_finite(bad: float) -> None:
+    values = np.ones(9, np.float32)
+    values[4] = bad
+    for base in (np.empty(0, np.float32), np.zeros(9, np.float32)):
+        sums = np.zeros(9, np.int64)
+        mask = np.empty(0, np.bool_)
+        bits = kernels.add_differences(values, base, mask, 1.7e308, 1.0, sums)
+        assert not math.isfinite(np.int64(bits).view(np.float64))
+        assert not sums.any()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedobd._errors import DecodeError, DecodeReason
-from fedobd._planes import compress, decompress, from_bytes, to_bytes
+from fedobd._planes import compress, decompress, from_bytes, to_words
 from tests.helpers import law
 
 DTYPES = (
@@ -79,7 +79,7 @@ def test_round_trip(parts: Parts) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 1000])
 def test_values_of_each_type_come_back(dtype: torch.dtype, count: int) -> None:
     values = (torch.randn(count, generator=torch.Generator().manual_seed(1)) * 50).to(dtype)
-    part = to_bytes(values, dtype)
+    part = to_words(values, dtype).tobytes()
     assert len(part) == count * dtype.itemsize
     parts: Parts = [(b"abcd", 4), (part, dtype.itemsize), (b"ef", 1)]
     came = decompressed(compressed(parts), parts)[4:-2]
@@ -89,7 +89,7 @@ def test_values_of_each_type_come_back(dtype: torch.dtype, count: int) -> None:
 
 def test_bits_of_each_float_come_back() -> None:
     values = torch.tensor([0.0, -0.0, math.inf, -math.nan, 1e-45, 3.4e38])
-    parts: Parts = [(to_bytes(values, torch.float32), 4)]
+    parts: Parts = [(to_words(values, torch.float32).tobytes(), 4)]
     came = from_bytes(memoryview(decompressed(compressed(parts), parts)), torch.float32)
     assert torch.equal(came.view(torch.int32), values.view(torch.int32))
 
@@ -107,7 +107,7 @@ def test_planes_are_as_documented() -> None:
 
 def test_planes_of_weights_are_smaller_than_the_weights() -> None:
     weights = torch.randn(300_000, generator=torch.Generator().manual_seed(1)) * 0.05
-    part = to_bytes(weights, torch.float32)
+    part = to_words(weights, torch.float32).tobytes()
     as_they_are = zstandard.ZstdCompressor(level=3).compress(part)
     assert len(compressed([(part, 4)])) < 0.87 * len(part)
     assert len(compressed([(part, 4)])) < 0.95 * len(as_they_are)
@@ -115,7 +115,7 @@ def test_planes_of_weights_are_smaller_than_the_weights() -> None:
 
 def test_values_that_do_not_compress_stay_within_the_cap_of_a_frame() -> None:
     noise = torch.randint(256, (1_000_000,), generator=torch.Generator().manual_seed(1))
-    part = to_bytes(noise, torch.uint8)
+    part = to_words(noise, torch.uint8).tobytes()
     assert len(compressed([(part, 4)])) <= len(part) + len(part) // 128 + 1024
     assert len(compressed([])) <= 1024
 

@@ -78,7 +78,10 @@ def test_mean_block_differences_by_hand() -> None:
     }
     # 5/5 elements; a block of buffers; 3/1; 2/3: the norm is divided by |b|, not by its root
     wanted = (1.0, 0.0, 3.0, 2.0 / 3.0)
-    assert mean_block_differences(schema, source_of(schema, state)) == wanted
+    source = source_of(schema, state)
+    twice = torch.tensor([[1.0], [-2.0]])
+    found = mean_block_differences(schema, lambda segment: source(segment) * twice)
+    assert found == [wanted, tuple(2 * mean for mean in wanted)]
 
 
 def test_mean_block_differences_does_not_ask_for_buffers() -> None:
@@ -89,7 +92,7 @@ def test_mean_block_differences_does_not_ask_for_buffers() -> None:
 
     def difference(segment: object) -> torch.Tensor:
         asked.append(segment)
-        return source(schema.blocks[0].segments[0])
+        return source(schema.blocks[0].segments[0]).unsqueeze(0)
 
     mean_block_differences(schema, difference)
     assert asked == [schema.blocks[0].segments[0]]

@@ -156,7 +156,7 @@ def stacked(
     plan: RoundPlan = PLAN,
     options: TrainingOptions = OPTIONS,
     loss: Loss = rounded_loss,
-) -> tuple[list[ModelState], list[LocalResult]]:
+) -> tuple[Sequence[ModelState], list[LocalResult]]:
     seeds = range(10, 10 + len(data))
     return train_stacked(model, starts, data, plan, seeds, options=options, loss=loss)
 
@@ -182,7 +182,7 @@ def check_same(
     starts: Sequence[ModelState] | None = None,
     loss: Loss = rounded_loss,
     within: Within = WITHIN,
-) -> list[ModelState]:
+) -> Sequence[ModelState]:
     """Check that clients trained together are as if trained alone; return their states."""
     starts = starts or [get_state(model)] * len(data)
     wanted = one_by_one(model, starts, data, plan, options, loss)
@@ -457,7 +457,7 @@ def test_dropout_draws_for_each_client_and_follows_from_the_seeds() -> None:
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
 
-    def trained(*seeds: int) -> list[ModelState]:
+    def trained(*seeds: int) -> Sequence[ModelState]:
         states, _ = train_stacked(
             model, starts, [own, own], PLAN, seeds, options=OPTIONS, loss=classify
         )

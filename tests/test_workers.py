@@ -104,7 +104,7 @@ def die_once_together(
     *,
     marker: Path,
     together: StackedTraining,
-) -> tuple[list[ModelState], list[LocalResult]]:
+) -> tuple[Sequence[ModelState], list[LocalResult]]:
     trained = together(model, starts, data, plan, seeds)
     if plan.round == 2 and not marker.exists():
         marker.touch()

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError
-from fedobd._payload import DecodedSegment
+from fedobd._payload import Block, DecodedSegment, Found, refuse_not_finite
 from fedobd._schema import ModelSchema, Role
 from fedobd._state import ModelState
 
@@ -29,6 +29,8 @@ _ROOM_BITS = {Role.PARAMETER: 10, Role.BUFFER: 20}
 
 _FLOOR_EXPONENT = {Role.PARAMETER: -4, Role.BUFFER: 0}
 """...which is taken to be at least 2^floor, for tensors that start at zero."""
+
+_NO_BASE, _NO_MASK = np.empty(0, np.float32), np.empty(0, np.bool_)
 
 
 class RunningMean:
@@ -59,6 +61,7 @@ class RunningMean:
         limit_bits = 62 - (cohort_size - 1).bit_length() - (max_examples - 1).bit_length()
         self._range_exponents: list[int] = []
         self._scale_exponents: list[int] = []
+        self._base: list[NDArray[np.float32] | None] = []
         self._sums: list[NDArray[np.int64] | None] = []
         self._weights: list[NDArray[np.int64] | None] = []
         self._maxima: dict[int, torch.Tensor] = {}
@@ -73,13 +76,15 @@ class RunningMean:
                 exponent += _ROOM_BITS[spec.role]
             self._range_exponents.append(exponent)
             self._scale_exponents.append(limit_bits - exponent)
+            base = reference[spec.name].reshape(-1).numpy() if averaged else None
+            self._base.append(base)
             self._sums.append(np.zeros(spec.num_elements, np.int64) if averaged else None)
             counted = averaged and per_element and spec.role is Role.PARAMETER
             self._weights.append(np.zeros(spec.num_elements, np.int64) if counted else None)
 
     def fold(
         self,
-        blocks: Callable[[], Iterable[tuple[int, list[DecodedSegment]]]],
+        blocks: Callable[[], Iterable[Block]],
         num_examples: int,
         *,
         differences: bool,
@@ -93,19 +98,19 @@ class RunningMean:
             differences: whether parameters are differences; buffers are always values.
 
         Raises:
-            DecodeError: a block is damaged or a difference is beyond the legal range; the mean is
-                then as before.
+            DecodeError: a block is damaged, a value is not finite or a difference is beyond the
+                legal range; the mean is then as before.
         """
         maxima: dict[int, torch.Tensor] = {}
         added = 0
         try:
             for _, segments in blocks():
-                for decoded in segments:
-                    if self._schema.tensors[decoded.segment.tensor].is_floating:
-                        self._add(decoded, num_examples, differences, sign=1)
+                for one in segments:
+                    if self._schema.tensors[one.segment.tensor].is_floating:
+                        self._add(one, num_examples, differences, sign=1)
                         added += 1
-                    else:
-                        maxima[decoded.segment.tensor] = decoded.values
+                    elif isinstance(one, DecodedSegment):
+                        maxima[one.segment.tensor] = one.values
         except BaseException:
             self._take_back(blocks, added, num_examples, differences)
             raise
@@ -116,58 +121,61 @@ class RunningMean:
 
     def _take_back(
         self,
-        blocks: Callable[[], Iterable[tuple[int, list[DecodedSegment]]]],
+        blocks: Callable[[], Iterable[Block]],
         added: int,
         num_examples: int,
         differences: bool,
     ) -> None:
         """Subtract the first segments of an upload, as many as were added."""
         for _, segments in blocks() if added else ():
-            for decoded in segments:
-                if self._schema.tensors[decoded.segment.tensor].is_floating:
-                    self._add(decoded, num_examples, differences, sign=-1)
+            for one in segments:
+                if self._schema.tensors[one.segment.tensor].is_floating:
+                    self._add(one, num_examples, differences, sign=-1)
                     added -= 1
                     if added == 0:
                         return
 
     def _add(
-        self, decoded: DecodedSegment, num_examples: int, differences: bool, *, sign: int
+        self,
+        one: Found,
+        num_examples: int,
+        differences: bool,
+        *,
+        sign: int,
     ) -> None:
         """Add a segment's contribution, or subtract it, after a look at its range."""
         import fedobd._kernels as kernels  # when first needed: importing numba takes its time
 
-        segment = decoded.segment
+        segment = one.segment
         spec = self._schema.tensors[segment.tensor]
         where = slice(segment.start, segment.stop)
-        sums, weights = self._sums[segment.tensor], self._weights[segment.tensor]
+        base, sums = self._base[segment.tensor], self._sums[segment.tensor]
+        weights = self._weights[segment.tensor]
+        assert base is not None
         assert sums is not None
-        values = decoded.values.to(torch.float32).numpy()
-        base: NDArray[np.float32] | None = None
-        if not (differences and spec.role is Role.PARAMETER):
-            whole = self._reference[spec.name].reshape(-1)[where]
-            base = (whole if decoded.mask is None else whole[decoded.mask]).numpy()
-            largest = kernels.largest_difference(values, base)
-        else:
-            largest = kernels.largest_magnitude(values)
+        values = one.values
+        if isinstance(values, torch.Tensor):
+            values = values.to(torch.float32).numpy()
+        is_relative = differences and spec.role is Role.PARAMETER
         limit = math.ldexp(1.0, self._range_exponents[segment.tensor])
-        if not largest <= limit:
+        too_large = kernels.add_differences(
+            values,
+            _NO_BASE if is_relative else base[where],
+            _NO_MASK if one.mask is None else one.mask.numpy(),
+            limit,
+            math.ldexp(float(sign * num_examples), self._scale_exponents[segment.tensor]),
+            sums[where],
+        )
+        if too_large >= 0:
+            refuse_not_finite(spec, torch.from_numpy(values.copy()))
             raise DecodeError(
                 DecodeReason.LIMIT,
-                f"tensor {spec.name!r} would change by {largest:.3g} in one round; "
-                f"at most {limit:.3g} is accepted",
+                f"tensor {spec.name!r} would change by {np.int64(too_large).view(np.float64):.3g} "
+                f"in one round; at most {limit:.3g} is accepted",
             )
-        scale = math.ldexp(float(sign * num_examples), self._scale_exponents[segment.tensor])
-        target = sums[where]
-        mask = None if decoded.mask is None else decoded.mask.numpy()
-        kept = target if mask is None else target[mask]
-        if base is None:
-            kernels.add_scaled(values, scale, kept)
-        else:
-            kernels.add_scaled_difference(values, base, scale, kept)
-        if mask is not None:
-            target[mask] = kept
         if weights is not None:
-            weights[where][... if mask is None else mask] += sign * num_examples
+            held = weights[where]
+            held += num_examples * sign * (1 if one.mask is None else one.mask.numpy())
 
     def finish(self) -> ModelState:
         """Return the new values: reference plus mean difference; integer tensors take the largest.

@@ -7,23 +7,24 @@ the constructor takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from fedobd._clipping import bound_norms
-from fedobd._encoding import encode_payload
+from fedobd._encoding import Source, encode_payloads
 from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd._frames import check_finite
-from fedobd._method import Method, UplinkContext
+from fedobd._method import Method, Shipment, UplinkContext
 from fedobd._payload import Payload, PayloadStream, refuse_not_finite
 from fedobd._schema import ModelSchema, Role, Segment
 from fedobd._seeds import derive_seed, make_generator
 from fedobd._selection import mean_block_differences
 from fedobd._server import check_addressed
-from fedobd._state import ModelState, check_state, segment_of, state_fingerprint
+from fedobd._state import ModelState, StateStack, check_state, segment_of, state_fingerprint
 from fedobd._wire import Bytes, Header, Kind, Report
 
 
@@ -79,19 +80,6 @@ class Broadcast:
                 if target.dtype != decoded.values.dtype:
                     refuse_not_finite(spec, target)
         return cls(parsed.header, values)
-
-
-class _Flat(dict[int, torch.Tensor]):
-    """A state's tensors by their numbers, flattened when first asked for."""
-
-    def __init__(self, schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
-        self._schema = schema
-        self._state = state
-
-    def __missing__(self, number: int) -> torch.Tensor:
-        flat = self[number] = self._state[self._schema.tensors[number].name].detach().reshape(-1)
-        return flat
 
 
 class ClientSession:
@@ -241,45 +229,23 @@ class ClientSession:
             UsageError: nothing was received in this round, a tensor is missing or holds NaN, or no
                 example was trained on.
         """
-        received = self._received
-        if received is None:
+        check_state(self.schema, trained)
+        stack = StateStack.of([dict(trained)])
+        return (bytes(chunk) for _, chunk in encode_uploads([self], stack, [report]))
+
+    def _check_report(self, report: Report) -> Header:
+        """Return the header of the round's broadcast, once there is something to upload."""
+        if self._received is None:
             raise UsageError(
                 f"client {self.client} cannot upload before it has received a broadcast"
             )
         if report.num_examples < 1:
             raise UsageError(f"client {self.client} trained on no examples; at least 1 is wanted")
-        check_state(self.schema, trained)
-        schema = self.schema
-        after = _Flat(schema, trained)
-        before = _Flat(schema, self._start)
+        return self._received
 
-        def value(segment: Segment) -> torch.Tensor:
-            return after[segment.tensor][segment.start : segment.stop]
-
-        def difference(segment: Segment) -> torch.Tensor:
-            now = value(segment)
-            was = before[segment.tensor][segment.start : segment.stop].to(now.device)
-            return now.to(torch.float32) - was.to(torch.float32)
-
-        def source(segment: Segment) -> torch.Tensor:
-            is_parameter = schema.tensors[segment.tensor].role is Role.PARAMETER
-            differs = self.method.sends_differences and is_parameter
-            return difference(segment) if differs else value(segment)
-
-        shipment = self.method.uplink(
-            UplinkContext(
-                schema=schema,
-                round=received.round,
-                stage=received.stage,
-                received=received.kept,
-                seed=derive_seed(self.seed, "uplink", received.round, self.client),
-                block_differences=lambda: mean_block_differences(schema, difference),
-            )
-        )
-        for number in set(range(len(schema.blocks))).difference(shipment.kept):
-            for segment in schema.blocks[number].segments:  # the encoder looks at the others
-                check_finite(schema.tensors[segment.tensor].name, value(segment))
-        header = Header(
+    def _header(self, received: Header, report: Report, shipment: Shipment) -> Header:
+        """Return the header of an upload."""
+        return Header(
             kind=Kind.UPLOAD,
             method=self.method.wire_id,
             round=received.round,
@@ -292,11 +258,116 @@ class ClientSession:
             mask=shipment.mask,
             block_differences=shipment.block_differences,
         )
-        return encode_payload(
-            schema,
-            header,
-            bound_norms(source, schema, shipment.quantizer) if shipment.bound_norm else source,
-            shipment.quantizer,
-            generator=make_generator(self.seed, "rounding", received.round, self.client),
-            executor=self._executor,
+
+
+def encode_uploads(
+    sessions: Sequence[ClientSession], trained: StateStack, reports: Sequence[Report]
+) -> Iterator[tuple[int, Bytes]]:
+    """Encode the uploads of clients that were trained together, each with the bytes it has alone.
+
+    Blocks are selected and segments quantized for all clients at once, where their values lie.
+
+    Args:
+        sessions: the clients' sessions; all of one run, which have received one broadcast.
+        trained: their values after local training.
+        reports: what each of them reports.
+
+    Yields:
+        A client's place among the sessions and a chunk of its upload, which may be a view of the
+        trained values.
+
+    Raises:
+        UsageError: as `ClientSession.upload` raises it.
+    """
+    method, schema, seed = sessions[0].method, sessions[0].schema, sessions[0].seed
+    for session, report in zip(sessions, reports, strict=True):
+        received = session._check_report(report)
+    changes = _Changes(schema, [session._start for session in sessions], trained)
+    means = cache(lambda: mean_block_differences(schema, changes.difference))
+
+    def ship(place: int) -> Shipment:
+        number = sessions[place].client
+        context = UplinkContext(
+            schema=schema,
+            round=received.round,
+            stage=received.stage,
+            received=received.kept,
+            seed=derive_seed(seed, "uplink", received.round, number),
+            block_differences=lambda: means()[place],
         )
+        return method.uplink(context)
+
+    shipments = [ship(place) for place in range(len(sessions))]
+    changes.check_dropped(shipments)
+    source: Source = changes.difference_or_value if method.sends_differences else changes.value
+    if any(shipment.bound_norm for shipment in shipments):
+        bounded = [own.quantizer if own.bound_norm else None for own in shipments]
+        source = bound_norms(source, schema, bounded)
+    return encode_payloads(
+        schema,
+        [
+            session._header(received, report, shipment)
+            for session, report, shipment in zip(sessions, reports, shipments, strict=True)
+        ],
+        source,
+        [shipment.quantizer for shipment in shipments],
+        generator=cache(
+            lambda place: make_generator(seed, "rounding", received.round, sessions[place].client)
+        ),
+        executor=sessions[0]._executor,
+    )
+
+
+class _Changes:
+    """What training has made of the values that clients received, segment by segment.
+
+    Args:
+        schema: the model's schema.
+        starts: what each client received.
+        trained: what each has now.
+    """
+
+    def __init__(
+        self, schema: ModelSchema, starts: Sequence[ModelState], trained: StateStack
+    ) -> None:
+        self._schema = schema
+        self._starts = starts
+        self._trained = trained
+        self._before = cache(self._start_of)
+
+    def _start_of(self, number: int) -> torch.Tensor:
+        """Return a tensor as received, shape (clients, elements); (1, elements) if all alike."""
+        spec = self._schema.tensors[number]
+        starts = [start[spec.name] for start in self._starts]
+        alike = all(start is starts[0] for start in starts)
+        return torch.stack(starts[:1] if alike else starts).reshape(-1, spec.num_elements)
+
+    def value(self, segment: Segment) -> torch.Tensor:
+        """Return the trained values, shape (clients, elements)."""
+        spec = self._schema.tensors[segment.tensor]
+        whole = self._trained.values[spec.name].detach()
+        flat = whole.reshape(len(self._starts), spec.num_elements)
+        return flat[:, segment.start : segment.stop]
+
+    def difference(self, segment: Segment) -> torch.Tensor:
+        """Return trained less received values, float32, shape (clients, elements)."""
+        now = self.value(segment)
+        was = self._before(segment.tensor)[:, segment.start : segment.stop].to(now.device)
+        return now.to(torch.float32) - was.to(torch.float32)
+
+    def difference_or_value(self, segment: Segment) -> torch.Tensor:
+        """Return the difference of a parameter, the value of a buffer."""
+        is_parameter = self._schema.tensors[segment.tensor].role is Role.PARAMETER
+        return self.difference(segment) if is_parameter else self.value(segment)
+
+    def check_dropped(self, shipments: Sequence[Shipment]) -> None:
+        """Refuse values that are not finite in blocks that stay; the encoder sees the others."""
+        kept = [set(shipment.kept) for shipment in shipments]
+        for number, block in enumerate(self._schema.blocks):
+            staying = [place for place, own in enumerate(kept) if number not in own]
+            for segment in block.segments if staying else ():
+                values = self.value(segment)
+                check_finite(
+                    self._schema.tensors[segment.tensor].name,
+                    values if len(staying) == len(kept) else values[staying],
+                )

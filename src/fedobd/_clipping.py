@@ -8,6 +8,7 @@ whole updates are then bounded too.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,15 +21,17 @@ from fedobd._selection import squared_norm
 _MARGIN = 1 - 2.0**-20  # of a factor, so that rounding of the shrunk values does not undo it
 
 
-def bound_norms(source: Source, schema: ModelSchema, quantizer: Quantizer) -> Source:
+def bound_norms(
+    source: Source, schema: ModelSchema, quantizers: Sequence[Quantizer | None]
+) -> Source:
     """Return a source whose segments of parameters keep their L2 norm when they are quantized.
 
     Args:
-        source: gives the differences of a segment, float32, 1-D, on any device.
+        source: gives the differences of a segment, float32, (clients, elements), on any device.
         schema: the model's schema.
-        quantizer: a deterministic one.
+        quantizers: each client's, a deterministic one; None for a client whose values stay.
     """
-    factors: dict[Segment, float] = {}
+    factors: dict[Segment, torch.Tensor] = {}
 
     def bounded(segment: Segment) -> torch.Tensor:
         values = source(segment)
@@ -36,9 +39,13 @@ def bound_norms(source: Source, schema: ModelSchema, quantizer: Quantizer) -> So
         if spec.role is not Role.PARAMETER:
             return values
         if segment not in factors:
-            factors[segment] = shrink_factor(values.cpu().numpy(), quantizer, spec.repr_bits)
-        factor = factors[segment]
-        return values if factor == 1 else values * factor
+            rows = values.cpu().numpy()
+            found = [
+                [1.0 if quantizer is None else shrink_factor(row, quantizer, spec.repr_bits)]
+                for row, quantizer in zip(rows, quantizers, strict=True)
+            ]
+            factors[segment] = torch.tensor(found, device=values.device, dtype=torch.float32)
+        return values * factors[segment]
 
     return bounded
 

@@ -1,4 +1,9 @@
-"""Encoding: a model state to a payload, block by block, as chunks of bytes."""
+"""Encoding: model states to payloads, block by block, as chunks of bytes.
+
+Payloads are made one at a time, or those of several clients together: their values then lie
+stacked, with the clients first, and each segment is measured and quantized for all of them at
+once, on whatever device it lies. The bytes of a payload are the same either way.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +11,40 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 
+import numpy as np
 import torch
 
 from fedobd._entropy import encode_levels
 from fedobd._errors import UsageError
-from fedobd._frames import PlainPart, check_finite, frozen_parts, lay_out, plain_dtype
-from fedobd._planes import compress, to_bytes
-from fedobd._quantization import Coding, Levels, Quantizer, SegmentCode, Unquantized
-from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
+from fedobd._frames import (
+    BlockLayout,
+    PlainPart,
+    check_finite,
+    frozen_parts,
+    lay_out,
+    plain_dtype,
+)
+from fedobd._planes import Words, compress, to_words
+from fedobd._quantization import (
+    MASKED,
+    RAW,
+    Float32,
+    Levels,
+    Quantizer,
+    SegmentCode,
+    Unquantized,
+)
+from fedobd._schema import ModelSchema, Role, Segment, TensorSpec
 from fedobd._varint import write_varint
-from fedobd._wire import CHECKSUM, Header, pack_header
+from fedobd._wire import CHECKSUM, Bytes, Header, pack_header
 
 Source = Callable[[Segment], torch.Tensor]
+"""Gives the elements of a segment, 1-D, or (clients, elements) where there are several."""
 
-_RAW, _MASKED = SegmentCode(Coding.RAW), SegmentCode(Coding.MASKED)
+Codes = list[list[SegmentCode]]
 
 
 def encode_payload(
@@ -51,101 +75,215 @@ def encode_payload(
     Raises:
         UsageError: a value is NaN or infinite; the message names the tensor.
     """
-    encoding = _Encoding(schema, header, source, quantizer, generator, executor)
-    checksum = 0
+    chunks = encode_payloads(
+        schema,
+        [header],
+        lambda segment: source(segment).unsqueeze(0),
+        [quantizer],
+        generator=lambda _: generator,
+        frozen=frozen,
+        executor=executor,
+    )
+    for _, chunk in chunks:
+        yield bytes(chunk)
+
+
+def encode_payloads(
+    schema: ModelSchema,
+    headers: Sequence[Header],
+    source: Source,
+    quantizers: Sequence[Quantizer],
+    *,
+    generator: Callable[[int], torch.Generator | None],
+    frozen: Callable[[TensorSpec], torch.Tensor] | None = None,
+    executor: Executor | None = None,
+) -> Iterator[tuple[int, Bytes]]:
+    """Encode one payload a client, block by block for all of them.
+
+    Args:
+        schema: the model's schema.
+        headers: what each says; all of one kind and method.
+        source: as in `encode_payload`, for all clients, shape (clients, elements).
+        quantizers: how each one's parameters are coded.
+        generator: draws of a stochastic quantizer for a client, by its place among the headers.
+        frozen: as in `encode_payload`.
+        executor: likewise.
+
+    Yields:
+        A client's place and a chunk of its payload, which may be a view of what the source gave.
+
+    Raises:
+        UsageError: a value is NaN or infinite; the message names the tensor.
+    """
+    encoding = _Encoding(schema, headers, source, quantizers, generator, executor)
+    checksums = [0] * len(headers)
     codes = encoding.measure()
-    for chunk in encoding.chunks(codes, frozen):
-        checksum = zlib.crc32(chunk, checksum)
-        yield chunk
-    yield CHECKSUM.pack(checksum)
+    for place, chunk in encoding.chunks(codes, frozen):
+        checksums[place] = zlib.crc32(chunk, checksums[place])
+        yield place, chunk
+    for place, checksum in enumerate(checksums):
+        yield place, CHECKSUM.pack(checksum)
 
 
 @dataclass(frozen=True, slots=True)
 class _Encoding:
-    """The arguments of `encode_payload`."""
+    """The arguments of `encode_payloads`."""
 
     schema: ModelSchema
-    header: Header
+    headers: Sequence[Header]
     source: Source
-    quantizer: Quantizer
-    generator: torch.Generator | None
+    quantizers: Sequence[Quantizer]
+    generator: Callable[[int], torch.Generator | None]
     executor: Executor | None
 
-    def measure(self) -> list[list[SegmentCode]]:
-        """Return the codes of the segments of each held block."""
-        return [
-            [self._code(segment) for segment in self.schema.blocks[number].segments]
-            for number in self.header.coded
-        ]
+    def _holders(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield the number of each block that is held, and the places of those that hold it."""
+        holders: list[list[int]] = [[] for _ in self.schema.blocks]
+        for place, header in enumerate(self.headers):
+            for number in header.coded:
+                holders[number].append(place)
+        for number, places in enumerate(holders):
+            if places:
+                yield number, places
 
-    def _code(self, segment: Segment) -> SegmentCode:
-        spec = self.schema.tensors[segment.tensor]
+    def _values(self, segment: Segment, places: Sequence[int]) -> torch.Tensor:
+        """Return the elements of a segment of some clients, shape (places, elements)."""
         values = self.source(segment)
-        check_finite(spec.name, values.to(plain_dtype(self.schema, self.header, segment)))
+        return values if len(places) == len(self.headers) else values[list(places)]
+
+    def measure(self) -> list[Codes]:
+        """Return the codes of each client: of its blocks, of their segments."""
+        codes: list[Codes] = [[] for _ in self.headers]
+        for number, places in self._holders():
+            found = [self._codes(s, places) for s in self.schema.blocks[number].segments]
+            for place, *own in zip(places, *found, strict=True):
+                codes[place].append(own)
+        return codes
+
+    def _codes(self, segment: Segment, places: Sequence[int]) -> list[SegmentCode]:
+        """Return a segment's code for some clients."""
+        spec = self.schema.tensors[segment.tensor]
+        header = self.headers[places[0]]
+        values = self._values(segment, places)
+        check_finite(spec.name, values.to(plain_dtype(self.schema, header.is_difference, segment)))
         if spec.role is not Role.PARAMETER:
-            return _RAW
-        if self.header.mask is not None:
-            return _MASKED
-        if isinstance(self.quantizer, Unquantized):
-            return _RAW
-        as_float = values.to(torch.float32)
-        if as_float.device.type != "cpu" and as_float.numel():
-            as_float = torch.stack(torch.aminmax(as_float)).cpu()  # all that is measured
-        return self.quantizer.measure(as_float.numpy(), spec.repr_bits)
+            return [RAW] * len(places)
+        extremes = cache(lambda: _extremes(values.to(torch.float32)))
+        codes = []
+        for row, place in enumerate(places):
+            if self.headers[place].mask is not None:
+                codes.append(MASKED)
+            elif isinstance(self.quantizers[place], Unquantized):
+                codes.append(RAW)
+            else:
+                codes.append(self.quantizers[place].measure(extremes()[row], spec.repr_bits))
+        return codes
 
     def chunks(
         self,
-        codes: Sequence[Sequence[SegmentCode]],
+        codes: Sequence[Codes],
         frozen: Callable[[TensorSpec], torch.Tensor] | None,
-    ) -> Iterator[bytes]:
-        """Yield everything but the checksum."""
-        schema, header = self.schema, self.header
-        yield pack_header(schema, header, codes)
-        if header.holds_frozen(schema):
-            if frozen is None:
-                raise UsageError("an opening payload needs the values of the frozen tensors")
-            values = {}
-            for number in schema.frozen():
-                spec = schema.tensors[number]
-                values[number] = frozen(spec).reshape(-1)
-                check_finite(spec.name, values[number])
-            yield from self._plain_frame(
-                frozen_parts(schema), lambda part: values[part.segment.tensor]
-            )
-        for number, block_codes in zip(header.coded, codes, strict=True):
-            yield from self._frames(schema.blocks[number], block_codes)
+    ) -> Iterator[tuple[int, Bytes]]:
+        """Yield everything but the checksums."""
+        schema = self.schema
+        for place, header in enumerate(self.headers):
+            yield place, pack_header(schema, header, codes[place])
+            if header.holds_frozen(schema):
+                for chunk in _frozen_frame(schema, header, frozen):
+                    yield place, chunk
+        coming = [iter(own) for own in codes]
+        for number, places in self._holders():
+            layouts = [
+                lay_out(schema, self.headers[place], number, next(coming[place]))
+                for place in places
+            ]
+            yield from self._frames(number, places, layouts)
 
-    def _frames(self, block: Block, codes: Sequence[SegmentCode]) -> Iterator[bytes]:
-        layout = lay_out(self.schema, self.header, block, codes)
-        if layout.levels:
-            levels = [self._levels(segment, code) for segment, code in layout.levels]
-            stream = encode_levels(levels, self.executor)
-            yield write_varint(len(stream)) + stream
-        for parts in (layout.raw, layout.buffers):
-            if parts:
-                yield from self._plain_frame(parts, self._plain_values)
+    def _frames(
+        self, number: int, places: Sequence[int], layouts: Sequence[BlockLayout]
+    ) -> Iterator[tuple[int, Bytes]]:
+        """Yield the frames of a block, client by client."""
+        levels = self._levels(number, places, layouts)
+        words: dict[Segment, Words] = {}
+        for row, (place, layout) in enumerate(zip(places, layouts, strict=True)):
+            if layout.levels:
+                stream = encode_levels(levels[row], self.executor)
+                yield place, write_varint(len(stream)) + stream
+            for parts in (layout.raw, layout.buffers):
+                for part in parts:
+                    if part.segment not in words:
+                        values = self._values(part.segment, places)
+                        words[part.segment] = to_words(values, part.dtype)
+                own = [words[part.segment][row] for part in parts]
+                for chunk in _plain_frame(self.headers[place], parts, own):
+                    yield place, chunk
 
-    def _levels(self, segment: Segment, code: SegmentCode) -> Levels:
-        values = self.source(segment).to(torch.float32)
-        return self.quantizer.quantize(
-            values.numpy() if values.device.type == "cpu" else values,
-            code,
-            self.generator,
+    def _levels(
+        self, number: int, places: Sequence[int], layouts: Sequence[BlockLayout]
+    ) -> list[list[Levels]]:
+        """Return the levels of a block's segments for each client, quantized all at once."""
+        codes = [dict(layout.levels) for layout in layouts]
+        levels: list[list[Levels]] = [[] for _ in places]
+        for segment in self.schema.blocks[number].segments if any(codes) else ():
+            coded = [row for row, own in enumerate(codes) if segment in own]
+            for _, group in groupby(coded, lambda row: self.quantizers[places[row]]):
+                rows = list(group)
+                own_codes = [codes[row][segment] for row in rows]
+                made = self._quantize(segment, [places[row] for row in rows], own_codes)
+                for row, own in zip(rows, made, strict=True):
+                    levels[row].append(own)
+        return levels
+
+    def _quantize(
+        self, segment: Segment, places: Sequence[int], codes: Sequence[SegmentCode]
+    ) -> list[Levels]:
+        """Return the levels of a segment of clients that share a quantizer."""
+        return self.quantizers[places[0]].quantize_all(
+            self._values(segment, places).to(torch.float32),
+            codes,
+            lambda row: self.generator(places[row]),
             self.executor,
         )
 
-    def _plain_values(self, part: PlainPart) -> torch.Tensor:
-        values = self.source(part.segment)
-        return values if part.mask is None else values[part.mask.to(values.device)]
 
-    def _plain_frame(
-        self, parts: Sequence[PlainPart], values: Callable[[PlainPart], torch.Tensor]
-    ) -> Iterator[bytes]:
-        if self.header.is_lossless:
-            plain = [to_bytes(values(part), part.dtype) for part in parts]
-            frame = compress(plain, [part.dtype.itemsize for part in parts])
-            yield write_varint(len(frame)) + frame
-        else:
-            yield write_varint(sum(part.num_bytes for part in parts))
-            for part in parts:
-                yield to_bytes(values(part), part.dtype)
+def _plain_frame(
+    header: Header, parts: Sequence[PlainPart], words: Sequence[Words]
+) -> Iterator[Bytes]:
+    """Yield a frame of plain values; nothing for no parts."""
+    if not parts:
+        return
+    plain = [
+        (own if part.mask is None else own[part.mask.numpy()]).view(np.uint8).data
+        for part, own in zip(parts, words, strict=True)
+    ]
+    if header.is_lossless:
+        frame = compress(plain, [part.dtype.itemsize for part in parts])
+        yield write_varint(len(frame)) + frame
+    else:
+        yield write_varint(sum([part.num_bytes for part in parts]))
+        yield from plain
+
+
+def _frozen_frame(
+    schema: ModelSchema, header: Header, frozen: Callable[[TensorSpec], torch.Tensor] | None
+) -> Iterator[Bytes]:
+    """Yield the frame of the frozen tensors."""
+    if frozen is None:
+        raise UsageError("an opening payload needs the values of the frozen tensors")
+    parts, words = frozen_parts(schema), []
+    for part in parts:
+        spec = schema.tensors[part.segment.tensor]
+        values = frozen(spec).reshape(-1)
+        check_finite(spec.name, values)
+        words.append(to_words(values, part.dtype))
+    yield from _plain_frame(header, parts, words)
+
+
+def _extremes(values: torch.Tensor) -> Float32:
+    """Return the least and the largest value of each client, all that is measured."""
+    if values.shape[1] == 0:
+        return values.cpu().numpy()
+    if values.device.type == "cpu":
+        array = values.numpy()
+        return np.stack([array.min(axis=1), array.max(axis=1)], axis=1)
+    return torch.stack(torch.aminmax(values, dim=1), dim=1).cpu().numpy()

@@ -14,8 +14,8 @@ from functools import cache
 import torch
 
 from fedobd._errors import UsageError
-from fedobd._quantization import Coding, SegmentCode, level_bits
-from fedobd._schema import Block, ModelSchema, Role, Segment
+from fedobd._quantization import RAW, Coding, SegmentCode, level_bits
+from fedobd._schema import ModelSchema, Role, Segment
 from fedobd._wire import Header
 
 
@@ -47,53 +47,56 @@ class BlockLayout:
     levels: tuple[tuple[Segment, SegmentCode], ...]
     raw: tuple[PlainPart, ...]
     buffers: tuple[PlainPart, ...]
+    most_level_bytes: int = field(init=False)
+    """Bytes that no frame of these levels passes: 1.25 times the nominal ones, and 4,096."""
+    nominal_bits: int = field(init=False)
+    """Bits by the papers' formula."""
+    mean_levels: float = field(init=False)
+    """Mean number of levels over the elements that are quantized; 0 where none is."""
 
-    @property
-    def most_level_bytes(self) -> int:
-        """Bytes that no frame of these levels passes: 1.25 times the nominal ones, and 4,096."""
-        bits = self._level_bits
-        return bits // 8 + bits // 32 + 4096
-
-    @property
-    def nominal_bits(self) -> int:
-        """Bits by the papers' formula."""
-        plain_bytes = sum(part.num_bytes for part in (*self.raw, *self.buffers))
-        return self._level_bits + 8 * plain_bytes
-
-    @property
-    def mean_levels(self) -> float:
-        """Mean number of levels over the elements that are quantized; 0 where none is."""
-        elements = sum(segment.num_elements for segment, _ in self.levels)
-        total = sum(segment.num_elements * code.num_levels for segment, code in self.levels)
-        return total / elements if elements else 0.0
-
-    @property
-    def _level_bits(self) -> int:
-        return sum(s.num_elements * level_bits(code.num_levels) for s, code in self.levels)
+    def __post_init__(self) -> None:
+        bits = elements = total = 0
+        for segment, code in self.levels:
+            count = segment.num_elements
+            bits += count * level_bits(code.num_levels)
+            elements += count
+            total += count * code.num_levels
+        plain_bytes = sum([part.num_bytes for part in (*self.raw, *self.buffers)])
+        object.__setattr__(self, "most_level_bytes", bits // 8 + bits // 32 + 4096)
+        object.__setattr__(self, "nominal_bits", bits + 8 * plain_bytes)
+        object.__setattr__(self, "mean_levels", total / elements if elements else 0.0)
 
 
 def lay_out(
-    schema: ModelSchema, header: Header, block: Block, codes: Sequence[SegmentCode]
+    schema: ModelSchema, header: Header, number: int, codes: Sequence[SegmentCode]
 ) -> BlockLayout:
-    """Return the frames of a block whose segments have these codes."""
+    """Return the frames of a block, by its number, whose segments have these codes."""
+    if codes.count(RAW) == len(codes):
+        return _lay_out_plain(schema, number, header.is_difference)
     levels: list[tuple[Segment, SegmentCode]] = []
     raw: list[PlainPart] = []
     buffers: list[PlainPart] = []
-    for segment, code in zip(block.segments, codes, strict=True):
+    for segment, code in zip(schema.blocks[number].segments, codes, strict=True):
         if code.coding is Coding.LEVELS:
             levels.append((segment, code))
         elif code.coding is not Coding.CONSTANT:
-            dtype = plain_dtype(schema, header, segment)
-            if code.coding is Coding.MASKED:
-                part = PlainPart(segment, dtype, _mask_of(schema, header, segment))
-            else:
-                part = _whole_part(segment, dtype)
+            mask = _mask_of(schema, header, segment) if code.coding is Coding.MASKED else None
+            dtype = plain_dtype(schema, header.is_difference, segment)
             is_buffer = schema.tensors[segment.tensor].role is Role.BUFFER
-            (buffers if is_buffer else raw).append(part)
+            (buffers if is_buffer else raw).append(PlainPart(segment, dtype, mask))
     return BlockLayout(tuple(levels), tuple(raw), tuple(buffers))
 
 
-_whole_part = cache(PlainPart)  # the same few parts stand in every payload of a run
+@cache  # the same few layouts stand in every payload of a run
+def _lay_out_plain(schema: ModelSchema, number: int, is_difference: bool) -> BlockLayout:
+    """Return the frames of a block whose segments are all raw."""
+    raw: list[PlainPart] = []
+    buffers: list[PlainPart] = []
+    for segment in schema.blocks[number].segments:
+        is_buffer = schema.tensors[segment.tensor].role is Role.BUFFER
+        part = PlainPart(segment, plain_dtype(schema, is_difference, segment))
+        (buffers if is_buffer else raw).append(part)
+    return BlockLayout((), tuple(raw), tuple(buffers))
 
 
 def frozen_parts(schema: ModelSchema) -> tuple[PlainPart, ...]:
@@ -104,13 +107,13 @@ def frozen_parts(schema: ModelSchema) -> tuple[PlainPart, ...]:
     )
 
 
-def plain_dtype(schema: ModelSchema, header: Header, segment: Segment) -> torch.dtype:
+def plain_dtype(schema: ModelSchema, is_difference: bool, segment: Segment) -> torch.dtype:
     """Return the type of plain values.
 
     It is that of the tensor on the wire, and float32 for differences of parameters.
     """
     spec = schema.tensors[segment.tensor]
-    if header.is_difference and spec.role is Role.PARAMETER:
+    if is_difference and spec.role is Role.PARAMETER:
         return torch.float32
     return spec.wire_dtype
 

@@ -15,6 +15,7 @@ References:
     Jarek Duda. Asymmetric numeral systems: entropy coding combining speed of Huffman coding with
     compression rate of arithmetic coding. 2013, arXiv 1311.2540.
     Fabian Giesen. Interleaved entropy coders. 2014, arXiv 1402.3392.
+    SplitMix64: see `_masks`.
 """
 
 from __future__ import annotations
@@ -73,20 +74,10 @@ _bits: Any = intrinsic(_bits_of_float64)
 
 
 @compiled
-def quantize(
+def _quantize_row(
     values: Any, offset: Any, span: Any, num_levels: Any, shift: Any, symbols: Any, counts: Any
 ) -> Any:
-    """Turn values into symbols level + s, and count the symbols without their low bits.
-
-    Args:
-        values: float32, shape (n,).
-        offset: float32.
-        span: float32, the range d.
-        num_levels: float32, s.
-        shift: how many low bits are not counted.
-        symbols: unsigned, shape (n,); written.
-        counts: int64, one for each symbol without its low bits; added to.
-    """
+    """Quantize and count the values of one client; see `quantize`."""
     size = 4096  # what is quantized and then counted while it is still in the first cache
     one, cut, whole = np.uint32(1), np.uint64(shift), np.int32(num_levels)
     a, b = np.zeros(counts.size, np.uint32), np.zeros(counts.size, np.uint32)
@@ -105,6 +96,43 @@ def quantize(
             a[np.uint64(made[i]) >> cut] += one
     for i in range(counts.size):
         counts[i] += np.int64(a[i]) + np.int64(b[i]) + np.int64(c[i]) + np.int64(d[i])
+
+
+@compiled
+def quantize(
+    values: Any,
+    start: Any,
+    stop: Any,
+    offsets: Any,
+    spans: Any,
+    num_levels: Any,
+    shifts: Any,
+    symbols: Any,
+    counts: Any,
+) -> Any:
+    """Turn values of several clients into symbols level + s, and count them without low bits.
+
+    Args:
+        values: float32, shape (clients, n).
+        start: the first column to quantize.
+        stop: the one after the last.
+        offsets: float32, shape (clients,).
+        spans: float32, shape (clients,), the ranges d.
+        num_levels: float32, shape (clients,), s.
+        shifts: int64, shape (clients,): how many low bits are not counted.
+        symbols: unsigned, shape (clients, n); written.
+        counts: int64, shape (clients, at least symbols without low bits); added to.
+    """
+    for row in range(values.shape[0]):
+        _quantize_row(
+            values[row, start:stop],
+            offsets[row],
+            spans[row],
+            num_levels[row],
+            shifts[row],
+            symbols[row, start:stop],
+            counts[row, : ((2 * np.int64(num_levels[row])) >> shifts[row]) + 1],
+        )
 
 
 @compiled
@@ -328,6 +356,23 @@ def decode_symbols_fast(
 
 
 @compiled
+def keep(start: Any, seed: Any, threshold: Any, kept: Any) -> Any:
+    """Write whether SplitMix64's outputs number `start` and on are at least a threshold.
+
+    Args:
+        start: uint64.
+        seed: uint64.
+        threshold: uint64.
+        kept: bool, shape (n,); written.
+    """
+    for i in range(kept.size):
+        mixed = (start + np.uint64(i + 1)) * np.uint64(0x9E3779B97F4A7C15) + seed
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        kept[i] = (mixed ^ (mixed >> np.uint64(31))) >= threshold
+
+
+@compiled
 def squared_norm(values: Any) -> Any:
     """Return the sum of squares of float32 values: eight float64 sums over every eighth value."""
     a = b = c = d = e = f = g = h = 0.0
@@ -347,6 +392,13 @@ def squared_norm(values: Any) -> Any:
 
 
 @compiled
+def squared_norms(values: Any, norms: Any) -> Any:
+    """Write the `squared_norm` of each row of values, shape (rows, n), to float64, (rows,)."""
+    for row in range(values.shape[0]):
+        norms[row] = squared_norm(values[row])
+
+
+@compiled
 def _largest_magnitude(bits: Any) -> Any:
     """Return the bits of the largest |value| of float32 values, given as int32.
 
@@ -359,16 +411,6 @@ def _largest_magnitude(bits: Any) -> Any:
     return largest
 
 
-@compiled
-def _largest_difference(values: Any, base: Any) -> Any:
-    """Return the bits of the largest |value - base|, worked out in float64, as an int64."""
-    largest = np.int64(0)
-    for i in range(values.size):
-        difference = np.float64(values[i]) - np.float64(base[i])
-        largest = max(largest, _bits(difference) & np.int64(0x7FFFFFFFFFFFFFFF))
-    return largest
-
-
 _INFINITY = 0x7F800000  # bits of a float32
 
 
@@ -377,29 +419,57 @@ def is_finite(values: Any) -> bool:
     return int(_largest_magnitude(values.view(np.int32))) < _INFINITY
 
 
-def largest_magnitude(values: Any) -> float:
-    """Return the largest |value| of float32 values, shape (n,); infinity or NaN where one is."""
-    return float(np.int32(_largest_magnitude(values.view(np.int32))).view(np.float32))
+@compiled
+def _largest_difference(values: Any, base: Any) -> Any:
+    """Return the bits of the largest |value - base|, worked out in float64, as an int64.
 
-
-def largest_difference(values: Any, base: Any) -> float:
-    """Return the largest |value - base| of float32 values, shape (n,); worked out in float64."""
-    return float(np.int64(_largest_difference(values, base)).view(np.float64))
+    Bits of infinity and NaN are above those of any number.
+    """
+    largest, sign_off = np.int64(0), np.int64(0x7FFFFFFFFFFFFFFF)
+    if base.size == 0:
+        for i in range(values.size):
+            largest = max(largest, _bits(np.float64(values[i])) & sign_off)
+    else:
+        for i in range(values.size):
+            difference = np.float64(values[i]) - np.float64(base[i])
+            largest = max(largest, _bits(difference) & sign_off)
+    return largest
 
 
 @compiled
-def add_scaled_difference(values: Any, base: Any, scale: Any, sums: Any) -> Any:
-    """Add value - base times a float64 scale, rounded once half to even, to int64 sums."""
-    for i in range(values.size):
-        difference = np.float64(values[i]) - np.float64(base[i])
-        sums[i] += np.int64(np.rint(difference * scale))
+def add_differences(values: Any, base: Any, mask: Any, limit: Any, scale: Any, sums: Any) -> Any:
+    """Add (value - base) · scale, each rounded once half to even; nothing where one is too large.
 
+    Args:
+        values: float32, shape (n,), of any bits.
+        base: float32, shape (m,), what to subtract; shape (0,) where they are differences.
+        mask: bool, shape (m,), which elements the values belong to; shape (0,) where n = m.
+        limit: float64, the largest |value - base| that is added.
+        scale: float64.
+        sums: int64, shape (m,); added to.
 
-@compiled
-def add_scaled(values: Any, scale: Any, sums: Any) -> Any:
-    """Add each value times a float64 scale, rounded once half to even, to int64 sums."""
-    for i in range(values.size):
-        sums[i] += np.int64(np.rint(np.float64(values[i]) * scale))
+    Returns:
+        -1; or, where nothing was added, the bits of the largest |value - base| as a float64.
+    """
+    own = base[mask] if mask.size and base.size else base
+    largest = _largest_difference(values, own)
+    if largest > _bits(limit):
+        return largest
+    if mask.size:
+        j = 0
+        for i in range(mask.size):
+            if mask[i]:
+                below = np.float64(own[j]) if own.size else 0.0
+                sums[i] += np.int64(np.rint((np.float64(values[j]) - below) * scale))
+                j += 1
+    elif own.size:
+        for i in range(values.size):
+            difference = np.float64(values[i]) - np.float64(own[i])
+            sums[i] += np.int64(np.rint(difference * scale))
+    else:
+        for i in range(values.size):
+            sums[i] += np.int64(np.rint(np.float64(values[i]) * scale))
+    return np.int64(-1)
 
 
 @compiled

@@ -20,10 +20,6 @@ from numpy.typing import NDArray
 
 from fedobd._errors import UsageError
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_FIRST = np.uint64(0xBF58476D1CE4E5B9)
-_SECOND = np.uint64(0x94D049BB133111EB)
-
 
 @dataclass(frozen=True, slots=True)
 class Mask:
@@ -55,10 +51,8 @@ class Mask:
             >>> bool((mask.kept(0, 100)[40:60] == mask.kept(40, 60)).all())
             True
         """
-        counter = np.arange(start + 1, stop + 1, dtype=np.uint64)
-        mixed = counter * _GAMMA + np.uint64(self.seed)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * _FIRST
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * _SECOND
-        mixed ^= mixed >> np.uint64(31)
-        kept: NDArray[np.bool_] = mixed >= np.uint64(self.threshold)
+        import fedobd._kernels as kernels  # when first needed: importing numba takes its time
+
+        kept: NDArray[np.bool_] = np.empty(stop - start, np.bool_)
+        kernels.keep(np.uint64(start), np.uint64(self.seed), np.uint64(self.threshold), kept)
         return kept

@@ -9,18 +9,20 @@ where the checksum is.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from typing import cast
 
+import numpy as np
 import torch
 
 from fedobd._entropy import decode_levels
 from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd._frames import BlockLayout, PlainPart, check_finite, frozen_parts, lay_out
 from fedobd._planes import decompress, from_bytes
-from fedobd._quantization import Coding, SegmentCode
-from fedobd._schema import ModelSchema, Segment, TensorSpec
+from fedobd._quantization import Coding, Float32, SegmentCode
+from fedobd._schema import ModelSchema, Role, Segment, TensorSpec
 from fedobd._wire import (
     CHECKSUM,
     DEFAULT_LIMITS,
@@ -36,6 +38,8 @@ from fedobd._wire import (
     read_code,
     read_header,
 )
+
+_FLOAT32 = np.dtype("<f4")
 
 Codes = tuple[tuple[SegmentCode, ...], ...]
 
@@ -56,6 +60,27 @@ class DecodedSegment:
 
 
 @dataclass(frozen=True, slots=True)
+class SegmentView:
+    """One segment of float32 values as they lie in a payload: of any bits, NaN among them.
+
+    Args:
+        segment: which elements.
+        values: float32, shape (n,), read-only, at any address; with a mask only the kept ones.
+        mask: as in `DecodedSegment`.
+    """
+
+    segment: Segment
+    values: Float32
+    mask: torch.Tensor | None = None
+
+
+Found = DecodedSegment | SegmentView
+
+Block = tuple[int, Sequence[Found]]
+"""A block's number and its segments."""
+
+
+@dataclass(frozen=True, slots=True)
 class _BlockFrames:
     """The frames of one block, found but not decoded."""
 
@@ -68,37 +93,63 @@ class _BlockFrames:
     num_bytes: int
 
     def decode(
-        self, schema: ModelSchema, header: Header, executor: Executor | None
-    ) -> list[DecodedSegment]:
-        found: dict[Segment, DecodedSegment] = {}
-        if self.levels is not None:
-            counts = [(segment.num_elements, code) for segment, code in self.layout.levels]
-            decoded = decode_levels(self.levels, counts, executor)
-            for (segment, _), values in zip(self.layout.levels, decoded, strict=True):
-                found[segment] = DecodedSegment(segment, torch.from_numpy(values))
-        for parts, frame in ((self.layout.raw, self.raw), (self.layout.buffers, self.buffers)):
-            if frame is not None:
-                for plain, plain_values in _plain_values(parts, frame, header):
-                    refuse_not_finite(schema.tensors[plain.segment.tensor], plain_values)
-                    found[plain.segment] = DecodedSegment(plain.segment, plain_values, plain.mask)
+        self,
+        schema: ModelSchema,
+        header: Header,
+        executor: Executor | None,
+        *,
+        in_place: bool = False,
+    ) -> list[Found]:
+        """Return its segments; plain float32 ones as views, where they may stay in place."""
+        levels = iter(self._decode_levels(executor))
+        raw = _decode_plain(schema, header, self.layout.raw, self.raw, in_place)
+        buffers = _decode_plain(schema, header, self.layout.buffers, self.buffers, in_place)
+        found: list[Found] = []
         for segment, code in zip(schema.blocks[self.number].segments, self.codes, strict=True):
-            if code.coding is Coding.CONSTANT:
+            if code.coding is Coding.LEVELS:
+                found.append(next(levels))
+            elif code.coding is Coding.CONSTANT:
                 constant = torch.full((segment.num_elements,), code.offset, dtype=torch.float32)
-                found[segment] = DecodedSegment(segment, constant)
-        return [found[segment] for segment in schema.blocks[self.number].segments]
+                found.append(DecodedSegment(segment, constant))
+            else:
+                is_buffer = schema.tensors[segment.tensor].role is Role.BUFFER
+                found.append(next(buffers if is_buffer else raw))
+        return found
+
+    def _decode_levels(self, executor: Executor | None) -> list[DecodedSegment]:
+        if self.levels is None:
+            return []
+        counts = [(segment.num_elements, code) for segment, code in self.layout.levels]
+        decoded = decode_levels(self.levels, counts, executor)
+        return [
+            DecodedSegment(segment, torch.from_numpy(values))
+            for (segment, _), values in zip(self.layout.levels, decoded, strict=True)
+        ]
 
 
-def _plain_values(
-    parts: tuple[PlainPart, ...], frame: memoryview, header: Header
-) -> Iterator[tuple[PlainPart, torch.Tensor]]:
+def _decode_plain(
+    schema: ModelSchema,
+    header: Header,
+    parts: tuple[PlainPart, ...],
+    frame: memoryview | None,
+    in_place: bool = False,
+) -> Iterator[Found]:
+    """Yield the segments of a frame of plain values."""
+    if frame is None:
+        return
     if header.is_lossless:
         lengths = [part.num_bytes for part in parts]
         frame = memoryview(decompress(frame, lengths, [part.dtype.itemsize for part in parts]))
     position = 0
     for part in parts:
-        stop = position + part.num_bytes
-        yield part, from_bytes(frame[position:stop], part.dtype)
-        position = stop
+        own = frame[position : position + part.num_bytes]
+        position += part.num_bytes
+        if in_place and part.dtype is torch.float32:
+            yield SegmentView(part.segment, np.frombuffer(own, _FLOAT32), part.mask)
+        else:
+            values = from_bytes(own, part.dtype)
+            refuse_not_finite(schema.tensors[part.segment.tensor], values)
+            yield DecodedSegment(part.segment, values, part.mask)
 
 
 def refuse_not_finite(spec: TensorSpec, values: torch.Tensor) -> None:
@@ -139,7 +190,7 @@ class _FrameReader:
         for number, codes in zip(self.header.coded, self.codes, strict=True):
             block = self._schema.blocks[number]
             start = self._cursor.position
-            layout = lay_out(self._schema, self.header, block, codes)
+            layout = lay_out(self._schema, self.header, number, codes)
             levels = raw = buffers = None
             if layout.levels:
                 levels = self._level_frame(layout, f"the levels of block {block.name!r}")
@@ -181,11 +232,9 @@ class _FrameReader:
 def _frozen_values(
     schema: ModelSchema, header: Header, frame: memoryview | None
 ) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-    if frame is not None:
-        for part, values in _plain_values(frozen_parts(schema), frame, header):
-            spec = schema.tensors[part.segment.tensor]
-            refuse_not_finite(spec, values)
-            yield spec, values.reshape(spec.shape)
+    for decoded in _decode_plain(schema, header, frozen_parts(schema), frame):
+        spec = schema.tensors[decoded.segment.tensor]
+        yield spec, cast(torch.Tensor, decoded.values).reshape(spec.shape)
 
 
 @dataclass(frozen=True)
@@ -252,7 +301,17 @@ class Payload:
             DecodeError: a stream is damaged or a value is not finite.
         """
         for frames in self._frames:
-            yield frames.number, frames.decode(self.schema, self.header, executor)
+            found = frames.decode(self.schema, self.header, executor)
+            yield frames.number, cast(list[DecodedSegment], found)
+
+    def views(self, executor: Executor | None = None) -> Iterator[Block]:
+        """Decode block by block, but leave plain float32 values where they lie.
+
+        Whoever takes them looks for values that are not finite; else see `blocks`.
+        """
+        for frames in self._frames:
+            found = frames.decode(self.schema, self.header, executor, in_place=True)
+            yield frames.number, found
 
     def codes(self) -> Iterator[tuple[int, Segment, SegmentCode]]:
         """Yield block number, segment and code of all that the payload holds."""
@@ -361,5 +420,6 @@ class PayloadStream:
                 hold, or something follows it.
         """
         for frames in self._reader.blocks():
-            yield frames.number, frames.decode(self.schema, self.header, executor)
+            found = frames.decode(self.schema, self.header, executor)
+            yield frames.number, cast(list[DecodedSegment], found)
         self._cursor.close()

@@ -7,6 +7,7 @@ alike; put together, plane by plane, they compress where the numbers as they are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +20,23 @@ _ZSTD_LEVEL = 3
 _LEAST_BLOCK = 1024  # bytes of a plane that are worth a block
 
 
-def to_bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:
-    """Return the little-endian bytes of a 1-D tensor in an element type."""
-    values = values.to("cpu", dtype)
+Words = NDArray[np.unsignedinteger[Any]]
+
+
+def to_words(values: torch.Tensor, dtype: torch.dtype) -> Words:
+    """Return a tensor's elements in an element type, bit for bit as unsigned numbers.
+
+    They are views where the tensor lies on the CPU, in this type and without gaps.
+    """
+    values = values.to("cpu", dtype).contiguous()
     if dtype is torch.bfloat16:  # which NumPy lacks
-        values = values.clone(memory_format=torch.contiguous_format).view(torch.int16)
-    return values.numpy().tobytes()
+        values = values.view(torch.int16)
+    words: Words = values.numpy().view(f"u{dtype.itemsize}")
+    return words
 
 
 def from_bytes(part: memoryview, dtype: torch.dtype) -> torch.Tensor:
-    """Return a 1-D tensor of what `to_bytes` made; a boolean is true for any byte but 0."""
+    """Return a 1-D tensor of little-endian bytes; a boolean is true for any byte but 0."""
     if len(part) == 0:
         return torch.empty(0, dtype=dtype)
     if dtype is torch.bool:
@@ -36,7 +44,7 @@ def from_bytes(part: memoryview, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(bytearray(part), dtype=dtype)
 
 
-def compress(parts: Sequence[bytes], itemsizes: Sequence[int]) -> bytes:
+def compress(parts: Sequence[bytes | memoryview], itemsizes: Sequence[int]) -> bytes:
     """Compress plain values.
 
     Args:
@@ -98,6 +106,6 @@ def decompress(frame: memoryview, lengths: Sequence[int], itemsizes: Sequence[in
     return b"".join(result)
 
 
-def _transposed(part: bytes, rows: int, columns: int) -> NDArray[np.uint8]:
+def _transposed(part: bytes | memoryview, rows: int, columns: int) -> NDArray[np.uint8]:
     """Return bytes as rows × columns; to make planes, `rows` is the size of an element."""
     return np.frombuffer(part, np.uint8).reshape(columns, rows).T

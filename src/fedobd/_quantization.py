@@ -14,6 +14,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import IntEnum
@@ -67,6 +68,10 @@ class SegmentCode:
     num_levels: int = 0
     offset: float = 0.0
     range: float = 0.0
+
+
+RAW, MASKED = SegmentCode(Coding.RAW), SegmentCode(Coding.MASKED)
+"""The codes that have no numbers."""
 
 
 def level_bits(num_levels: int) -> int:
@@ -150,12 +155,29 @@ class Quantizer(Protocol):
         """
         ...
 
+    def quantize_all(
+        self,
+        values: torch.Tensor,
+        codes: Sequence[SegmentCode],
+        generator: Callable[[int], torch.Generator | None],
+        executor: Executor | None = None,
+    ) -> list[Levels]:
+        """Return the levels of several clients' values of a segment, as `quantize` gives each.
+
+        Args:
+            values: float32, shape (clients, n), n ≥ 1, on any device.
+            codes: what `measure` chose for each client.
+            generator: gives a client's draws, by its row; asked where they are wanted.
+            executor: see `quantize`.
+        """
+        ...
+
 
 def _code(offset: np.float32, span: np.float32, num_levels: int) -> SegmentCode:
     if span == 0:
         return SegmentCode(Coding.CONSTANT, offset=float(offset))
     if span > MAX_RANGE or abs(float(offset)) > MAX_RANGE:
-        return SegmentCode(Coding.RAW)
+        return RAW
     if span < MIN_DIVISIBLE_RANGE:
         num_levels = 1
     return SegmentCode(Coding.LEVELS, num_levels, float(offset), float(span))
@@ -188,7 +210,7 @@ class NNADQ:
     def measure(self, values: Float32, repr_bits: int) -> SegmentCode:
         """See `Quantizer.measure`."""
         if values.size == 0:
-            return SegmentCode(Coding.RAW)
+            return RAW
         low, high = values.min(), values.max()
         half = np.float32(0.5)
         offset = np.float32(high * half + low * half) + np.float32(0)  # never -0
@@ -196,7 +218,7 @@ class NNADQ:
         squared = math.log(4) * repr_bits * float(span) / self.weight
         num_levels = max(1, math.floor(math.sqrt(min(squared, float(MAX_LEVELS) ** 2))))
         if level_bits(num_levels) >= repr_bits:
-            return SegmentCode(Coding.RAW)
+            return RAW
         return _code(offset, span, num_levels)
 
     def quantize(
@@ -206,45 +228,92 @@ class NNADQ:
         generator: torch.Generator | None = None,
         executor: Executor | None = None,
     ) -> Levels:
-        """See `Quantizer.quantize`; the generator is not used.
-
-        A tensor is quantized and counted where it lies, by the same float32 operations, and only
-        its symbols are brought here.
-        """
+        """See `Quantizer.quantize`; the generator is not used."""
         if isinstance(values, torch.Tensor):
-            return self._quantize_there(values, code)
-        import fedobd._kernels as kernels  # when first needed: importing numba takes its time
+            return _round_there(values.unsqueeze(0), [code])[0]
+        return _round_here(values[np.newaxis], [code], executor)[0]
 
-        shift = level_shift(code.num_levels)
-        symbols: Symbols = np.empty(values.size, _symbol_type(code.num_levels))
-        starts = range(0, values.size, _QUANTIZE_STEP)
-        counts = np.zeros((len(starts), ((2 * code.num_levels) >> shift) + 1), np.int64)
+    def quantize_all(
+        self,
+        values: torch.Tensor,
+        codes: Sequence[SegmentCode],
+        generator: Callable[[int], torch.Generator | None],
+        executor: Executor | None = None,
+    ) -> list[Levels]:
+        """See `Quantizer.quantize_all`; the generator is not used.
 
-        def quantize(number: int) -> None:
-            part = slice(starts[number], starts[number] + _QUANTIZE_STEP)
-            kernels.quantize(
-                values[part],
-                np.float32(code.offset),
-                np.float32(code.range),
-                np.float32(code.num_levels),
-                shift,
-                symbols[part],
-                counts[number],
-            )
+        Values on another device are quantized and counted there, by the same float32 operations,
+        and only their symbols are brought here.
+        """
+        if values.device.type == "cpu":
+            return _round_here(values.numpy(), codes, executor)
+        return _round_there(values, codes)
 
-        spread(executor, quantize, range(len(starts)))
-        return Levels(symbols, counts.sum(axis=0), code.num_levels)
 
-    def _quantize_there(self, values: torch.Tensor, code: SegmentCode) -> Levels:
-        offset, span = torch.tensor([code.offset, code.range], device=values.device)
-        level = ((values - offset) / span * code.num_levels).round()
-        level = level.clamp(-code.num_levels, code.num_levels)
-        made = (level + code.num_levels).to(torch.int32)
-        shift = level_shift(code.num_levels)
-        counts = torch.bincount(made >> shift, minlength=((2 * code.num_levels) >> shift) + 1)
-        narrow = made.to(torch.int16) if 2 * code.num_levels < 1 << 15 else made
-        symbols: Symbols = narrow.cpu().numpy().astype(_symbol_type(code.num_levels))
-        return Levels(symbols, counts.cpu().numpy(), code.num_levels)
+def _round_here(
+    values: Float32, codes: Sequence[SegmentCode], executor: Executor | None
+) -> list[Levels]:
+    """Round values of several clients, shape (clients, n), to the nearest levels."""
+    import fedobd._kernels as kernels  # when first needed: importing numba takes its time
+
+    values = np.ascontiguousarray(values)
+    num_levels = [code.num_levels for code in codes]
+    shifts = list(map(level_shift, num_levels))
+    sizes = [((2 * s) >> shift) + 1 for s, shift in zip(num_levels, shifts, strict=True)]
+    offsets, spans = np.array([(code.offset, code.range) for code in codes], np.float32).T.copy()
+    symbols: Symbols = np.empty(values.shape, _symbol_type(max(num_levels)))
+    starts = range(0, values.shape[1], _QUANTIZE_STEP)
+    counts = np.zeros((len(starts), len(codes), max(sizes)), np.int64)
+
+    def quantize(number: int) -> None:
+        part = slice(starts[number], starts[number] + _QUANTIZE_STEP)
+        kernels.quantize(
+            values,
+            part.start,
+            min(part.stop, values.shape[1]),
+            offsets,
+            spans,
+            np.array(num_levels, np.float32),
+            np.array(shifts),
+            symbols,
+            counts[number],
+        )
+
+    spread(executor, quantize, range(len(starts)))
+    return _split(symbols, counts.sum(axis=0), num_levels)
+
+
+def _round_there(values: torch.Tensor, codes: Sequence[SegmentCode]) -> list[Levels]:
+    """Do what `_round_here` does on the device of the values."""
+    num_levels = [code.num_levels for code in codes]
+    shifts = list(map(level_shift, num_levels))
+    size = 1 + max((2 * s) >> shift for s, shift in zip(num_levels, shifts, strict=True))
+    offset, span, most = torch.tensor(
+        [[(code.offset,), (code.range,), (code.num_levels,)] for code in codes],
+        dtype=torch.float32,
+        device=values.device,
+    ).unbind(1)
+    levels = ((values - offset) / span * most).round()
+    made = (torch.minimum(torch.maximum(levels, -most), most) + most).to(torch.int32)
+    numbers = torch.arange(0, size * len(codes), size, device=values.device).unsqueeze(1)
+    coded = (made >> torch.tensor(shifts, device=values.device).unsqueeze(1)) + numbers
+    counts = torch.bincount(coded.reshape(-1), minlength=size * len(codes))
+    narrow = made.to(torch.int16) if 2 * max(num_levels) < 1 << 15 else made
+    return _split(narrow.cpu().numpy(), counts.cpu().numpy().reshape(-1, size), num_levels)
+
+
+def _split(
+    symbols: NDArray[np.integer[Any]], counts: NDArray[np.int64], num_levels: Sequence[int]
+) -> list[Levels]:
+    """Return the levels of each client; `symbols` may have a wider type, `counts` more columns."""
+    return [
+        Levels(
+            symbols[row].astype(_symbol_type(s), copy=False),
+            counts[row, : ((2 * s) >> level_shift(s)) + 1],
+            s,
+        )
+        for row, s in enumerate(num_levels)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +338,7 @@ class Stochastic:
     def measure(self, values: Float32, repr_bits: int) -> SegmentCode:
         """See `Quantizer.measure`."""
         if values.size == 0 or level_bits(self.num_levels) >= repr_bits:
-            return SegmentCode(Coding.RAW)
+            return RAW
         span = np.float32(max(values.max(), -values.min()))
         return _code(np.float32(0), span, self.num_levels)
 
@@ -285,18 +354,45 @@ class Stochastic:
         Raises:
             UsageError: there is no generator.
         """
-        if generator is None:
-            raise UsageError("stochastic quantization needs a torch.Generator")
         if isinstance(values, torch.Tensor):
             values = values.cpu().numpy()
-        scaled = np.abs(values)
-        scaled /= np.float32(code.range)
-        scaled *= np.float32(code.num_levels)
-        floor = np.floor(scaled)
-        draws = torch.rand(values.size, generator=generator).numpy()
-        floor += draws < scaled - floor
-        levels = np.minimum(floor, np.float32(code.num_levels)).astype(np.int32)
-        return Levels.of(np.where(np.signbit(values), -levels, levels), code.num_levels)
+        return _round_at_random(values[np.newaxis], [code], lambda _: generator)[0]
+
+    def quantize_all(
+        self,
+        values: torch.Tensor,
+        codes: Sequence[SegmentCode],
+        generator: Callable[[int], torch.Generator | None],
+        executor: Executor | None = None,
+    ) -> list[Levels]:
+        """See `Quantizer.quantize_all` and `quantize`.
+
+        Raises:
+            UsageError: there is no generator.
+        """
+        return _round_at_random(values.cpu().numpy(), codes, generator)
+
+
+def _round_at_random(
+    values: Float32,
+    codes: Sequence[SegmentCode],
+    generator: Callable[[int], torch.Generator | None],
+) -> list[Levels]:
+    """Round magnitudes, shape (clients, n), up or down, each by a draw of its client."""
+    span, most = np.array([(code.range, code.num_levels) for code in codes], np.float32).T
+    scaled = np.abs(values)
+    scaled /= span[:, np.newaxis]
+    scaled *= most[:, np.newaxis]
+    floor = np.floor(scaled)
+    scaled -= floor
+    for number, row in enumerate(floor):
+        draws = generator(number)
+        if draws is None:
+            raise UsageError("stochastic quantization needs a torch.Generator")
+        row += torch.rand(row.size, generator=draws).numpy() < scaled[number]
+    levels = np.minimum(floor, most[:, np.newaxis]).astype(np.int32)
+    signed = np.where(np.signbit(values), -levels, levels)
+    return [Levels.of(row, code.num_levels) for row, code in zip(signed, codes, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +401,7 @@ class Unquantized:
 
     def measure(self, values: Float32, repr_bits: int) -> SegmentCode:
         """See `Quantizer.measure`."""
-        return SegmentCode(Coding.RAW)
+        return RAW
 
     def quantize(
         self,
@@ -320,6 +416,16 @@ class Unquantized:
             UsageError: always.
         """
         raise UsageError("values that are not quantized have no levels")
+
+    def quantize_all(
+        self,
+        values: torch.Tensor,
+        codes: Sequence[SegmentCode],
+        generator: Callable[[int], torch.Generator | None],
+        executor: Executor | None = None,
+    ) -> list[Levels]:
+        """See `quantize`."""
+        return [self.quantize(row, code) for row, code in zip(values, codes, strict=True)]
 
 
 def dequantize(levels: Int32, code: SegmentCode) -> Float32:

@@ -125,9 +125,9 @@ class Block:
     num_parameters: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelSchema:
-    """The tensors of a model and their blocks, bottom layer first.
+    """The tensors of a model and their blocks, bottom layer first; equal by fingerprint.
 
     Args:
         tensors: every tensor of the model's state, tied ones once.
@@ -196,6 +196,12 @@ class ModelSchema:
                 )
             if spec.role is Role.BUFFER and len(spans) > 1:
                 raise UsageError(f"buffer {spec.name!r} is split between blocks")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelSchema) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
 
     def mask_offset(self, segment: Segment) -> int:
         """Number of the segment's first element among all trainable elements, in tensor order."""

@@ -34,29 +34,48 @@ def squared_norm(values: NDArray[np.float32]) -> float:
 
 def mean_block_differences(
     schema: ModelSchema, difference: Callable[[Segment], torch.Tensor]
-) -> tuple[float, ...]:
-    """Return the mean block difference ‖vec(Ŵ[b]) - vec(W_k[b])‖₂ / |b| of each block.
+) -> list[tuple[float, ...]]:
+    """Return each client's mean block difference ‖vec(Ŵ[b]) - vec(W_k[b])‖₂ / |b| of each block.
 
     Args:
         schema: the model's schema.
-        difference: gives the float32 difference of a segment of a parameter, 1-D.
+        difference: gives the float32 differences of a segment of a parameter, shape (clients,
+            elements).
 
     Returns:
-        One number for each block, 0 for a block of buffers alone. Where the differences lie on
-        another device, they are added up there, in its own order.
+        For each client one number for each block, 0 for a block of buffers alone. Where the
+        differences lie on another device, they are added up there, in its own order.
     """
-    result = []
+    totals = []
     for block in schema.blocks:
-        total = 0.0
-        for segment in block.segments:
-            if schema.tensors[segment.tensor].role is Role.PARAMETER:
-                values = difference(segment)
-                if values.device.type == "cpu":
-                    total += squared_norm(values.numpy())
-                else:
-                    total += float(values.to(torch.float64).square().sum())
-        result.append(math.sqrt(total) / block.num_parameters if block.num_parameters else 0.0)
-    return tuple(result)
+        if block.num_parameters:
+            norms = [
+                _squared_norms(difference(segment))
+                for segment in block.segments
+                if schema.tensors[segment.tensor].role is Role.PARAMETER
+            ]
+            totals.append(sum(norms[1:], norms[0]))
+    means = []
+    for own in torch.stack(totals, dim=1).tolist():
+        coming = iter(own)
+        means.append(
+            tuple(
+                math.sqrt(next(coming)) / block.num_parameters if block.num_parameters else 0.0
+                for block in schema.blocks
+            )
+        )
+    return means
+
+
+def _squared_norms(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares of each row, float64, where the rows lie."""
+    if values.device.type != "cpu":
+        return values.to(torch.float64).square().sum(dim=1)
+    import fedobd._kernels as kernels  # when first needed: importing numba takes its time
+
+    norms = torch.empty(len(values), dtype=torch.float64)
+    kernels.squared_norms(values.contiguous().numpy(), norms.numpy())
+    return norms
 
 
 def parameter_budget(num_parameters: int, dropout_rate: float) -> int:

@@ -379,7 +379,7 @@ class ServerSession:
             )
         self.method.check_upload(header, self.schema, current.shipment.kept)
         current.mean.fold(
-            lambda: payload.blocks(self._executor),
+            lambda: payload.views(self._executor),
             report.num_examples,
             differences=header.is_difference,
         )

@@ -7,7 +7,9 @@ from `load_state`, whose purpose it is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import nn
@@ -17,6 +19,38 @@ from fedobd._schema import ModelSchema, Role, Segment, TensorSpec
 
 ModelState = dict[str, torch.Tensor]
 """Values by tensor name, each with its spec's shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class StateStack(Sequence[ModelState]):
+    """The states of several clients as one: each tensor has the clients first.
+
+    Args:
+        values: tensors by name, shape (clients, *shape of the tensor).
+    """
+
+    values: ModelState
+
+    @classmethod
+    def of(cls, states: Sequence[ModelState]) -> StateStack:
+        """Return the stack of some states, without a copy if they are one."""
+        if isinstance(states, StateStack):
+            return states
+        if len(states) == 1:
+            return cls({name: value.unsqueeze(0) for name, value in states[0].items()})
+        return cls({name: torch.stack([state[name] for state in states]) for name in states[0]})
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    @overload
+    def __getitem__(self, client: int) -> ModelState: ...
+    @overload
+    def __getitem__(self, client: slice) -> list[ModelState]: ...
+    def __getitem__(self, client: int | slice) -> ModelState | list[ModelState]:
+        if isinstance(client, slice):
+            return [self[number] for number in range(len(self))[client]]
+        return {name: value[client] for name, value in self.values.items()}
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Role]]:

@@ -32,7 +32,7 @@ import numpy as np
 
 from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd._masks import Mask
-from fedobd._quantization import MAX_LEVELS, MAX_RANGE, Coding, SegmentCode
+from fedobd._quantization import MASKED, MAX_LEVELS, MAX_RANGE, RAW, Coding, SegmentCode
 from fedobd._schema import ModelSchema, Role, Segment
 from fedobd._varint import MAX_VARINT_BYTES, read_varint, write_varint
 
@@ -77,7 +77,6 @@ _LEVELS = struct.Struct("<ff")
 CHECKSUM = struct.Struct("<I")
 """The CRC-32 that ends a payload."""
 
-_RAW, _MASKED = SegmentCode(Coding.RAW), SegmentCode(Coding.MASKED)
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _NEEDS_ELEMENTS = (Coding.CONSTANT, Coding.LEVELS)
 
@@ -492,7 +491,7 @@ def read_code(
     spec = schema.tensors[segment.tensor]
     (coding,) = cursor.take(1, "the codings")
     if coding == Coding.RAW and header.mask is None:
-        return _RAW
+        return RAW
     where = f"of tensor {spec.name!r} at offset {cursor.position - 1}"
     if coding not in _CODINGS:
         raise DecodeError(
@@ -525,7 +524,7 @@ def read_code(
             )
         code = SegmentCode(Coding.LEVELS, num_levels, offset, span)
     else:
-        code = _RAW if coding == Coding.RAW else _MASKED
+        code = RAW if coding == Coding.RAW else MASKED
     if not math.isfinite(code.offset):
         raise DecodeError(DecodeReason.NOT_FINITE, f"the offset {where} is {code.offset}")
     return code

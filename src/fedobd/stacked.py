@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedobd._errors import UsageError
 from fedobd._rounds import RoundPlan
-from fedobd._state import ModelState, named_tensors
+from fedobd._state import ModelState, StateStack, named_tensors
 from fedobd.data import ClientData, Examples
 from fedobd.training import (
     Augment,
@@ -105,7 +105,7 @@ def train_stacked(
     options: TrainingOptions,
     loss: Loss = cross_entropy,
     augment: Augment | None = None,
-) -> tuple[list[ModelState], list[LocalResult]]:
+) -> tuple[StateStack, list[LocalResult]]:
     """Train one model a client.
 
     Args:
@@ -119,8 +119,8 @@ def train_stacked(
         augment: changes the inputs of each client's batch, with that client's draws.
 
     Returns:
-        Each client's values, which are views of the stack, and what it reports. Dropout draws
-        other numbers than in `train_locally`.
+        The clients' values, and what each reports. Dropout draws other numbers than in
+        `train_locally`.
 
     Raises:
         UsageError: a client's only batch has one example, and the model has batch normalization;
@@ -202,11 +202,8 @@ def train_stacked(
         LocalResult(size, mean) for size, mean in zip(sizes, (losses / seen).tolist(), strict=True)
     ]
     whole = {**stack.trained, **stack.buffers}
-    states = [
-        {name: frozen[name] if name in frozen else whole[name][k] for name in start}
-        for k, start in enumerate(starts)
-    ]
-    return states, results
+    whole |= {name: value.expand(len(data), *value.shape) for name, value in frozen.items()}
+    return StateStack({name: whole[name] for name in starts[0]}), results
 
 
 def _moments(options: TrainingOptions) -> tuple[str, ...]:

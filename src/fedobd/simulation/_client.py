@@ -10,14 +10,14 @@ from typing import Protocol
 
 from torch import nn
 
-from fedobd._client import Broadcast, ClientSession
+from fedobd._client import Broadcast, ClientSession, encode_uploads
 from fedobd._errors import UsageError
 from fedobd._method import Method
 from fedobd._rounds import RoundPlan
 from fedobd._schema import ModelSchema
 from fedobd._seeds import derive_seed
-from fedobd._state import ModelState, get_state, load_state
-from fedobd._wire import Kind, Report
+from fedobd._state import ModelState, StateStack, get_state, load_state
+from fedobd._wire import Bytes, Kind, Report
 from fedobd.data import ClientData
 from fedobd.training import Evaluation, LocalResult, LocalTraining
 
@@ -32,7 +32,7 @@ class StackedTraining(Protocol):
         data: Sequence[ClientData],
         plan: RoundPlan,
         seeds: Sequence[int],
-    ) -> tuple[list[ModelState], list[LocalResult]]: ...
+    ) -> tuple[Sequence[ModelState], list[LocalResult]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,17 +155,18 @@ class LocalClient:
         seeds = [derive_seed(setup.seed, "train", plan.round, task.client) for task in tasks]
         trained, results = self._train(starts, data, plan, seeds)
         clock.lap("train")
+        reports = list(map(_report, results, validations))
+        uploads: list[list[Bytes]] = [[] for _ in tasks]
+        for place, chunk in encode_uploads(sessions, trained, reports):
+            uploads[place].append(chunk)
+        clock.lap("encode")
         together = {phase: spent / len(tasks) for phase, spent in clock.seconds.items()}
-        reports = map(_report, results, validations)
-        for task, session, state, report in zip(tasks, sessions, trained, reports, strict=True):
-            clock.start()
-            upload = b"".join(session.upload(state, report))
-            clock.lap("encode")
+        for task, session, chunks in zip(tasks, sessions, uploads, strict=True):
             yield ClientResult(
                 client=task.client,
-                upload=upload,
+                upload=b"".join(chunks),
                 state={n: v for n, v in session.state.items() if n not in self._frozen},
-                seconds={**together, "encode": clock.seconds["encode"]},
+                seconds=together,
             )
 
     def _session(self, task: ClientTask) -> ClientSession:
@@ -194,15 +195,16 @@ class LocalClient:
         data: Sequence[ClientData],
         plan: RoundPlan,
         seeds: Sequence[int],
-    ) -> tuple[list[ModelState], list[LocalResult]]:
+    ) -> tuple[StateStack, list[LocalResult]]:
         setup = self._setup
         if setup.stack > 1:
             assert setup.train_together is not None
-            return setup.train_together(self._model, starts, data, plan, seeds)
+            states, results = setup.train_together(self._model, starts, data, plan, seeds)
+            return StateStack.of(states), results
         ((start,), (own,), (seed,)) = starts, data, seeds
         load_state(self._model, start)
         result = setup.train(self._model, own, plan, seed)
-        return [get_state(self._model, device=None)], [result]
+        return StateStack.of([get_state(self._model, device=None)]), [result]
 
     def _decode(self, kind: Kind, number: int, payload: bytes | Path) -> Broadcast:
         """Decode what all clients of a round share once for all of them."""

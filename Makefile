@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo demo-deployment test test-all check docs bench-digits bench-codec bench-deployment bench-simulation \
-	results fuzz build \
-	clean
+	bench-report bench-estimates results fuzz build clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fedobd compare digits
@@ -54,6 +53,17 @@ bench-deployment: $(VENV)/.installed-flower
 # Simulation beside a hand-written loop and other simulators, which are installed under a cache.
 bench-simulation: $(VENV)/.installed
 	$(BIN)/python benchmarks/simulation.py
+
+# Size and opening time of a report of 50 runs with 200 rounds, in chromium and chromium-driver,
+# which are installed where apt can.
+bench-report: $(VENV)/.installed-dev
+	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+		apt-get install -qq -y chromium chromium-driver; } || true
+	$(BIN)/python benchmarks/report.py
+
+# What `fedobd plan` estimates beside what was sent: the digits, and the records of `make results`.
+bench-estimates: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/estimates.py --records benchmarks/comparison/records --data $(DATA)
 
 # The comparison on real data, docs/results.md: hours; a run that has a record is not made again.
 DATA ?= ../shared/data

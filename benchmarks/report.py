@@ -56,6 +56,7 @@ def make_run(
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "rounds.jsonl").write_text(lines, encoding="utf-8")
     summary = {
+        "rounds": rounds,
         "final_metric": records[-1]["test_metric"],
         "best_metric": max(record["test_metric"] for record in records),
         "uplink_bytes": sum(record["uplink_bytes"] for record in records),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -70,8 +71,10 @@ def test_every_method_has_a_line_from_the_beginning_and_keeps_its_figures(folder
 
     display.begin_run(named("fedobd", 0), 50, folder)
     assert shown(display, 80)[1].split() == [
-        "fedobd", "0/50", "–", "–", "–", "0.00", "0.00", "–", "–", "–"
+        "fedobd", "1/50", "1", "–", "–", "0.00", "0.00", "–", "0/2", "–"
     ]  # fmt: skip
+    display.client_done(dataclasses.replace(PLAN, round=1), 2)  # in round 1 of 50
+    assert shown(display, 80)[1].split()[-2:] == ["2/8", "–"]
     first, second, *_ = records(folder)
     for record in (first, second):
         record["seconds"] = {"round": 8.0}
@@ -89,7 +92,7 @@ def test_every_method_has_a_line_from_the_beginning_and_keeps_its_figures(folder
 
     display.begin_run(named("fedavg", 0), 3, folder)
     assert shown(display, 80)[1].split()[:2] == ["fedobd", "3/50"]
-    assert shown(display, 80)[2].split()[:2] == ["fedavg", "0/3"]
+    assert shown(display, 80)[2].split()[:2] == ["fedavg", "1/3"]
 
 
 def test_narrow_terminals_leave_out_columns_and_break_no_line(folder: Path) -> None:
@@ -202,3 +205,18 @@ def test_plain_lines_without_a_terminal(folder: Path) -> None:
         r"fedobd: round 5/5 stage 2 accuracy [01]\.\d{4} loss \d\.\d{4} sent \d+\.\d\d kB",
         lines[5],
     )
+
+
+def test_plain_lines_say_that_a_first_round_goes_on(folder: Path) -> None:
+    console = Console(file=io.StringIO(), width=40)
+    with Display(console, methods=["fedobd"]) as display:
+        display.begin_run(named("fedobd", 0), 50, folder)
+        display.client_done(dataclasses.replace(PLAN, round=1), 1)
+        display.client_done(dataclasses.replace(PLAN, round=1), 2)
+        display.end_round(records(folder)[0])
+        display.client_done(dataclasses.replace(PLAN, round=2), 1)
+    assert isinstance(console.file, io.StringIO)
+    begun, first, ended = console.file.getvalue().splitlines()
+    assert begun.startswith("fedobd: seed 0, 50 rounds")
+    assert first == "fedobd: round 1/50 stage 1 1 of 8 clients done"
+    assert ended.startswith("fedobd: round 1/50 stage 1 accuracy")

@@ -32,8 +32,8 @@ from fedobd.experiments import build_experiment, load_config, run
 from fedobd.experiments.config import RunConfig, parse_config
 from fedobd.flower import make_client_app, make_server_app, write_app
 from fedobd.flower._carrier import IDENTIFY, UPLOAD, carried
+from tests.data_helpers import fedobd
 from tests.flower_grid import FIRST_NODE_ID, RUN_ID, SUPERLINK_NODE_ID, InProcessGrid
-from tests.test_cli import fedobd
 from tests.toy import CONFIG
 from tests.toy import config as toy_config
 

@@ -15,7 +15,14 @@ import torch
 import typer
 
 from fedobd import METHODS, FedAvg, RoundPlan, UsageError, decompose, get_state
-from fedobd.experiments import RunConfig, Summary, load_config, run
+from fedobd.experiments import (
+    RunConfig,
+    Summary,
+    build_experiment,
+    initial_model,
+    load_config,
+    run,
+)
 from fedobd.experiments.config import parse_config
 from fedobd.models import build_model
 from fedobd.plan_commands import plan_command
@@ -27,7 +34,7 @@ from fedobd.planning import (
     make_plan,
     plan_method,
 )
-from fedobd.planning._method_plan import _sampled
+from fedobd.planning._method_plan import _newcomers, _sampled
 from fedobd.training import TrainingOptions
 from tests import toy
 
@@ -134,6 +141,21 @@ def test_pretrained_models_have_smaller_updates(checkpoint: str | None, size: fl
 def test_a_plan_is_the_same_each_time() -> None:
     config = load_config("digits", overrides=CUT).for_method("fedpaq", 3)
     assert make_plan(config).methods == make_plan(config).methods
+
+
+def test_a_model_starts_from_the_values_that_a_run_starts_from() -> None:
+    config = toy.config("fedobd", federation={"seed": 7})
+    found = get_state(initial_model(config))
+    wanted = build_experiment(config).initial
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_millions_of_rounds_are_planned_at_once() -> None:
+    many = FedAvg(rounds=2_000_000, cohort=0.5)
+    opened = _newcomers(many, Federation(num_clients=10))
+    assert sum(opened) == 10
+    assert len(opened) < 100
 
 
 def test_fedavg_with_all_clients_is_added_to_compare_with() -> None:

@@ -31,6 +31,7 @@ from fedobd.report._content import (
 from fedobd.report._curves import MEASURES, Curve, accuracy_plot, curve_of, mean_curve
 from fedobd.report._delivery import delivery_bits
 from fedobd.report._gather import Section, gather
+from fedobd.report._headline import headline
 from fedobd.report._links import round_seconds, run_seconds, train_seconds
 from fedobd.report._plot import block_color, plain, shorten, thin, typed
 from fedobd.report._run import Run
@@ -148,7 +149,8 @@ def test_other_models_get_sections_of_their_own(runs: Path) -> None:
         "model.options.width = 4",
         "no model.options.width",
     )
-    assert [variant.number for variant in (*first.variants, *second.variants)] == [0, 1, 2]
+    numbers = [v.number for v in (*first.variants, *second.variants)]
+    assert numbers == [1, 0, 2]  # each method has its color, whatever is shown beside it
 
 
 def test_options_tell_variants_of_a_method_apart(runs: Path) -> None:
@@ -199,13 +201,14 @@ def test_what_is_no_run_is_refused(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("rounds.jsonl", "{broken\n", "is damaged: JSONDecodeError"),
-        ("rounds.jsonl", '{"round": 1}\n', "is damaged: KeyError"),
-        ("rounds.jsonl", "[]\n", "is damaged: TypeError"),
+        ("rounds.jsonl", "{broken\n", "rounds.jsonl is damaged: JSONDecodeError"),
+        ("rounds.jsonl", '{"round": 1}\n' * 5, "rounds.jsonl is damaged: KeyError"),
+        ("rounds.jsonl", "[]\n" * 5, "rounds.jsonl is damaged: TypeError"),
+        ("rounds.jsonl", "", "rounds.jsonl holds 0 rounds, and summary.json is of 5"),
         ("schema.json", "{}", "this is not a model schema"),
         ("schema.json", "\xff", "is damaged"),
-        ("summary.json", "[1]", "is damaged: TypeError"),
-        ("environment.json", "3", "is damaged: TypeError"),
+        ("summary.json", "[1]", "summary.json is damaged: TypeError"),
+        ("environment.json", "3", "environment.json is damaged: TypeError"),
         ("config.toml", "method = 3", "method"),
         ("config.toml", "lambda = 3", "key 'lambda' is unknown"),
     ],
@@ -216,6 +219,11 @@ def test_a_damaged_run_is_refused(runs: Path, name: str, text: str, told: str) -
     message = refusal([runs])
     assert message.startswith(f"run {str(folder)!r}")
     assert told in message
+
+
+def test_a_missing_file_is_named(runs: Path) -> None:
+    (runs / "fedobd-seed0" / "environment.json").unlink()
+    assert refusal([runs]).endswith("environment.json is missing, which `fedobd run` writes")
 
 
 def test_records_of_other_blocks_are_refused(runs: Path) -> None:
@@ -261,6 +269,8 @@ def test_a_run_that_has_not_finished_is_shown_as_far_as_it_is(runs: Path) -> Non
 
 
 def test_a_run_without_a_round_is_left_out(runs: Path) -> None:
+    for seed in SEEDS:
+        (runs / f"fedobd-seed{seed}" / "summary.json").unlink()
     (runs / "fedobd-seed0" / "rounds.jsonl").unlink()
     (runs / "fedobd-seed1" / "rounds.jsonl").write_text('{"round": 1')
     section = only(gather([runs]))
@@ -285,19 +295,61 @@ def test_the_summary_is_that_of_the_runs(made: Path) -> None:
         )
         totals = [summary["total_bytes"] / 1e6 for summary in found]
         digits = 2 if fmean(totals) >= 0.1 else 5
-        assert column(table, "total, MB")[row] == (
+        assert column(table, "sent\ntotal, MB")[row] == (
             f"{fmean(totals):.{digits}f}{PLUS_MINUS}{stdev(totals):.{digits}f}"
         )
     totals = [
         fmean(summary_of(made / f"{m}-seed{s}")["total_bytes"] for s in SEEDS) for m in METHODS
     ]
-    number = table.head.index("total, MB")
+    number = table.head.index("sent\ntotal, MB")
     assert [row[number].is_best for row in table.rows] == [t == min(totals) for t in totals]
     assert column(table, "less than\nFedAvg") == [
         f"{100 * (1 - totals[0] / totals[1]):.1f} %",
         "–",
         f"{100 * (1 - totals[2] / totals[1]):.1f} %",
     ]
+
+
+def test_the_headline_is_what_fedobd_saved_and_reached(runs: Path) -> None:
+    (section,) = gather([runs])
+    found = {m: [summary_of(runs / f"{m}-seed{s}") for s in SEEDS] for m in METHODS}
+    total = {m: fmean(own["total_bytes"] for own in found[m]) for m in METHODS}
+    final = {m: fmean(own["final_metric"] for own in found[m]) for m in METHODS}
+    less = 100 * (1 - total["fedobd"] / total["fedavg"])
+    assert headline(section) == (
+        f"fedobd sent {total['fedobd'] / 1e3:.2f} kB, {less:.1f} % less than the "
+        f"{total['fedavg'] / 1e3:.2f} kB of fedavg, and ends with test accuracy "
+        f"{final['fedobd']:.4f}, where fedavg ends with {final['fedavg']:.4f}."
+    )
+    alone = headline(only(gather([runs / "fedavg-seed0"])))
+    assert re.fullmatch(r"fedavg sent [\d.]+ kB, and ends with test accuracy 0\.\d{4}\.", alone)
+    (runs / "fedavg-seed0" / "summary.json").unlink()
+    assert " sent " in headline(only(gather([runs / "fedavg-seed0"])))
+    assert "so far" in headline(only(gather([runs / "fedavg-seed0"])))
+
+
+def test_folders_of_one_name_are_told_apart(runs: Path) -> None:
+    again = shutil.copytree(runs / "fedavg-seed0", runs.parent / "again" / "fedavg-seed0")
+    section = only(gather([runs / "fedavg-seed0", again]))
+    assert column(run_table(section), "folder") == ["again/fedavg-seed0", "runs/fedavg-seed0"]
+    assert section.notes == (
+        "Runs again/fedavg-seed0, runs/fedavg-seed0 have the same configuration and seed 0; each "
+        "counts.",
+    )
+    mean = accuracy_plot(section)
+    assert mean is not None
+    assert len(mean.views[0, 0]["data"]) == 3  # both runs, and their mean
+
+
+def test_the_mean_line_is_of_the_runs_that_the_tables_count(runs: Path) -> None:
+    cut = runs / "fedavg-seed1"
+    (cut / "summary.json").unlink()
+    lines = (cut / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (cut / "rounds.jsonl").write_text(lines[0])
+    plot = accuracy_plot(only(gather([runs / "fedavg-seed0", cut])))
+    assert plot is not None
+    *_, mean = plot.views[3, 0]["data"]
+    assert array(mean["x"]).tolist() == [1, 2, 3]
 
 
 def test_a_single_run_has_neither_spread_nor_best(made: Path) -> None:
@@ -326,13 +378,13 @@ def test_time_over_a_link_is_transfers_and_training(made: Path) -> None:
     assert round_seconds(first, 1e6) == pytest.approx(transfer + first.train_s)
     assert run_seconds(run, 1e6) == pytest.approx(sum(round_seconds(r, 1e6) for r in run.rounds))
     table = link_table(section)
-    assert len(table.head) == 4 + 8
+    assert len(table.head) == 1 + 8 + 3
     assert "at the same time, each on a link of its own" in table.notes[0]
-    assert table.rows[0][5].text == f"{run_seconds(run, 1e6):.2f} s"
+    assert table.rows[0][2].text == f"{run_seconds(run, 1e6):.2f} s"
     untimed = replace(run, rounds=tuple(replace(r, train_s=None) for r in run.rounds))
     assert train_seconds(untimed) is None
     without = replace(section.variants[0], runs=(untimed,))
-    assert link_table(replace(section, variants=(without,))).rows[0][3].text == "not measured"
+    assert link_table(replace(section, variants=(without,))).rows[0][9].text == "not measured"
 
 
 @pytest.mark.parametrize(
@@ -344,7 +396,7 @@ def test_durations_have_the_unit_that_suits_them(made: Path, seconds: float, tex
     (run,) = section.runs
     still = replace(run.rounds[0], uplink_bytes=0, downlink_bytes=0, train_s=seconds)
     variant = replace(section.variants[0], runs=(replace(run, rounds=(still,)),))
-    assert link_table(replace(section, variants=(variant,))).rows[0][3].text == text
+    assert link_table(replace(section, variants=(variant,))).rows[0][9].text == text
 
 
 def test_blocks_are_a_table(made: Path) -> None:
@@ -473,9 +525,9 @@ def test_curves_add_up_what_was_sent(made: Path) -> None:
     assert curves["down"].x[-1] == pytest.approx(summary["downlink_bytes"] / 1e6)
     assert curves["rounds"].x.tolist() == [1, 2, 3, 4, 5]
     assert curves["rounds"].y[-1] == summary["final_metric"]
-    x, y = curves["rounds"].part(2)
-    assert x.tolist() == [3, 4, 5]  # from the end of stage 1
-    assert y.tolist() == curves["rounds"].y[2:].tolist()
+    part = curves["rounds"].part(2)
+    assert part.x.tolist() == [3, 4, 5]  # from the end of stage 1
+    assert part.y.tolist() == curves["rounds"].y[2:].tolist()
 
 
 def test_the_mean_of_curves_leaves_out_rounds_of_different_stages() -> None:
@@ -524,7 +576,9 @@ def test_many_rounds_are_drawn_as_areas(made: Path, monkeypatch: pytest.MonkeyPa
 def test_the_map_shows_who_uploaded_what(made: Path) -> None:
     section = only(gather([made]))
     plot = upload_map(section, 1)
-    assert plot.switches[0].options == METHODS
+    assert plot is not None
+    assert plot.switches[0].options == ("fedobd",)
+    assert "Not shown: fedavg, fedpaq, where all upload every block." in plot.caption
     (trace,) = plot.views[0,]["data"]
     run = section.variants[0].shown
     assert array(trace["z"]).tolist() == np.round(100 * upload_shares(run).T).tolist()
@@ -533,9 +587,11 @@ def test_the_map_shows_who_uploaded_what(made: Path) -> None:
     assert layout["shapes"][0]["x0"] == 3.5  # stage 2 begins with round 4
     sizes = [label.rpartition(" · ")[2] for label in layout["yaxis"]["ticktext"]]
     assert sizes == [f"{block.num_parameters:,}" for block in run.schema.blocks]
-    (flat,) = plot.views[1,]["data"]
-    assert set(array(flat["z"]).ravel().tolist()) == {100}
-    assert "customdata" not in flat
+    without = only(gather([made / "fedavg-seed0"]))
+    assert upload_map(without, 1) is None
+    assert list(left_out(without)) == [
+        "Every client uploaded every block in every round, so there is no picture of it."
+    ]
 
 
 def test_levels_are_shown_of_what_is_quantized(made: Path) -> None:
@@ -586,7 +642,7 @@ def test_without_a_test_set_there_are_no_curves(runs: Path) -> None:
     assert next(left_out(section)).startswith("Nothing was tested on the server")
     table = summary_table(section)
     assert set(column(table, "test accuracy\nfinal")) == {"–"}
-    assert set(column(table, "best")) == {"–"}
+    assert set(column(table, "test accuracy\nbest")) == {"–"}
 
 
 def never(block: int) -> Callable[[dict[str, Any]], None]:
@@ -607,9 +663,9 @@ def test_a_block_that_was_never_uploaded_is_warned_of(runs: Path) -> None:
     share = f"{100 * block.num_parameters / schema.num_parameters:.1f} %"
     text = warning(first)
     assert text is not None
-    assert text.startswith("fedobd: no client uploaded these blocks in stage 1")
-    assert f"seed 0: {block.name} ({share})" in text
-    assert "model.blocks.max_block_fraction, or lower dropout_rate" in text
+    assert text.startswith("fedobd: clients left out some blocks in stage 1")
+    assert f"Seeds 0, 1: no client uploaded blocks {block.name} ({share}), " in text
+    assert "model.blocks.max_block_fraction, lower dropout_rate" in text
     assert warning(second) is None
 
 
@@ -620,6 +676,7 @@ def test_large_reports_draw_fewer_rounds(made: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fedobd.report._content.MOST_CELLS", cells / 1.5)
     assert drawing_step(sections) == 2
     plot = upload_map(sections[0], 2)
+    assert plot is not None
     assert array(plot.views[0,]["data"][0]["x"]).tolist() == [1, 3, 5]
     assert plot.caption.endswith(" One of 2 rounds is drawn.")
     assert (thin(5, 1), thin(6, 2), thin(1, 3)) == ([0, 1, 2, 3, 4], [0, 2, 4, 5], [0])

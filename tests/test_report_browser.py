@@ -100,12 +100,18 @@ def test_the_numbers_are_those_of_the_runs(made: Path, page: Page) -> None:
         ".map(row => [...row.children].map(cell => cell.textContent))"
     )
     assert [row[0] for row in table] == list(METHODS)
+    heads = page.run(
+        "return [...document.querySelectorAll('table:first-of-type')[0].querySelectorAll('thead "
+        "th')].map(cell => cell.textContent)"
+    )
     for number, (method, row) in enumerate(zip(METHODS, table, strict=True)):
         folder = made / "runs" / f"{method}-seed0"
         summary = json.loads((folder / "summary.json").read_text())
-        assert row[3:5] == [f"{summary['final_metric']:.4f}", f"{summary['best_metric']:.4f}"]
+        head = dict(zip(heads, row, strict=True))
+        assert head["test accuracy\nfinal"] == f"{summary['final_metric']:.4f}"
+        assert head["test accuracy\nbest"] == f"{summary['best_metric']:.4f}"
         megabytes = summary["total_bytes"] / 1e6
-        assert row[7] == f"{megabytes:.{2 if megabytes >= 0.1 else 5}f}"
+        assert head["sent\ntotal, MB"] == f"{megabytes:.{2 if megabytes >= 0.1 else 5}f}"
         lines = page.run(
             f"return {drawing('accuracy')}._fullData.filter(t => t.legendgroup === '{number}')"
             ".map(t => [t.x[t.x.length - 1], t.y[t.y.length - 1]])"
@@ -146,6 +152,22 @@ def test_hover_tells_block_size_and_difference(made: Path, page: Page) -> None:
     assert "mean block difference 0." in told
 
 
+def test_hover_names_the_line_and_fits_a_phone(made: Path, browser: Page) -> None:
+    browser.emulate(width=390)
+    browser.open(made / "report.html")
+    browser.show_all()
+    told, left, right = browser.run(
+        f"const place = {drawing('accuracy')};"
+        "Plotly.Fx.hover(place, [{curveNumber: 0, pointNumber: 1}]);"
+        "const label = place.querySelector('.hoverlayer .hovertext');"
+        "const box = label.getBoundingClientRect();"
+        "return [label.textContent, box.left, box.right]"
+    )
+    assert told.startswith("fedobdtest accuracy 0.")
+    assert told.endswith("MB sent, up and downround 2, stage 1")
+    assert 0 <= left < right <= 390
+
+
 def test_hostile_names_do_not_run(page: Page) -> None:
     assert page.run("return window.struck") is None
     assert page.run("return document.querySelectorAll('img').length") == 0
@@ -183,5 +205,6 @@ def test_it_prints(made: Path, page: Page, tmp_path: Path) -> None:
     page.print_to_pdf(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
     page.wait(f"{drawing('accuracy')}._fullLayout.width > 700")  # as wide as the window again
+    page.wait(f"{drawing('accuracy')}._fullLayout.height === 480")
     assert page.run("return document.querySelectorAll('details[open]').length") == 0
     assert page.messages() == []

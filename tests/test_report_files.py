@@ -109,7 +109,7 @@ def test_only_the_two_scripts_of_the_page_may_run(elements: Elements) -> None:
 
 def test_hostile_names_are_text(elements: Elements) -> None:
     assert len(elements.named("script")) == 3
-    assert f"1 {HOSTILE}" in elements.texts["th"]
+    assert f"1 {HOSTILE}" in elements.texts["span"]
     assert any(HOSTILE in text for text in elements.texts["pre"])  # the TOML
     assert any(HOSTILE in text for text in elements.texts["p"])  # the warning
 
@@ -155,7 +155,7 @@ def test_the_page_is_accessible_html(elements: Elements) -> None:
 
 def test_the_page_warns_and_says_how_to_run_it_again(made: Path, elements: Elements) -> None:
     paragraphs = "".join(elements.texts["p"])
-    assert "no client uploaded these blocks in stage 1" in paragraphs
+    assert "fedobd: clients left out some blocks in stage 1" in paragraphs
     assert "model.blocks.max_block_fraction" in paragraphs
     blocks = elements.texts["pre"]
     assert (
@@ -194,7 +194,7 @@ def test_markdown_has_whole_tables(made: Path, tmp_path: Path) -> None:
     assert "<script" not in re.sub(r"(?s)````.*?````", "", text).replace("\\<", "")
     assert "1 \\<script\\>alert('$x$ %{y}')\\</script\\>\\|\\`\\*" in text
     assert "\n````toml\n# " in text  # a fence longer than the one inside
-    assert "> **Warning.** fedobd: no client uploaded" in text
+    assert "> **Warning.** fedobd: clients left out some blocks" in text
     summary = json.loads((made / "fedpaq" / "summary.json").read_text())
     assert f"{summary['final_metric']:.4f}" in text
 
@@ -238,19 +238,29 @@ def test_the_command_writes_what_is_asked_for(
     assert Path("report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     one = str(made / "fedpaq")
     done = command(one, one, "--format", "md", "-o", "own.md", "--figures", "pictures")
-    assert (done.exit_code, done.output) == (0, "wrote own.md\nwrote 8 figures to pictures\n")
+    assert (done.exit_code, done.output) == (0, "wrote own.md\nwrote 6 figures to pictures\n")
     assert Path("own.md").read_text(encoding="utf-8").startswith("# Report\n\n1 run of fedpaq;")
-    assert len(list(Path("pictures").iterdir())) == 8
+    assert len(list(Path("pictures").iterdir())) == 6  # FedPAQ leaves out no block
     assert command(one, "--format", "docx").exit_code == 2
     assert isinstance(command(str(tmp_path / "nothing")).exception, UsageError)
 
 
+@pytest.mark.parametrize("name", ["rounds.jsonl", "report", "report.md"])
+def test_a_slip_in_the_output_overwrites_nothing(made: Path, name: str) -> None:
+    before = sorted(path.name for path in made.iterdir())
+    refused = command(str(made / "fedpaq"), "-o", str(made / "fedpaq" / name)).exception
+    assert isinstance(refused, UsageError)
+    assert "wanted a name that ends in .html, as --format is html" in str(refused)
+    assert sorted(path.name for path in made.iterdir()) == before
+
+
 def test_output_that_cannot_be_written_is_refused(made: Path, tmp_path: Path) -> None:
     there = tmp_path / "missing" / "report.html"
-    with pytest.raises(UsageError, match=r"report '.*missing/report.html' cannot be written"):
+    with pytest.raises(UsageError, match=r"report.html' cannot be written: there is no such"):
         write_report([made / "fedpaq"], there)
-    with pytest.raises(UsageError, match="cannot be written"):
+    with pytest.raises(UsageError, match="is a folder; wanted a file"):
         write_markdown([made / "fedpaq"], tmp_path)
+    assert not list(tmp_path.parent.glob("*.part"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"figures cannot be written to '.*file'"):
         write_figures([made / "fedpaq"], tmp_path / "file")

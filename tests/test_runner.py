@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from fedobd import FedOBDError, ModelSchema, Payload, UsageError
@@ -192,6 +193,26 @@ def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path: Path) -> None:
         run(config(), folder, resume=True)
 
 
+def test_damaged_records_are_said_to_be_damaged(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(config(), folder, observer=Stopper(2))
+    records = folder / "rounds.jsonl"
+    first, _ = records.read_bytes().splitlines(keepends=True)
+    records.write_bytes(first + b"{]\n")
+    with pytest.raises(UsageError, match=r"rounds.jsonl', line 2, is damaged"):
+        run(config(), folder, resume=True)
+
+
+@pytest.mark.parametrize("text", ["{]", "[]", '{"rounds": 3}'])
+def test_a_damaged_summary_is_said_to_be_one(text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(config(), folder)
+    (folder / "summary.json").write_text(text)
+    with pytest.raises(UsageError, match=r"summary.json' is damaged"):
+        run(config(), folder, resume=True)
+
+
 def test_the_trap_of_blocks_that_never_fit_is_reported(tmp_path: Path) -> None:
     summary = run(config(model={"options": {"width": 8}}), tmp_path / "run")
     (block,) = summary.never_uploaded
@@ -206,6 +227,23 @@ def test_the_trap_of_blocks_that_never_fit_is_reported(tmp_path: Path) -> None:
         tmp_path / "split",
     )
     assert sum(b["share"] for b in split.never_uploaded) < 0.5
+
+
+def test_a_test_that_ends_with_no_number_is_not_measured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = {"metric": "tests.test_runner:no_number"}
+    summary = run(config("fedpaq", training=training), tmp_path / "run")
+    assert (summary.final_metric, summary.best_metric, summary.broadcast_metric) == (None,) * 3
+    (first, *_) = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
+    assert json.loads(first)["test_metric"] is None
+    assert json.loads(first)["test_loss"] > 0
+    assert "a test ended with nan, which is recorded as not measured" in caplog.text
+
+
+def no_number(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return no number on the test set, which is larger than what clients validate on."""
+    return torch.tensor(float("nan") if len(targets) > 10 else 0.5)
 
 
 def test_compare_runs_all_and_tabulates(tmp_path: Path) -> None:

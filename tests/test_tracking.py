@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from fedobd import ModelSchema, RoundPlan, UsageError, __version__
+from fedobd import SMAFD, FedOBD, ModelSchema, RoundPlan, UsageError, __version__
 from fedobd.experiments import RunConfig, Summary, compare, run, runner
 from fedobd.experiments.config import load_config, parse_config
 from fedobd.tracking import (
@@ -26,6 +26,8 @@ from fedobd.tracking import (
     log_round,
     log_to_terminal,
     make_trackers,
+    starvation_warning,
+    starved_blocks,
 )
 from tests.toy import config
 
@@ -302,7 +304,8 @@ def test_the_log_of_a_run_is_appended_to_when_it_goes_on(tmp_path: Path) -> None
         "INFO round 3/5", "INFO round 4/5", "INFO round 5/5"
     ]  # fmt: skip
     assert second[-2].startswith(
-        "WARNING fedobd: no client uploaded these blocks in stage 1: 4 (86.1 %)"
+        "WARNING fedobd: clients left out some blocks in stage 1, so the server hardly trained "
+        "them in it. Seed 1: no client uploaded block 4 (86.1 % of the parameters). Split large"
     )
     assert second[-1] == (
         f"INFO ended after 5 rounds: metric {summary.final_metric:.4f}, "
@@ -449,3 +452,46 @@ def test_a_store_that_mlflow_cannot_use(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"MLflow cannot use output.tracking_uri {uri!r}: ")
+
+
+# starved blocks
+
+SCHEMA = ModelSchema.from_json(
+    {
+        "tensors": [[name, [8], "float32", "parameter"] for name in "abcd"],
+        "blocks": [[name, "Linear", [name], [[n, 0, 8]]] for n, name in enumerate("abcd")],
+    }
+)
+
+
+def uploads(stage: int, *kept: list[int]) -> dict[str, Any]:
+    return {"stage": stage, "clients": [{"blocks_kept": own} for own in kept]}
+
+
+def test_blocks_starve_below_a_twentieth_of_the_uploads_of_stage_1() -> None:
+    """Of 41 uploads, a is in all, b in three, c in two, d in none; stage 2 does not count."""
+    rounds = [
+        uploads(1, *[[0]] * 38),
+        uploads(1, [0, 1, 2], [0, 1, 2], [0, 1]),
+        uploads(2, *[[0, 1, 2, 3]] * 9),
+    ]
+    c, d = starved_blocks(rounds, SCHEMA)
+    assert (c.block, c.parameters, c.share, c.uploads) == ("c", 8, 0.25, 2 / 41)
+    assert (d.block, d.uploads) == ("d", 0)
+    text = starvation_warning(FedOBD(), {0: [c, d], 1: [c, d], 2: [], 3: [d]})
+    assert text == (
+        "fedobd: clients left out some blocks in stage 1, so the server hardly trained them in "
+        "it. Seeds 0, 1: no client uploaded block d (25.0 % of the parameters); fewer than 5 % of "
+        "the uploads held block c (25.0 % of the parameters). Seed 3: no client uploaded block d "
+        "(25.0 % of the parameters). Split large blocks with model.blocks.max_block_fraction, "
+        "lower dropout_rate, or give stage 2 more epochs."
+    )
+    assert starvation_warning(FedOBD(), {0: [], 1: []}) is None
+
+
+def test_advice_suits_the_method_and_long_lists_are_cut() -> None:
+    (found,) = starved_blocks([uploads(1, [0, 1, 2])], SCHEMA)
+    text = starvation_warning(SMAFD(), {0: [found] * 10})
+    assert text is not None
+    assert "d (25.0 %), 2 more, 250.0 % of the parameters in all. Lower dropout_rate." in text
+    assert "max_block_fraction" not in text

@@ -13,12 +13,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from fedobd._errors import UsageError
-from fedobd.display import block_table, format_bytes, format_share
+from fedobd.display import block_table, format_bytes, format_share, plain_table
 from fedobd.experiments import RunConfig, list_presets, load_config
 from fedobd.experiments.config import parse_config
 from fedobd.methods import METHODS, FedAvg
@@ -224,13 +223,7 @@ def _show(plan: Plan, pace: _Pace) -> None:
 
 
 def _traffic_table(plan: Plan, pace: _Pace) -> Table:
-    table = Table(
-        title=f"estimated traffic, {plan.federation.num_clients} clients",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-        pad_edge=False,
-    )
+    table = plain_table(f"estimated traffic, {plan.federation.num_clients} clients")
     table.add_column("method", no_wrap=True)
     for name in (
         "rounds ×\nclients",

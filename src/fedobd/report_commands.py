@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedobd._errors import UsageError
 from fedobd.report import write_figures, write_markdown, write_report
 
 console = Console(markup=False, emoji=False, highlight=False)  # paths are shown as they are
@@ -39,6 +40,11 @@ def report_command(
 ) -> None:
     """Write a report on runs: accuracy, bytes, blocks, bits, and time over a link."""
     file = output or Path(f"report.{format_.value}")
+    if file.suffix.lower() != f".{format_.value}":  # else a slip overwrites a run's records
+        raise UsageError(
+            f"--output {str(file)!r}: wanted a name that ends in .{format_.value}, as --format is "
+            f"{format_.value}"
+        )
     write = write_report if format_ is Format.HTML else write_markdown
     write(runs, file)
     console.print(f"wrote {file}", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.experiments._build import Experiment, build_experiment, initial_model
 from fedobd.experiments._data import BuiltData, build_data
 from fedobd.experiments.compare import Comparison, compare
 from fedobd.experiments.config import RunConfig, load_config, make_method, plain_values
@@ -22,6 +22,7 @@ __all__ = [
     "build_data",
     "build_experiment",
     "compare",
+    "initial_model",
     "list_presets",
     "load_config",
     "make_method",

@@ -69,9 +69,7 @@ def build_experiment(config: RunConfig) -> Experiment:
     built = build_data(config)
     data = built.federated
     config_of_model = _with_vocabulary(config.model, built.vocabulary, seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "model"))
-        model = make_model(config_of_model)
+    model = initial_model(config.model_copy(update={"model": config_of_model}))
     rules = config.model.blocks if method.unit == "semantic" else BlockRules(style=method.unit)
     schema = decompose(model, rules)
     initial = get_state(model)
@@ -164,6 +162,24 @@ def _with_vocabulary(
             raise UsageError("model.options.vectors is for data that are texts")
         options["vectors"] = load_vectors(options["vectors"], vocabulary, seed=seed)
     return config.model_copy(update={"options": options})
+
+
+def initial_model(config: RunConfig, vocabulary: tuple[str, ...] | None = None) -> nn.Module:
+    """Build the model of a run with its initial values, which follow from the run's seed.
+
+    Args:
+        config: the configuration.
+        vocabulary: the words of the data, where they are texts and the model's options leave open
+            how many there are.
+
+    Raises:
+        UsageError: the model cannot be built.
+    """
+    seed = config.federation.seed
+    complete = _with_vocabulary(config.model, vocabulary, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "model"))
+        return make_model(complete)
 
 
 def make_model(config: ModelConfig) -> nn.Module:

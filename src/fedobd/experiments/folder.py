@@ -143,7 +143,11 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the records of all rounds, without a last line that was cut."""
+        """Return the records of all rounds, without a last line that was cut.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
         return list(_whole_lines(self.path / ROUNDS))
 
     def cut_records(self, rounds: int) -> None:
@@ -237,15 +241,28 @@ class RunFolder:
         write_json(self.path / name, value)
 
     def read_json(self, name: str) -> Any:
-        """Read one of the folder's JSON files."""
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        """Read one of the folder's JSON files.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        file = self.path / name
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{str(file)!r} is damaged: {error}") from error
 
 
 def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
     if file.exists():
-        for line in file.read_bytes().splitlines(keepends=True):
+        for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise UsageError(
+                        f"{str(file)!r}, line {number}, is damaged: {error}"
+                    ) from error
 
 
 def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:

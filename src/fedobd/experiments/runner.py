@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import platform
 import sys
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from fedobd._client import Broadcast
+from fedobd._errors import UsageError
 from fedobd._rounds import RoundPlan
 from fedobd._server import ServerSession
 from fedobd._wire import Kind
@@ -34,7 +36,14 @@ from fedobd.simulation import (
     open_pool,
     simulate,
 )
-from fedobd.tracking import log_round, log_summary, log_to_file, make_trackers
+from fedobd.tracking import (
+    log_round,
+    log_summary,
+    log_to_file,
+    make_trackers,
+    starvation_warning,
+    starved_blocks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +143,8 @@ class Summary:
             are workers.
         overhead: share of a round's time that the core's own work took; None where clients are
             played beside each other.
+        rarely_uploaded: blocks that fewer than 5 % of the uploads of stage 1 held, with that share
+            as `uploads`; empty in folders that do not say.
     """
 
     method: str
@@ -154,6 +165,7 @@ class Summary:
     stops_on_test: bool
     seconds: dict[str, float]
     overhead: float | None
+    rarely_uploaded: tuple[dict[str, Any], ...] = ()
 
 
 def run(
@@ -302,8 +314,16 @@ def _play_here(
 
 
 def read_summary(folder: RunFolder) -> Summary:
-    """Return the summary of a run that has ended."""
-    return Summary(**folder.read_json(SUMMARY))
+    """Return the summary of a run that has ended.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    values = folder.read_json(SUMMARY)
+    try:
+        return Summary(**values)
+    except TypeError as error:
+        raise UsageError(f"{str(folder.path / SUMMARY)!r} is damaged: {error}") from error
 
 
 def make_record(played: PlayedRound) -> dict[str, Any]:
@@ -328,11 +348,19 @@ def make_record(played: PlayedRound) -> dict[str, Any]:
         )
     return {
         **values,
-        "test_loss": played.test.loss if played.test else None,
-        "test_metric": played.test.metric if played.test else None,
+        "test_loss": _finite(played.test.loss) if played.test else None,
+        "test_metric": _finite(played.test.metric) if played.test else None,
         "clients": clients,
         "seconds": seconds,
     }
+
+
+def _finite(figure: float) -> float | None:
+    """Return a figure of a test, None for one that is no number, which JSON cannot hold."""
+    if math.isfinite(figure):
+        return figure
+    logger.warning("a test ended with %s, which is recorded as not measured", figure)
+    return None
 
 
 BYTE_PARTS = ("header", "levels", "raw", "buffers")
@@ -350,11 +378,9 @@ def _finish(
     received = Broadcast.decode(delivery, experiment.method, experiment.schema, Kind.DELIVERY)
     held = {**server.state, **received.values}
     test = experiment.evaluate
-    final = test(server.state).metric if test else None
+    final = _finite(test(server.state).metric) if test else None
     records = folder.records()
-    total = experiment.schema.num_parameters
-    blocks = experiment.schema.blocks
-    never = server.never_uploaded()
+    starved = starved_blocks(records, experiment.schema)
     metrics = [m for m in (*(r["test_metric"] for r in records), final) if m is not None]
     uplink_bytes = sum(r["uplink_bytes"] for r in records)
     downlink_bytes = sum(r["downlink_bytes"] for r in records)
@@ -369,7 +395,7 @@ def _finish(
         rounds=server.rounds,
         final_metric=final,
         best_metric=max(metrics, default=None),
-        broadcast_metric=test(held).metric if test else None,
+        broadcast_metric=_finite(test(held).metric) if test else None,
         uplink_bytes=uplink_bytes,
         downlink_bytes=downlink_bytes,
         total_bytes=uplink_bytes + downlink_bytes,
@@ -381,13 +407,11 @@ def _finish(
         },
         delivery_bytes=len(delivery) * config.federation.clients,
         never_uploaded=tuple(
-            {
-                "block": blocks[number].name,
-                "parameters": blocks[number].num_parameters,
-                "share": blocks[number].num_parameters / total,
-            }
-            for number in never
+            {"block": own.block, "parameters": own.parameters, "share": own.share}
+            for own in starved
+            if own.uploads == 0
         ),
+        rarely_uploaded=tuple(dataclasses.asdict(own) for own in starved if own.uploads > 0),
         refusals=sum(len(r["refusals"]) for r in records),
         stops_on_test=experiment.method.stop.source == "test",
         seconds={phase: round(spent, 3) for phase, spent in sorted(seconds.items())},
@@ -395,6 +419,9 @@ def _finish(
     )
     folder.write_model(server.state)
     folder.write_json(SUMMARY, dataclasses.asdict(summary))
+    warning = starvation_warning(experiment.method, {config.federation.seed: starved})
+    if warning is not None:
+        logger.warning(warning)
     log_summary(dataclasses.asdict(summary))
     return summary
 

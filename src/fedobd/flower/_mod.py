@@ -48,8 +48,8 @@ class CompressionMod:
     """Lets a Flower client receive and send compressed payloads.
 
     The train function gets and returns ordinary ArrayRecords; `ClientApp(mods=[CompressionMod()])`
-    is all that changes. It must be the first of the app's mods, outside those of differential
-    privacy, which belong to the train function: `@app.train(mods=[fixedclipping_mod])`.
+    is all that changes. It must stand outside every mod that looks at arrays; those of
+    differential privacy belong to the train function: `@app.train(mods=[fixedclipping_mod])`.
 
     What must last from message to message (the opening; frozen tensors; for some methods the last
     model) lies in `context.state`, since each message may be handled by a new process.

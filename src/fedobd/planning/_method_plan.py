@@ -247,11 +247,13 @@ def _sampled(rounds: int, most_runs: int, *, first_apart: bool) -> Iterator[tupl
 
 
 def _newcomers(method: Method, federation: Federation) -> list[int]:
-    """Return how many clients take part for the first time in each round."""
+    """Return how many clients take part for the first time in each round, to the last such."""
     seen: set[int] = set()
     counts: list[int] = []
     for stage in method.stages():
         for _ in range(stage.rounds):
+            if len(seen) == federation.num_clients:
+                return counts
             number = len(counts) + 1
             cohort = sample_cohort(stage.cohort, federation.num_clients, federation.seed, number)
             counts.append(len(seen | set(cohort)) - len(seen))

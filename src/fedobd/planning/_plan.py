@@ -5,20 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-import torch
 from torch import nn
 
 from fedobd._blocks import BlockRules, decompose
 from fedobd._imports import find_object
 from fedobd._method import Method
 from fedobd._schema import ModelSchema
-from fedobd._seeds import derive_seed
 from fedobd._selection import parameter_budget
 from fedobd._state import get_state
-from fedobd.experiments import RunConfig, build_experiment
-from fedobd.experiments._build import make_model
+from fedobd.experiments import RunConfig, build_data, initial_model
 from fedobd.methods import FedAvg, FedOBD
 from fedobd.models import MODELS
 from fedobd.planning._method_plan import Federation, MethodPlan, plan_method
@@ -112,17 +108,13 @@ def _schedule(config: RunConfig) -> TrainingOptions:
 
 
 def _initial_model(config: RunConfig) -> nn.Module:
-    make: Callable[[], nn.Module]
     if _needs_data(config):
-        make = build_experiment(config).setup.make_model
-    else:
-        options = dict(config.model.options)
-        if isinstance(options.get("vectors"), str):
-            del options["vectors"]  # a file whose values want the words of the data
-        make = partial(make_model, config.model.model_copy(update={"options": options}))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.federation.seed, "model"))
-        return make()
+        return initial_model(config, build_data(config).vocabulary)
+    options = dict(config.model.options)
+    if isinstance(options.get("vectors"), str):
+        del options["vectors"]  # a file whose values want the words of the data
+    model = config.model.model_copy(update={"options": options})
+    return initial_model(config.model_copy(update={"model": model}))
 
 
 def _needs_data(config: RunConfig) -> bool:

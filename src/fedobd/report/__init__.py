@@ -64,11 +64,17 @@ def write_figures(runs: Sequence[Path], folder: Path) -> tuple[Path, ...]:
         folder.mkdir(parents=True, exist_ok=True)
         return draw_figures(gather(runs), folder)
     except OSError as error:
-        raise UsageError(f"figures cannot be written to {str(folder)!r}: {error}") from error
+        raise UsageError(
+            f"figures cannot be written to {str(folder)!r}: {error.strerror}"
+        ) from error
 
 
 def _write(output: Path, text: str) -> None:
+    if output.is_dir():
+        raise UsageError(f"report {str(output)!r} is a folder; wanted a file")
+    if not output.parent.is_dir():
+        raise UsageError(f"report {str(output)!r} cannot be written: there is no such folder")
     try:
         write_atomically(output, text.encode())
     except OSError as error:
-        raise UsageError(f"report {str(output)!r} cannot be written: {error}") from error
+        raise UsageError(f"report {str(output)!r} cannot be written: {error.strerror}") from error

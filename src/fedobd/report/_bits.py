@@ -16,6 +16,7 @@ from fedobd.report._plot import (
     axis,
     block_color,
     plain,
+    round_axis,
     shorten,
     stage_marks,
     step_note,
@@ -23,7 +24,7 @@ from fedobd.report._plot import (
     typed,
 )
 from fedobd.report._run import Run, Traffic, Values
-from fedobd.report._uploads import block_axis, map_height
+from fedobd.report._uploads import block_axis, block_labels, map_height
 
 Deliveries = Mapping[str, LevelBits | None]
 """Bits of the trained model's delivery by the variant's label."""
@@ -39,7 +40,8 @@ MEANING = (
 )
 """What the numbers of bits are."""
 
-_WAYS = {"up": "#d9480f", "down": "#1c7ed6", "delivery": "#2b9348"}
+_COLORS = {"up": "#d9480f", "down": "#1c7ed6", "delivery": "#2b9348"}
+_HEIGHTS = {"up": 0.22, "down": 0.0, "delivery": -0.22}  # beside a block's own, so that none hides
 
 
 def bits_plot(section: Section, deliveries: Deliveries) -> Plot | None:
@@ -50,7 +52,8 @@ def bits_plot(section: Section, deliveries: Deliveries) -> Plot | None:
     return Plot(
         name="bits",
         title="Bits for each parameter, by block",
-        caption=" ".join(MEANING),
+        caption="Filled marks are real bits, open ones nominal bits, bars the entropy; further "
+        f"left is less. {' '.join(MEANING)}",
         switches=(Switch("method", tuple(variant.label for variant in variants)),),
         views={
             (number,): _bits_view(variant.shown, deliveries[variant.label])
@@ -79,20 +82,22 @@ def _bits_view(run: Run, delivery: LevelBits | None) -> dict[str, Any]:
         "real": {"symbol": "circle", "size": 8},
         "entropy": {"symbol": "line-ns-open", "size": 14},
     }
-    blocks = typed(range(len(run.schema.blocks)), "i4")
+    labels = list(map(plain, block_labels(run)))
+    numbers = np.arange(len(labels))
     traces: list[Trace] = [
         {
             "type": "scatter",
             "mode": "markers",
             "x": typed(values),
-            "y": blocks,
+            "y": typed(numbers + _HEIGHTS[way]),
+            "text": labels,
             "name": f"{way}, {kind}",
             "marker": {
                 **symbols[kind],
-                "color": _WAYS[way],
-                "line": {"width": 2, "color": _WAYS[way]},
+                "color": _COLORS[way],
+                "line": {"width": 2, "color": _COLORS[way]},
             },
-            "hovertemplate": "%{x:.2f} bits, %{y} parameters",
+            "hovertemplate": "%{x:.2f} bits<br>%{text} parameters",
         }
         for way, kind, values in bits_series(run, delivery)
     ]
@@ -159,7 +164,7 @@ def _levels_view(run: Run, traffic: Traffic, step: int) -> dict[str, Any]:
             if not np.isnan(levels[:, number]).all()
         ],
         "layout": {
-            "xaxis": axis("round"),
+            "xaxis": round_axis(len(run.rounds)),
             "yaxis": axis("levels s", rangemode="tozero"),
             "showlegend": len(blocks) <= 12,
             "hovermode": "closest",

@@ -13,7 +13,7 @@ from fedobd.report._delivery import delivery_bits
 from fedobd.report._gather import Section
 from fedobd.report._plot import Plot
 from fedobd.report._traffic import traffic_plot
-from fedobd.report._uploads import upload_map
+from fedobd.report._uploads import drops_blocks, upload_map
 
 MOST_CELLS = 120_000
 """Blocks times rounds that are drawn in a report at most, so that its page stays small."""
@@ -46,6 +46,8 @@ def left_out(section: Section) -> Iterator[str]:
     """Yield a sentence for each plot that the run folders do not suffice for."""
     if all(run.results.final_metric is None for run in section.runs):
         yield "Nothing was tested on the server, so there is no picture of it."
+    if not any(map(drops_blocks, section.variants)):
+        yield "Every client uploaded every block in every round, so there is no picture of it."
     missing = [v.label for v in section.variants if v.shown.uplink is None]
     if missing:
         yield (

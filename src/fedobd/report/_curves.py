@@ -9,7 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedobd.report._gather import Section, Variant
-from fedobd.report._plot import COLORS, Plot, Switch, Trace, axis, plain, typed
+from fedobd.report._plot import (
+    COLORS,
+    Layout,
+    Plot,
+    Switch,
+    Trace,
+    axis,
+    plain,
+    round_axis,
+    typed,
+)
 from fedobd.report._run import Round, Run, Values
 
 _MOST_NAMED = 12  # variants that a legend names
@@ -38,6 +48,8 @@ MEASURES = (
 )
 """The axes of the picture; the first is the default."""
 
+ROUNDS = MEASURES[-1]
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:
@@ -55,16 +67,16 @@ class Curve:
     number: Values
     stage: Values
 
-    def at(self, points: NDArray[np.bool_]) -> Curve:
-        """Return the curve of some of the points."""
+    def at(self, points: NDArray[np.bool_] | NDArray[np.intp]) -> Curve:
+        """Return the curve of some of the points, by a mask or by their numbers."""
         return Curve(self.x[points], self.y[points], self.number[points], self.stage[points])
 
-    def part(self, stage: int) -> tuple[Values, Values]:
+    def part(self, stage: int) -> Curve:
         """Return the points of a stage; those of stage 2 begin with the last of stage 1."""
         inside = np.flatnonzero(self.stage == stage)
         if stage == 2 and inside.size and inside[0] > 0:
             inside = np.concatenate([[inside[0] - 1], inside])
-        return self.x[inside], self.y[inside]
+        return self.at(inside)
 
 
 def curve_of(run: Run, measure: Measure) -> Curve:
@@ -81,10 +93,10 @@ def curve_of(run: Run, measure: Measure) -> Curve:
     return whole.at(~np.isnan(whole.y))
 
 
-def curves_of(variant: Variant, measure: Measure) -> dict[str, Curve]:
-    """Return the curves of the runs of a variant that were tested, by label and seed."""
-    found = {f"{variant.label}, seed {run.seed}": curve_of(run, measure) for run in variant.runs}
-    return {name: curve for name, curve in found.items() if curve.x.size}
+def curves_of(runs: Sequence[Run], measure: Measure) -> list[tuple[Run, Curve]]:
+    """Return the runs that were tested, with their curves."""
+    found = [(run, curve_of(run, measure)) for run in runs]
+    return [(run, curve) for run, curve in found if curve.x.size]
 
 
 def common_rounds(curves: Sequence[Curve]) -> list[Curve]:
@@ -116,13 +128,14 @@ def accuracy_plot(section: Section) -> Plot | None:
     stages = any(played.stage == 2 for run in section.runs for played in run.rounds)
     caption = f"{section.metric.capitalize()} of the server's model after each tested round"
     if many:
-        caption += "; thick lines are means over the seeds, thin ones single seeds"
+        caption += "; thick lines are means over the seeds, thin ones single runs"
     if stages:
         caption += "; solid lines and filled markers are stage 1, dotted and open ones stage 2"
     named = len(section.variants) <= _MOST_NAMED
     if not named:
         caption += "; hovering names a line"
     scales = ("linear", "log")
+    longest = max(len(run.rounds) for run in section.runs)
     return Plot(
         name="accuracy",
         title=f"{section.metric.capitalize()} against traffic",
@@ -133,9 +146,13 @@ def accuracy_plot(section: Section) -> Plot | None:
         ),
         views={
             (number, kind): {
-                "data": [t for variant in section.variants for t in _traces(variant, measure)],
+                "data": [
+                    trace
+                    for variant in section.variants
+                    for trace in _traces(variant, measure, section.metric)
+                ],
                 "layout": {
-                    "xaxis": axis(measure.title, type=scale, **_range_of(scale)),
+                    "xaxis": _axis(measure, scale, longest),
                     "yaxis": axis(section.metric),
                     "hovermode": "closest",
                     "showlegend": named,
@@ -149,36 +166,45 @@ def accuracy_plot(section: Section) -> Plot | None:
     )
 
 
-def _range_of(scale: str) -> dict[str, str]:
-    return {"rangemode": "tozero"} if scale == "linear" else {}
+def _axis(measure: Measure, scale: str, longest: int) -> Layout:
+    if scale == "log":
+        return axis(measure.title, type="log")
+    if measure is ROUNDS:
+        return {**round_axis(longest), "rangemode": "tozero"}
+    return axis(measure.title, rangemode="tozero")
 
 
-def _traces(variant: Variant, measure: Measure) -> Iterator[Trace]:
-    curves = curves_of(variant, measure)
-    if len(curves) > 1:
-        for name, curve in curves.items():
-            yield from _lines(variant, curve, name, measure, is_main=False)
-    if curves:
-        mean = mean_curve(list(curves.values()))
-        yield from _lines(variant, mean, variant.label, measure, is_main=True)
+def _traces(variant: Variant, measure: Measure, metric: str) -> Iterator[Trace]:
+    hover = f"%{{fullData.name}}<br>{plain(metric)} %{{y:.4f}}"
+    if measure is not ROUNDS:
+        hover += f"<br>%{{x:,.3f}} {measure.title}"
+    curves = curves_of(variant.runs, measure)
+    if len(variant.runs) > 1:
+        for run, curve in curves:
+            name = f"{variant.label}, seed {run.seed}"
+            yield from _lines(variant, curve, name, hover, is_main=False)
+    counted = curves_of(variant.counted, measure)
+    if counted:
+        mean = mean_curve([curve for _, curve in counted])
+        yield from _lines(variant, mean, variant.label, hover, is_main=True)
 
 
 def _lines(
-    variant: Variant, curve: Curve, name: str, measure: Measure, *, is_main: bool
+    variant: Variant, curve: Curve, name: str, hover: str, *, is_main: bool
 ) -> Iterator[Trace]:
     """Yield a line for each stage that the curve has."""
-    digits = ",.0f" if measure.of_round is MEASURES[-1].of_round else ",.3f"
     shown = False
     for stage, dash, opened in ((1, "solid", 0), (2, "dot", 100)):
-        x, y = curve.part(stage)
-        if not len(x):
+        part = curve.part(stage)
+        if not part.x.size:
             continue
         marked = is_main and len(curve.x) <= 60
         yield {
             "type": "scatter",
             "mode": "lines+markers" if marked or len(curve.x) == 1 else "lines",
-            "x": typed(x),
-            "y": typed(y),
+            "x": typed(part.x),
+            "y": typed(part.y),
+            "customdata": typed(part.number, "i4"),
             "name": plain(name),
             "legendgroup": str(variant.number),
             "showlegend": is_main and not shown,
@@ -188,7 +214,7 @@ def _lines(
                 "width": 2.5 if is_main else 1,
                 "dash": dash,
             },
-            "marker": {"symbol": variant.number % 8 + opened, "size": 6},
-            "hovertemplate": f"%{{y:.4f}} at %{{x:{digits}}}, stage {stage}",
+            "marker": {"symbol": variant.number % 8 + opened, "size": 7},
+            "hovertemplate": f"{hover}<br>round %{{customdata}}, stage {stage}<extra></extra>",
         }
         shown = True

@@ -87,7 +87,7 @@ def _figures(section: Section) -> Iterator[tuple[str, Any]]:
         yield "accuracy-bytes", _accuracy(section, MEASURES[0])
         yield "accuracy-rounds", _accuracy(section, MEASURES[-1])
     yield "bytes-per-round", _traffic(section)
-    dropping = [v for v in section.variants if drops_blocks(v)] or section.variants[:1]
+    dropping = [variant for variant in section.variants if drops_blocks(variant)]
     names = [re.sub(r"[^\w.]+", "-", variant.label).strip("-") for variant in dropping]
     for number, (variant, name) in enumerate(zip(dropping, names, strict=True)):
         unique = name if names.count(name) == 1 else f"{name}-{number}"
@@ -105,10 +105,10 @@ def _accuracy(section: Section, measure: Measure) -> Any:
     figure = _new_figure(_WIDTH, _HEIGHT)
     axes = figure.subplots()
     for variant, look in zip(section.variants, cycle(_LOOKS)):
-        tested = curves_of(variant, measure)
+        tested = curves_of(variant.counted, measure)
         if not tested:
             continue
-        curves = common_rounds(list(tested.values()))
+        curves = common_rounds([curve for _, curve in tested])
         mean = mean_curve(curves)
         _line(axes, mean, look, variant.label)
         if len(curves) > 1:
@@ -180,7 +180,8 @@ def _upload_map(variant: Variant) -> Any:
     )
     second = np.flatnonzero(run.in_stage(2))
     if 0 < second.size < rounds:
-        axes.axvline(second[0] + 0.5, color="white", linestyle="--", linewidth=1)
+        for color, dash in (("white", "-"), ("black", "--")):  # seen on dark and on light cells
+            axes.axvline(second[0] + 0.5, color=color, linestyle=dash, linewidth=1)
     axes.set_yticks(range(count), block_labels(run), fontsize=7)
     axes.grid(visible=False)
     axes.set(xlabel="round")

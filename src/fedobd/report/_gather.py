@@ -7,8 +7,9 @@ section; in it, runs that differ in the seed alone are one variant.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,24 @@ def gather(paths: Sequence[Path]) -> tuple[Section, ...]:
         raise UsageError("no run was named; wanted at least one run folder")
     folders = list(dict.fromkeys(f.resolve() for path in paths for f in _folders(path)))
     read = {folder: read_run(folder) for folder in folders}
-    runs = [run for run in read.values() if run is not None]
+    runs = _named([run for run in read.values() if run is not None])
     if not runs:
         raise UsageError(
             f"no round has ended in {', '.join(repr(str(f)) for f in folders)}; a report needs one"
         )
     empty = tuple(folder for folder, run in read.items() if run is None)
     return _sections(runs, empty)
+
+
+def _named(runs: Sequence[Run]) -> list[Run]:
+    """Tell runs apart whose folders have the same name, by the folders around them."""
+    counts = Counter(run.folder.name for run in runs)
+    return [
+        replace(run, name=f"{run.folder.parent.name}/{run.folder.name}")
+        if counts[run.folder.name] > 1
+        else run
+        for run in runs
+    ]
 
 
 def _folders(path: Path) -> Iterator[Path]:
@@ -123,7 +135,7 @@ def _sections(runs: Sequence[Run], empty: Sequence[Path]) -> tuple[Section, ...]
     groups = _grouped(runs, lambda run: settings[run.folder])
     titles = [_title(group[0]) for group in groups]
     told = _told([(_title(group[0]), settings[group[0].folder]) for group in groups])
-    numbers: dict[str, int] = {}
+    numbers = {name: number for number, name in enumerate(METHODS)}  # a color for each method
     sections = []
     for title, telling, group in zip(titles, told, groups, strict=True):
         variants = _variants(group, numbers)
@@ -219,15 +231,13 @@ def _notes(variants: Sequence[Variant], empty: Sequence[Path]) -> Iterator[str]:
             if not run.is_finished:
                 use = "leave it out" if variant.is_finished else "take the rounds that have ended"
                 yield (
-                    f"Run {run.folder.name} has not finished: {len(run.rounds)} of "
+                    f"Run {run.name} has not finished: {len(run.rounds)} of "
                     f"{run.planned_rounds} planned rounds have ended; the tables {use}."
                 )
             if run.results.stops_on_test:
-                yield (
-                    f"Run {run.folder.name} stopped on the test set, which flatters its results."
-                )
-        for seed, same in groupby(variant.runs, key=lambda run: run.seed):
-            names = [run.folder.name for run in same]
+                yield (f"Run {run.name} stopped on the test set, which flatters its results.")
+        for seed, same in groupby(variant.counted, key=lambda run: run.seed):
+            names = [run.name for run in same]
             if len(names) > 1:
                 yield (
                     f"Runs {', '.join(names)} have the same configuration and seed {seed}; each "

@@ -9,6 +9,7 @@ from fedobd import __version__
 from fedobd.report._bits import MEANING
 from fedobd.report._content import lead, read_deliveries, reproductions
 from fedobd.report._gather import Section
+from fedobd.report._headline import headline
 from fedobd.report._tables import (
     Table,
     block_table,
@@ -40,6 +41,7 @@ def _section(section: Section) -> Iterator[str]:
         yield _plain(section.settings)
     for text in filter(None, map(warning, section.variants)):
         yield f"> **Warning.** {_plain(text)}"
+    yield _plain(headline(section))
     yield "### Summary"
     yield from _table(summary_table(section))
     yield "### Runs"

@@ -21,6 +21,7 @@ from fedobd.report._content import (
     reproductions,
 )
 from fedobd.report._gather import Section
+from fedobd.report._headline import headline
 from fedobd.report._plot import Plot, Switch, Trace
 from fedobd.report._tables import (
     Table,
@@ -67,8 +68,8 @@ class _Drawings:
 
     Args:
         plots: views of each figure, by the figure's id and the options that are chosen.
-        arrays: numbers of the typed arrays by their JSON; an array that occurs often stands in
-            the page once, and traces hold its number.
+        arrays: numbers of the arrays by their JSON; an array that occurs often stands in the page
+            once, and traces hold its number.
     """
 
     plots: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -85,7 +86,8 @@ class _Drawings:
         return {key: self._number(value) for key, value in trace.items()}
 
     def _number(self, value: Any) -> Any:
-        if not (isinstance(value, dict) and "bdata" in value):
+        is_array = isinstance(value, list) or (isinstance(value, dict) and "bdata" in value)
+        if not is_array:
             return value
         return {"array": self.arrays.setdefault(json.dumps(value), len(self.arrays))}
 
@@ -141,6 +143,7 @@ def _section(section: Section, number: int, step: int, drawings: _Drawings) -> I
         yield f'<p class="note">{escape(section.settings)}</p>'
     for text in filter(None, map(warning, section.variants)):
         yield f'<p class="warning" role="note"><strong>Warning.</strong> {escape(text)}</p>'
+    yield f'<p class="headline">{escape(headline(section))}</p>'
     yield "<h3>Summary</h3>" + _table(summary_table(section))
     yield _details("Every run", [_table(run_table(section))])
     for plot in plots_of(section, deliveries, step):
@@ -173,7 +176,7 @@ def _table(table: Table, kind: str = "") -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.head)
     rows = []
     for first, *cells in table.rows:
-        row = f'<th scope="row">{escape(first.text)}</th>'
+        row = f'<th scope="row"><span>{escape(first.text)}</span></th>'
         for cell in cells:
             text = f"<span>{escape(cell.text)}</span>"
             row += f'<td class="best">{text}</td>' if cell.is_best else f"<td>{text}</td>"

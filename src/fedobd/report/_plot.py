@@ -107,6 +107,11 @@ def axis(title: str, **more: Any) -> Layout:
     return {"title": {"text": title}, "automargin": True, **more}
 
 
+def round_axis(num_rounds: int) -> Layout:
+    """Return an axis of rounds; few have a tick each, so that none stands between two."""
+    return axis("round", **({"dtick": 1} if num_rounds <= 10 else {}))
+
+
 def stage_marks(run: Run, rounds: Sequence[int], **line: str) -> Layout:
     """Return a line where stage 2 begins, as part of a layout over rounds.
 
@@ -120,6 +125,7 @@ def stage_marks(run: Run, rounds: Sequence[int], **line: str) -> Layout:
         return {}
     first = [run.rounds[index].number for index in rounds if run.rounds[index].stage == 1]
     border = (second[0] + first[-1]) / 2
+    has_room = len(second) > 0.3 * len(rounds)  # for the words on the right of the line
     return {
         "shapes": [
             {"type": "line", "x0": border, "x1": border, "y0": 0, "y1": 1, "yref": "paper"}
@@ -127,7 +133,7 @@ def stage_marks(run: Run, rounds: Sequence[int], **line: str) -> Layout:
         ],
         "annotations": [
             {"x": border, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-            | {"text": "stage 2 →", "xanchor": "left"}
+            | {"text": "stage 2 →", "xanchor": "left" if has_room else "right"}
         ],
     }
 

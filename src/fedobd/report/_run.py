@@ -6,7 +6,8 @@ summary; its figures are those of the rounds that have ended.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedobd._errors import UsageError
-from fedobd._schema import Block, ModelSchema
+from fedobd._schema import ModelSchema
 from fedobd.experiments import RunConfig, RunFolder, load_config
 from fedobd.experiments.folder import CONFIG, MODEL, ROUNDS, SUMMARY
 from fedobd.experiments.runner import BYTE_PARTS
+from fedobd.tracking import StarvedBlock, starved_blocks
 
 Record = dict[str, Any]
 """One line of rounds.jsonl."""
 
 Values = NDArray[np.float64]
+
+SCHEMA, ENVIRONMENT = "schema.json", "environment.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,12 +143,14 @@ class Run:
 
     Args:
         folder: where it lies.
+        name: what it is called in the report.
         config: its configuration.
         toml: the same as it stands in the folder.
         environment: versions and machine.
         schema: the model's tensors and blocks.
         rounds: the rounds that have ended, at least one.
         uploads: how many clients uploaded each block, shape (rounds, blocks).
+        starved: blocks that were never or rarely uploaded in stage 1.
         differences: mean block difference over the clients of a round, the same shape; None where
             the method sends none.
         uplink: what each block took in accepted uploads; None in folders that do not say.
@@ -154,12 +160,14 @@ class Run:
     """
 
     folder: Path
+    name: str
     config: RunConfig
     toml: str
     environment: dict[str, Any]
     schema: ModelSchema
     rounds: tuple[Round, ...]
     uploads: Values
+    starved: tuple[StarvedBlock, ...]
     differences: Values | None
     uplink: Traffic | None
     downlink: Traffic | None
@@ -190,19 +198,10 @@ class Run:
         """Return which rounds are of a stage, shape (rounds,)."""
         return np.array([r.stage == number for r in self.rounds], bool)
 
-    def never_uploaded(self) -> tuple[Block, ...]:
-        """Return the blocks with parameters that no client uploaded in stage 1."""
-        counts = self.uploads[self.in_stage(1)].sum(axis=0)
-        return tuple(
-            block
-            for block, count in zip(self.schema.blocks, counts, strict=True)
-            if count == 0 and block.num_parameters
-        )
-
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run, and not a comparison or something else."""
-    return (folder / CONFIG).is_file() and (folder / "schema.json").is_file()
+    return (folder / CONFIG).is_file() and (folder / SCHEMA).is_file()
 
 
 def read_run(folder: Path) -> Run | None:
@@ -214,39 +213,55 @@ def read_run(folder: Path) -> Run | None:
     Raises:
         UsageError: a file of it is missing or damaged.
     """
-    stored = RunFolder(folder)
     try:
-        return _read(stored)
+        return _read(RunFolder(folder))
     except UsageError as error:
         raise UsageError(f"run {str(folder)!r}: {error}") from error
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Name the file of a run folder in what goes wrong with it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UsageError(f"{name} is missing, which `fedobd run` writes") from error
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise UsageError(
-            f"run {str(folder)!r} is damaged: {type(error).__name__}: {error}; wanted "
-            f"{CONFIG}, schema.json, environment.json, {ROUNDS} and, once it has finished, "
-            f"{SUMMARY}, as `fedobd run` writes them"
-        ) from error
+        raise UsageError(f"{name} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _read(stored: RunFolder) -> Run | None:
-    records = stored.records()
+    with _reading(ROUNDS):
+        records = stored.records()
+    with _reading(SUMMARY):
+        summary = stored.read_json(SUMMARY) if stored.is_finished else None
+        if summary is not None and summary["rounds"] != len(records):
+            raise UsageError(
+                f"{ROUNDS} holds {len(records)} rounds, and {SUMMARY} is of {summary['rounds']}"
+            )
     if not records:
         return None
-    schema = ModelSchema.from_json(stored.read_json("schema.json"))
-    summary = stored.read_json(SUMMARY) if stored.is_finished else None
-    return Run(
-        folder=stored.path,
-        config=load_config(str(stored.path / CONFIG)),
-        toml=(stored.path / CONFIG).read_text(encoding="utf-8"),
-        environment=dict(stored.read_json("environment.json")),
-        schema=schema,
-        rounds=tuple(map(_round, records)),
-        uploads=_uploads(records, len(schema.blocks)),
-        differences=_differences(records, len(schema.blocks)),
-        uplink=_traffic(records, "uplink_blocks", len(schema.blocks)),
-        downlink=_traffic(records, "broadcast_blocks", len(schema.blocks)),
-        results=_results(records, summary),
-        is_finished=summary is not None,
-    )
+    with _reading(SCHEMA):
+        schema = ModelSchema.from_json(stored.read_json(SCHEMA))
+    with _reading(ENVIRONMENT):
+        environment = dict(stored.read_json(ENVIRONMENT))
+    with _reading(ROUNDS):
+        return Run(
+            folder=stored.path,
+            name=stored.path.name,
+            config=load_config(str(stored.path / CONFIG)),
+            toml=(stored.path / CONFIG).read_text(encoding="utf-8"),
+            environment=environment,
+            schema=schema,
+            rounds=tuple(map(_round, records)),
+            uploads=_uploads(records, len(schema.blocks)),
+            starved=starved_blocks(records, schema),
+            differences=_differences(records, len(schema.blocks)),
+            uplink=_traffic(records, "uplink_blocks", len(schema.blocks)),
+            downlink=_traffic(records, "broadcast_blocks", len(schema.blocks)),
+            results=_results(records, summary),
+            is_finished=summary is not None,
+        )
 
 
 def _round(record: Record) -> Round:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from fedobd.display import format_bytes, format_share
+from fedobd.methods import FedAvg
 from fedobd.report._delivery import LevelBits
 from fedobd.report._gather import Section, Variant
 from fedobd.report._links import ASSUMPTION, LINKS, run_seconds, train_seconds
@@ -15,6 +16,7 @@ from fedobd.report._run import Results, Run, Values
 
 NONE = "–"
 NO_BREAK = "\N{NO-BREAK SPACE}"
+_SENT = 2  # columns before those that compare what was sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,47 +83,64 @@ def _columns(metric: str) -> tuple[_Column, ...]:
 
     return (
         _Column(f"{metric}\nfinal", lambda r: r.final_metric, lambda _: 4, max),
-        _Column("best", lambda r: r.best_metric, lambda _: 4, max),
+        _Column("sent\ntotal, MB", lambda r: r.total_bytes / 1e6, fine, min),
         _Column("up, MB", lambda r: r.uplink_bytes / 1e6, fine, min),
         _Column("down, MB", lambda r: r.downlink_bytes / 1e6, fine, min),
-        _Column("total, MB", lambda r: r.total_bytes / 1e6, fine, min),
-        _Column("time, s", lambda r: r.round_s, lambda _: 1),
+        _Column(f"{metric}\nbest", lambda r: r.best_metric, lambda _: 4, max),
+        _Column("wall-clock\ntime, s", lambda r: r.round_s, lambda _: 1),
     )
 
 
 def summary_table(section: Section) -> Table:
     """Return a row for each variant: mean ± standard deviation of a sample, over its seeds."""
     columns = _columns(section.metric)
-    fedavg = next((v for v in section.variants if v.method == "fedavg"), None)
-    baseline = best_baseline(section)
-    references = [] if fedavg is None else [("FedAvg", fedavg)]
-    if baseline is not None and baseline is not fedavg:
-        references.append((baseline.label, baseline))
-    if len(section.variants) == 1:
-        references = []
+    references = _references(section)
     bests = [_best(section, column) for column in columns]
     rows = []
     for variant in section.variants:
-        mark = "" if variant.is_finished else " †"
-        cells = [
-            Cell(variant.label + mark),
-            Cell(_seeds([run.seed for run in variant.counted])),
-            Cell(_range([len(run.rounds) for run in variant.counted])),
-        ]
+        cells = []
         for column, best in zip(columns, bests, strict=True):
             values = _values(variant, column)
             is_best = variant.is_finished and bool(values) and fmean(values) == best
             cells.append(Cell(column.spread(values), is_best))
-        cells[-1:-1] = [Cell(_reduction(variant, other)) for _, other in references]
-        rows.append(tuple(cells))
-    *names, last = (column.name for column in columns)
-    less = [f"less than\n{name}" for name, _ in references]
+        cells[_SENT:_SENT] = [Cell(_reduction(variant, other)) for other in references.values()]
+        rows.append(
+            (
+                Cell(variant.label + ("" if variant.is_finished else " †")),
+                *cells,
+                Cell(_range([len(run.rounds) for run in variant.counted])),
+                Cell(_seeds([run.seed for run in variant.counted])),
+            )
+        )
+    names = [column.name for column in columns]
+    names[_SENT:_SENT] = [f"less than\n{name}" for name in references]
     return Table(
         caption=_caption(section),
-        head=("method", "seeds", "rounds", *names, *less, last),
+        head=("method", *names, "rounds", "seeds"),
         rows=tuple(rows),
         notes=tuple(_summary_notes(section)),
     )
+
+
+def _references(section: Section) -> dict[str, Variant]:
+    """Return what bytes are compared with, by name: FedAvg and the most accurate baseline."""
+    if len(section.variants) == 1:
+        return {}
+    fedavg, baseline = _fedavg(section), best_baseline(section)
+    found = {} if fedavg is None else {"FedAvg": fedavg}
+    if baseline is not None and baseline is not fedavg:
+        found[baseline.label] = baseline
+    return found
+
+
+def _fedavg(section: Section) -> Variant | None:
+    return next((v for v in section.variants if v.method == FedAvg.name), None)
+
+
+def reference(section: Section) -> Variant | None:
+    """Return what a method is measured by: FedAvg, or without its results the best baseline."""
+    fedavg = _fedavg(section)
+    return fedavg if fedavg is not None and fedavg.is_finished else best_baseline(section)
 
 
 def _caption(section: Section) -> str:
@@ -144,12 +163,10 @@ def best_baseline(section: Section) -> Variant | None:
     """Return the most accurate finished method other than FedOBD; of equal ones, fewer bytes."""
 
     def rank(variant: Variant) -> tuple[float, float]:
-        finals = [run.results.final_metric or 0.0 for run in variant.counted]
-        return fmean(finals), -_mean_total(variant)
+        return mean_final(variant) or 0.0, -mean_total(variant)
 
     found = [v for v in section.variants if v.method != "fedobd" and v.is_finished]
-    tested = [v for v in found if all(r.results.final_metric is not None for r in v.counted)]
-    return max(tested, key=rank, default=None)
+    return max((v for v in found if mean_final(v) is not None), key=rank, default=None)
 
 
 def _values(variant: Variant, column: _Column) -> list[float]:
@@ -177,14 +194,22 @@ def _range(values: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _mean_total(variant: Variant) -> float:
+def mean_total(variant: Variant) -> float:
+    """Return the bytes of a variant's runs, both directions, a mean over the seeds."""
     return fmean([run.results.total_bytes for run in variant.counted])
+
+
+def mean_final(variant: Variant) -> float | None:
+    """Return the final metric of a variant's runs, a mean; None where one was not tested."""
+    finals = [run.results.final_metric for run in variant.counted]
+    found = [final for final in finals if final is not None]
+    return fmean(found) if len(found) == len(finals) else None
 
 
 def _reduction(variant: Variant, other: Variant) -> str:
     if variant is other or not (variant.is_finished and other.is_finished):
         return NONE
-    return format_share(1 - _mean_total(variant) / _mean_total(other))
+    return format_share(1 - mean_total(variant) / mean_total(other))
 
 
 def run_table(section: Section) -> Table:
@@ -201,7 +226,7 @@ def run_table(section: Section) -> Table:
                     *(Cell(column.text(column.value(run.results))) for column in columns),
                     Cell(str(run.results.refusals)),
                     Cell("yes" if run.is_finished else "no"),
-                    Cell(run.folder.name),
+                    Cell(run.name),
                 )
             )
     head = ("method", "seed", "rounds", *(column.name for column in columns))
@@ -214,30 +239,43 @@ def run_table(section: Section) -> Table:
 
 def link_table(section: Section) -> Table:
     """Return how long a round and the whole run would take over links of several speeds."""
+    whole = [_mean_seconds(variant) for variant in section.variants]
+    finished = [own for v, own in zip(section.variants, whole, strict=True) if v.is_finished]
+    bests = [min(times) for times in zip(*finished, strict=True)] if len(whole) > 1 else []
     rows = []
-    for variant in section.variants:
-        runs = variant.counted
-        trained = [train_seconds(run) for run in runs]
-        known = [spent for spent in trained if spent is not None]
-        cells = [
-            Cell(variant.label),
-            Cell(format_bytes(fmean([_client_bytes(run, "downlink") for run in runs]))),
-            Cell(format_bytes(fmean([_client_bytes(run, "uplink") for run in runs]))),
-            Cell(_duration(fmean(known)) if len(known) == len(runs) else "not measured"),
-        ]
-        for bits_per_s in LINKS.values():
-            whole = fmean([run_seconds(run, bits_per_s) for run in runs])
+    for variant, times in zip(section.variants, whole, strict=True):
+        cells = [Cell(variant.label)]
+        for number, bits_per_s in enumerate(LINKS.values()):
+            runs = variant.counted
             one = fmean([run_seconds(run, bits_per_s) / len(run.rounds) for run in runs])
-            cells += [Cell(_duration(one)), Cell(_duration(whole))]
-        rows.append(tuple(cells))
+            is_best = bool(bests) and variant.is_finished and times[number] == bests[number]
+            cells += [Cell(_duration(one)), Cell(_duration(times[number]), is_best)]
+        rows.append((*cells, *_of_a_round(variant)))
     names = [name.replace(" ", NO_BREAK) for name in LINKS]
     links = [f"{name}\n{what}" for name in names for what in ("a round", "the run")]
+    caption = "Time over a link: transfers and training of a mean round, and of the whole run"
     return Table(
-        caption="Time over a link: transfers and training of a mean round, and of the whole run",
-        head=("method", "down\na round", "up\na round", "training\na round", *links),
+        caption=caption + ("; the shortest run is marked" if bests else ""),
+        head=("method", *links, "training\na round", "down\na round", "up\na round"),
         rows=tuple(rows),
         notes=(ASSUMPTION,),
     )
+
+
+def _mean_seconds(variant: Variant) -> list[float]:
+    """Return the seconds of a run over each of the links, a mean."""
+    return [
+        fmean([run_seconds(run, speed) for run in variant.counted]) for speed in LINKS.values()
+    ]
+
+
+def _of_a_round(variant: Variant) -> Iterator[Cell]:
+    """Yield training time and bytes of a client in a mean round."""
+    trained = [train_seconds(run) for run in variant.counted]
+    known = [spent for spent in trained if spent is not None]
+    yield Cell(_duration(fmean(known)) if len(known) == len(trained) else "not measured")
+    for direction in ("downlink", "uplink"):
+        yield Cell(format_bytes(fmean([_client_bytes(run, direction) for run in variant.counted])))
 
 
 def _client_bytes(run: Run, direction: str) -> float:

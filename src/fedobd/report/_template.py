@@ -70,10 +70,15 @@ a { color: var(--link); }
 figure { margin: 0; }
 figcaption, .note { font-size: 0.875rem; max-width: 50rem; }
 .drawing { height: var(--height); }
-.scroll { overflow-x: auto; }
+.scroll {
+  overflow-x: auto; margin-bottom: 1rem;
+  background:
+    linear-gradient(to left, var(--page) 40%, transparent) right / 3rem 100% no-repeat local,
+    linear-gradient(to left, var(--line), transparent) right / 1rem 100% no-repeat;
+}
 table {
   border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9375rem;
-  overflow-wrap: break-word;
+  overflow-wrap: break-word; width: max-content;
 }
 caption { text-align: left; color: var(--soft); font-size: 0.875rem; padding-bottom: 0.4rem; }
 caption span { display: block; max-width: min(50rem, calc(100vw - 2rem)); }
@@ -82,8 +87,10 @@ th, td {
 }
 td { white-space: nowrap; }
 thead th { vertical-align: bottom; font-size: 0.875rem; white-space: pre-line; }
+th:first-child { position: sticky; left: 0; background: var(--page); }
+tbody th span { display: block; max-width: 18rem; }
 th:first-child, .words th, .words td { text-align: left; }
-tbody th { font-weight: 600; min-width: 9.5rem; }
+tbody th { font-weight: 600; }
 td.best { font-weight: 700; }
 td.best span { background: var(--best); padding: 0.1rem 0.3rem; border-radius: 0.25rem; }
 fieldset { display: inline-block; border: 0; margin: 0 1.5rem 0.25rem 0; padding: 0; }
@@ -91,6 +98,7 @@ legend { float: left; padding: 0; margin-right: 0.5rem; color: var(--soft); }
 fieldset[hidden] { display: none; }
 fieldset label { margin-right: 0.75rem; white-space: nowrap; }
 select { font: inherit; max-width: 100%; color: inherit; background: var(--shade); }
+.headline { font-size: 1.125rem; max-width: 50rem; }
 .warning {
   margin: 1rem 0; padding: 0.75rem 1rem; background: var(--warn);
   border-left: 0.3rem solid var(--warn-line);
@@ -101,6 +109,7 @@ summary { cursor: pointer; padding: 0.35rem 0; }
   body { padding: 0.75rem; }
   h1 { font-size: 1.5rem; }
   th, td { padding-right: 0.6rem; font-size: 0.875rem; }
+  tbody th span { max-width: 8.5rem; }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
@@ -108,9 +117,11 @@ summary { cursor: pointer; padding: 0.35rem 0; }
   section + section { break-before: page; }
   h2, h3, caption { break-after: avoid; }
   figure, tr, .warning { break-inside: avoid; }
-  .scroll { overflow: visible; }
-  th, td, thead th { padding: 0.15rem 0.4rem 0.15rem 0; font-size: 7.5pt; }
-  td { white-space: normal; }
+  .scroll { overflow: visible; background: none; }
+  table { width: auto; }
+  .drawing { height: calc(0.8 * var(--height)); }
+  th, td, thead th { padding: 0.15rem 0.3rem 0.15rem 0; font-size: 6.5pt; }
+  .words td { white-space: normal; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 7pt; }
   pre.toml { columns: 2; }
 }
@@ -159,7 +170,10 @@ SCRIPT = """
     const layout = structuredClone(view.layout);
     layout.template = template();
     if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;
-    if (printing) layout.width = printWidth;
+    if (printing) {
+      layout.width = printWidth;
+      layout.height = 0.8 * parseInt(figure.style.getPropertyValue("--height"), 10);
+    }
     const options = {responsive: true, displayModeBar: false};
     Plotly.react(figure.querySelector(".drawing"), view.data.map(filled), layout, options);
     drawn.add(figure);

@@ -16,6 +16,7 @@ from fedobd.report._plot import (
     axis,
     block_color,
     plain,
+    round_axis,
     shorten,
     stage_marks,
     step_note,
@@ -95,8 +96,8 @@ def traffic_plot(section: Section, step: int) -> Plot:
     seeds = ", ".join(dict.fromkeys(f"{v.shown.seed}" for v in section.variants))
     caption = (
         f"Measured bytes of each round, all clients together, seed {seeds}: above what went up, "
-        "below what went down. By use: headers, levels, raw values and buffers, openings and what "
-        "was refused or sent again."
+        "below what went down; k is 1,000 bytes, M 1,000,000. By use: headers, levels, raw values "
+        "and buffers, openings and what was refused or sent again."
     )
     if "block" in kinds:
         caption += (
@@ -128,7 +129,7 @@ def _view(run: Run, stacks: tuple[Stack, Stack], step: int) -> dict[str, Any]:
             "legend": {"orientation": "h", "y": 1.06, "yanchor": "bottom", "traceorder": "normal"},
             "hovermode": "closest",
             "grid": {"rows": 2, "columns": 1, "pattern": "coupled", "roworder": "top to bottom"},
-            "xaxis": axis("round"),
+            "xaxis": round_axis(len(run.rounds)),
             "yaxis": axis("bytes up", domain=[0.54, 1], exponentformat="SI"),
             "yaxis2": axis("bytes down", domain=[0, 0.46], exponentformat="SI"),
             **stage_marks(run, rounds),

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from fedobd.display import format_share
 from fedobd.report._gather import Section, Variant
 from fedobd.report._plot import (
     Layout,
@@ -15,6 +14,7 @@ from fedobd.report._plot import (
     Switch,
     axis,
     plain,
+    round_axis,
     shorten,
     stage_marks,
     step_note,
@@ -22,6 +22,7 @@ from fedobd.report._plot import (
     typed,
 )
 from fedobd.report._run import Run, Values
+from fedobd.tracking import starvation_warning
 
 
 def upload_shares(run: Run) -> Values:
@@ -47,24 +48,37 @@ def map_height(variants: Sequence[Variant]) -> int:
     return max(320, min(1000, 160 + 18 * most))
 
 
-def upload_map(section: Section, step: int) -> Plot:
-    """Return the heat map of blocks by rounds, for one run of each variant.
+def upload_map(section: Section, step: int) -> Plot | None:
+    """Return the heat map of blocks by rounds, for one run of each variant that leaves out blocks.
 
     Args:
         section: whose runs.
         step: draw each so many-th round.
+
+    Returns:
+        The plot, None where every client uploaded every block.
     """
-    seeds = ", ".join(dict.fromkeys(f"{v.shown.seed}" for v in section.variants))
-    order = sorted(section.variants, key=lambda variant: not drops_blocks(variant))
+    variants = [variant for variant in section.variants if drops_blocks(variant)]
+    if not variants:
+        return None
+    seeds = ", ".join(dict.fromkeys(f"{v.shown.seed}" for v in variants))
+    others = [v.label for v in section.variants if v not in variants]
+    left_out = f" Not shown: {', '.join(others)}, where all upload every block." if others else ""
+    hover = (
+        " The mean block difference, on hovering, is the mean over the round's clients, of blocks "
+        "that were dropped too."
+        if any(variant.shown.differences is not None for variant in variants)
+        else ""
+    )
     return Plot(
         name="uploads",
         title="Which blocks were uploaded",
-        caption=f"Share of a round's clients that uploaded a block, seed {seeds}. Blocks stand "
-        "with their number of parameters, the input at the bottom. The mean block difference is "
-        "the mean over the round's clients, of blocks that were dropped too." + step_note(step),
-        switches=(Switch("method", tuple(variant.label for variant in order)),),
-        views={(number,): _view(variant.shown, step) for number, variant in enumerate(order)},
-        height=map_height(section.variants),
+        caption=f"Share of a round's clients that uploaded a block, seed {seeds}: dark blocks "
+        "stayed behind. Blocks stand with their number of parameters, the input at the bottom."
+        f"{hover}{left_out}{step_note(step)}",
+        switches=(Switch("method", tuple(variant.label for variant in variants)),),
+        views={(number,): _view(variant.shown, step) for number, variant in enumerate(variants)},
+        height=map_height(variants),
     )
 
 
@@ -102,7 +116,7 @@ def _view(run: Run, step: int) -> dict[str, Any]:
     return {
         "data": [trace],
         "layout": {
-            "xaxis": axis("round"),
+            "xaxis": round_axis(len(run.rounds)),
             "yaxis": block_axis(run),
             **stage_marks(run, rounds, color="black"),
         },
@@ -110,20 +124,6 @@ def _view(run: Run, step: int) -> dict[str, Any]:
 
 
 def warning(variant: Variant) -> str | None:
-    """Return a warning of blocks that no client uploaded in stage 1, None without any."""
-    sentences = []
-    for run in variant.runs:
-        blocks = run.never_uploaded()
-        if blocks:
-            total = run.schema.num_parameters
-            shares = {block.name: block.num_parameters / total for block in blocks}
-            named = ", ".join(f"{name} ({format_share(share)})" for name, share in shares.items())
-            whole = format_share(sum(shares.values()))
-            sentences.append(f"seed {run.seed}: {named}, {whole} of the parameters in all")
-    if not sentences:
-        return None
-    return (
-        f"{variant.label}: no client uploaded these blocks in stage 1, so they were not trained "
-        f"on the server in it. {'; '.join(sentences)}. Split large blocks with "
-        "model.blocks.max_block_fraction, or lower dropout_rate."
-    )
+    """Return a warning of blocks that starved in stage 1, None without any."""
+    runs = variant.counted
+    return starvation_warning(runs[0].config.chosen, {run.seed: run.starved for run in runs})

@@ -1,4 +1,4 @@
-"""Tracking: what a run leaves behind while it goes on, beside its results: figures and a log.
+"""Tracking: what a run leaves behind while it goes on: figures, a log, warnings.
 
 Nothing here changes a result. Trackers are observers of runs (`fedobd.experiments.Observer`); each
 brings a tool up to date with the records of the run folder, so that it does not matter when a run
@@ -23,6 +23,7 @@ from fedobd.tracking._log import (
 )
 from fedobd.tracking._metrics import RoundMetrics, flatten, float32_bytes
 from fedobd.tracking._mlflow import MLflowTracker
+from fedobd.tracking._starved import StarvedBlock, starvation_warning, starved_blocks
 from fedobd.tracking._tensorboard import TensorBoardTracker
 from fedobd.tracking._tracker import Tracker
 from fedobd.tracking._trackers import TrackerName, make_trackers
@@ -31,6 +32,7 @@ __all__ = [
     "LEVELS",
     "MLflowTracker",
     "RoundMetrics",
+    "StarvedBlock",
     "TensorBoardTracker",
     "Tracker",
     "TrackerName",
@@ -41,4 +43,6 @@ __all__ = [
     "log_to_file",
     "log_to_terminal",
     "make_trackers",
+    "starvation_warning",
+    "starved_blocks",
 ]

@@ -120,21 +120,11 @@ def log_round(record: Mapping[str, Any], planned_rounds: int) -> None:
 
 
 def log_summary(summary: Mapping[str, Any]) -> None:
-    """Log that a run has ended; a warning names the blocks that were never uploaded in stage 1.
+    """Log that a run has ended.
 
     Args:
         summary: what summary.json holds.
     """
-    never = summary["never_uploaded"]
-    if never:
-        logger.warning(
-            "%s: no client uploaded these blocks in stage 1: %s; %.1f %% of the parameters were "
-            "not trained on the server in it. Split large blocks with "
-            "model.blocks.max_block_fraction, or lower dropout_rate.",
-            summary["method"],
-            ", ".join(f"{block['block']} ({100 * block['share']:.1f} %)" for block in never),
-            100 * sum(block["share"] for block in never),
-        )
     logger.info(
         "ended after %d rounds: metric %s, %d bytes up, %d bytes down",
         summary["rounds"],

@@ -1,0 +1,29 @@
+"""Display: what the command line shows, while runs go on and afterwards."""
+
+from __future__ import annotations
+
+from fedobd.display._json_lines import JsonLines
+from fedobd.display._live import Display
+from fedobd.display._tables import (
+    block_table,
+    comparison_table,
+    never_fitting,
+    payload_tables,
+    plain_table,
+    summary_table,
+)
+from fedobd.display._text import format_bytes, format_metric, format_share
+
+__all__ = [
+    "Display",
+    "JsonLines",
+    "block_table",
+    "comparison_table",
+    "format_bytes",
+    "format_metric",
+    "format_share",
+    "never_fitting",
+    "payload_tables",
+    "plain_table",
+    "summary_table",
+]

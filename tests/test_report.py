@@ -201,7 +201,11 @@ def test_what_is_no_run_is_refused(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("rounds.jsonl", "{broken\n", "rounds.jsonl', line 1, is damaged: Expecting property name"),
+        (
+            "rounds.jsonl",
+            "{broken\n",
+            "rounds.jsonl', line 1, is damaged: Expecting property name",
+        ),
         ("rounds.jsonl", '{"round": 1}\n' * 5, "rounds.jsonl is damaged: KeyError"),
         ("rounds.jsonl", "[]\n" * 5, "rounds.jsonl is damaged: TypeError"),
         ("rounds.jsonl", "", "rounds.jsonl holds 0 rounds, and summary.json is of 5"),

@@ -7,7 +7,6 @@ once, on whatever device it lies. The bytes of a payload are the same either way
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
+from fedobd._checksum import crc32
 from fedobd._entropy import encode_levels
 from fedobd._errors import UsageError
 from fedobd._frames import (
@@ -119,7 +119,7 @@ def encode_payloads(
     checksums = [0] * len(headers)
     codes = encoding.measure()
     for place, chunk in encoding.chunks(codes, frozen):
-        checksums[place] = zlib.crc32(chunk, checksums[place])
+        checksums[place] = crc32(chunk, checksums[place])
         yield place, chunk
     for place, checksum in enumerate(checksums):
         yield place, CHECKSUM.pack(checksum)

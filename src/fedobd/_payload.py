@@ -8,7 +8,6 @@ where the checksum is.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from fedobd._checksum import crc32
 from fedobd._entropy import decode_levels
 from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd._frames import BlockLayout, PlainPart, check_finite, frozen_parts, lay_out
@@ -266,7 +266,7 @@ class Payload:
         buffer = memoryview(data).cast("B")
         check_length(buffer, limits)
         check_version(bytes(buffer[:4]), buffer[4])
-        check_checksum(zlib.crc32(buffer[: -CHECKSUM.size]), buffer[-CHECKSUM.size :])
+        check_checksum(crc32(buffer[: -CHECKSUM.size]), buffer[-CHECKSUM.size :])
         cursor = Cursor(buffer[: -CHECKSUM.size], limits)
         reader = _FrameReader(cursor, schema)
         frozen = reader.frozen()
@@ -351,7 +351,7 @@ class _ChunkCursor(Cursor):
         if len(whole) < count:
             whole = memoryview(self._gathered(bytearray(whole), count, what))
         self.position += count
-        self.checksum = zlib.crc32(whole, self.checksum)
+        self.checksum = crc32(whole, self.checksum)
         return whole
 
     def _gathered(self, parts: bytearray, count: int, what: str) -> bytearray:

@@ -106,7 +106,7 @@ class ClientResult:
     """
 
     client: int
-    upload: bytes
+    upload: Bytes
     state: ModelState
     seconds: dict[str, float]
 

@@ -67,19 +67,25 @@ def plan() -> Iterator[Run]:
                 seed,
                 (*run.changes, 'data.partition.name="dirichlet"', "data.partition.alpha=0.5"),
             )
+    for variant in ("no-dropout", "random-blocks"):
+        yield Run("cifar100-small", variant, "fedobd", 0, ABLATIONS[variant])
     for rate in (0.0, 0.5, 0.7, 0.9):
         yield Run(
             "cifar10-small", f"dropout-{rate}", "fedobd", 0,
             (f"methods.fedobd.codec.dropout_rate={rate}",),
         )  # fmt: skip
-    for weight in (1e-4, 1e-3, 1e-1, 1.0):
-        yield Run(
-            "cifar10-small", f"weight-{weight:g}", "fedobd", 0,
-            (
-                f"methods.fedobd.codec.uplink_weight={weight:.4f}",
-                f"methods.fedobd.codec.downlink_weight={weight:.4f}",
-            ),
-        )  # fmt: skip
+    for preset, weights in {
+        "cifar10-small": (1e-4, 1e-3, 1e-1, 1.0),
+        "cifar100-small": (1e-3,),
+    }.items():
+        for weight in weights:
+            yield Run(
+                preset, f"weight-{weight:g}", "fedobd", 0,
+                (
+                    f"methods.fedobd.codec.uplink_weight={weight:.4f}",
+                    f"methods.fedobd.codec.downlink_weight={weight:.4f}",
+                ),
+            )  # fmt: skip
 
 
 _CODEC = "methods.fedobd.codec"

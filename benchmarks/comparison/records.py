@@ -82,12 +82,14 @@ def _round(record: dict[str, Any], num_blocks: int) -> dict[str, Any]:
 
 
 def commit_of_code() -> str:
-    """Return the commit that runs are made with; it says so where files differ from it."""
+    """Return the commit that runs are made with; it says so where the package differs."""
+    commit = _git("rev-parse", "--short=7", "HEAD")
+    return commit + ("-dirty" if _git("status", "--porcelain", "--", "src") else "")
+
+
+def _git(*words: str) -> str:
     git = shutil.which("git") or "git"
-    found = subprocess.run(
-        [git, "describe", "--always", "--dirty", "--abbrev=7", "--match=NONE"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    found = subprocess.run([git, *words], cwd=ROOT, capture_output=True, text=True, check=True)
     return found.stdout.strip()
 
 

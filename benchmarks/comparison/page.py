@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
 import figures
-from plan import ABLATIONS, LARGE_MODEL, SEEDS, SMALL, plan
+from plan import ABLATIONS, LARGE_MODEL, SEEDS, SMALL, SWEPT, plan
 from records import ROOT, read_record
 
 PAGE = ROOT / "docs" / "results.md"
@@ -196,21 +197,23 @@ def _large_model(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
 
 
 def _ablations(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
-    rows = _rows(found, ("fedobd", *ABLATIONS))
-    if len(rows) > 1:
-        yield "## Ablations of FedOBD on `cifar10-small`"
-        yield table(rows, rows[0], None)
+    for preset in SMALL:
+        finer = ("weight-0.001",) if preset != SWEPT else ()  # in the sweep there
+        rows = _rows(found, preset, ("fedobd", *ABLATIONS, *finer))
+        if len(rows) > 1:
+            yield f"## Ablations of FedOBD on `{preset}`"
+            yield table(rows, rows[0], None)
 
 
 def _dirichlet(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
-    rows = _rows(found, tuple(f"dirichlet-{name}" for name in NAMES))
+    rows = _rows(found, SWEPT, tuple(f"dirichlet-{name}" for name in NAMES))
     if rows:
-        yield "## Unequal clients: Dirichlet 0.5 on `cifar10-small`"
+        yield f"## Unequal clients: Dirichlet 0.5 on `{SWEPT}`"
         yield table(rows, None, None)
 
 
 def _sweeps(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
-    base = found.get(("cifar10-small", "fedobd"))
+    base = found.get((SWEPT, "fedobd"))
     if base is None:
         return
     sweeps: tuple[tuple[str, str, Callable[[Record], float]], ...] = (
@@ -222,7 +225,11 @@ def _sweeps(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
         ),
     )
     for prefix, title, value in sweeps:
-        some = [rs[0] for (_, variant), rs in found.items() if variant.startswith(prefix)]
+        some = [
+            rs[0]
+            for (preset, variant), rs in found.items()
+            if preset == SWEPT and variant.startswith(prefix)
+        ]
         if not some:
             continue
         chosen = sorted([*some, base[0]], key=lambda r: value(_codec(r)))
@@ -243,7 +250,7 @@ def _sweeps(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
                     ]
                 )
             )
-        yield f"## Sweep over {title.partition(',')[0]} on `cifar10-small`, seed {SEEDS[0]}"
+        yield f"## Sweep over {title.partition(',')[0]} on `{SWEPT}`, seed {SEEDS[0]}"
         yield "\n".join(lines)
 
 
@@ -252,19 +259,21 @@ def _codec(record: Record) -> Record:
     return codec
 
 
-def _rows(found: dict[tuple[str, str], list[Record]], variants: tuple[str, ...]) -> list[Figures]:
+def _rows(
+    found: dict[tuple[str, str], list[Record]], preset: str, variants: tuple[str, ...]
+) -> list[Figures]:
     return [
-        collect(variant, found["cifar10-small", variant])
+        collect(variant, found[preset, variant])
         for variant in variants
-        if ("cifar10-small", variant) in found
+        if (preset, variant) in found
     ]
 
 
 def _provenance(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
     """Say with what each preset's runs were made."""
     lines = [
-        _line(["preset", "runs", "commits", "dates", "machine", "seconds"]),
-        _line(["---"] * 6),
+        _line(["preset", "runs", "commits", "dates", "machine", "seconds", "not learning"]),
+        _line(["---"] * 7),
     ]
     for preset in (*SMALL, LARGE_MODEL):
         mine = [record for (name, _), rs in found.items() if name == preset for record in rs]
@@ -284,15 +293,29 @@ def _provenance(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
                     " to ".join(sorted({min(_dates(mine)), max(_dates(mine))})),
                     machine,
                     f"{sum(r['summary']['seconds']['round'] for r in mine):.0f}",
+                    f"{100 * _core_share(mine):.1f} %",
                 ]
             )
         )
     planned = sum(1 for _ in plan())
     made = sum(len(rs) for rs in found.values())
     yield "## With what it was made"
-    yield f"{made} of {planned} planned runs have a record."
+    yield (
+        f"{made} of {planned} planned runs have a record. *Not learning* is the share of "
+        "broadcast, decode, encode, fold and mean in the time that all processes worked; the rest "
+        "is training, validation and evaluation."
+    )
     if made:
         yield "\n".join(lines)
+
+
+def _core_share(mine: list[Record]) -> float:
+    """Return the share of the core's phases in the summed phases of some runs."""
+    spent: Counter[str] = Counter()
+    for record in mine:
+        spent.update(record["summary"]["seconds"])
+    core = sum(spent[phase] for phase in ("broadcast", "decode", "encode", "fold", "mean"))
+    return core / (core + spent["train"] + spent["validate"] + spent["evaluate"])
 
 
 def _dates(mine: list[Record]) -> list[str]:

@@ -12,6 +12,9 @@ from fedobd.experiments import RunConfig, load_config
 SEEDS = (0, 1, 2)
 SMALL = ("cifar10-small", "cifar100-small", "imdb-small")
 LARGE_MODEL = "minilm-imdb"
+SWEPT = "cifar10-small"
+"""The preset of ablations, unequal clients and sweeps."""
+
 PRESETS = (*SMALL, LARGE_MODEL)
 FOLDERS = {
     "cifar10-small": "cifar10",
@@ -57,9 +60,9 @@ def plan() -> Iterator[Run]:
             yield from (Run(LARGE_MODEL, name, name, 0) for name in ("fedobd", "fedavg", "fedpaq"))
     for seed in SEEDS:
         for variant, changes in ABLATIONS.items():
-            yield Run("cifar10-small", variant, "fedobd", seed, changes)
+            yield Run(SWEPT, variant, "fedobd", seed, changes)
     for seed in SEEDS:
-        for run in _methods("cifar10-small", seed, at_equal_participation=False):
+        for run in _methods(SWEPT, seed, at_equal_participation=False):
             yield Run(
                 run.preset,
                 f"dirichlet-{run.variant}",
@@ -71,11 +74,11 @@ def plan() -> Iterator[Run]:
         yield Run("cifar100-small", variant, "fedobd", 0, ABLATIONS[variant])
     for rate in (0.0, 0.5, 0.7, 0.9):
         yield Run(
-            "cifar10-small", f"dropout-{rate}", "fedobd", 0,
+            SWEPT, f"dropout-{rate}", "fedobd", 0,
             (f"methods.fedobd.codec.dropout_rate={rate}",),
         )  # fmt: skip
     for preset, weights in {
-        "cifar10-small": (1e-4, 1e-3, 1e-1, 1.0),
+        SWEPT: (1e-4, 1e-3, 1e-1, 1.0),
         "cifar100-small": (1e-3,),
     }.items():
         for weight in weights:

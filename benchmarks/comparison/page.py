@@ -17,8 +17,8 @@ NOTES = ROOT / "docs" / "results-notes.md"
 Record = dict[str, Any]
 
 TITLES = {
-    "cifar10-small": "CIFAR-10 (half of the training set)",
-    "cifar100-small": "CIFAR-100 (half of the training set)",
+    "cifar10-small": "CIFAR-10 (15,000 training images)",
+    "cifar100-small": "CIFAR-100 (15,000 training images)",
     "imdb-small": "IMDB",
     LARGE_MODEL: "MiniLM-L6 on IMDB, fine-tuned",
 }

@@ -84,11 +84,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fast]'
 	touch $@
 
 $(VENV)/.installed-flower: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[flower]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fast,flower]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

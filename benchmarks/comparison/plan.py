@@ -70,8 +70,9 @@ def plan() -> Iterator[Run]:
                 seed,
                 (*run.changes, 'data.partition.name="dirichlet"', "data.partition.alpha=0.5"),
             )
-    for variant in ("no-dropout", "random-blocks"):
-        yield Run("cifar100-small", variant, "fedobd", 0, ABLATIONS[variant])
+    for seed in SEEDS:
+        yield Run("cifar100-small", "no-dropout", "fedobd", seed, ABLATIONS["no-dropout"])
+    yield Run("cifar100-small", "random-blocks", "fedobd", 0, ABLATIONS["random-blocks"])
     for rate in (0.0, 0.5, 0.7, 0.9):
         yield Run(
             SWEPT, f"dropout-{rate}", "fedobd", 0,

@@ -54,13 +54,16 @@ class RunningMean:
         max_examples: int,
         per_element: bool = False,
     ) -> None:
+        import fedobd._kernels as kernels  # when first needed: importing numba takes its time
+
+        self._kernels = kernels
         self._schema = schema
         self._reference = reference
         self._per_element = per_element
         self._num_examples = 0
         limit_bits = 62 - (cohort_size - 1).bit_length() - (max_examples - 1).bit_length()
-        self._range_exponents: list[int] = []
-        self._scale_exponents: list[int] = []
+        self._limits: list[float] = []
+        self._scales: list[float] = []
         self._base: list[NDArray[np.float32] | None] = []
         self._sums: list[NDArray[np.int64] | None] = []
         self._weights: list[NDArray[np.int64] | None] = []
@@ -74,8 +77,8 @@ class RunningMean:
                 floor = _FLOOR_EXPONENT[spec.role]
                 exponent = max(math.frexp(largest)[1], floor) if largest > 0 else floor
                 exponent += _ROOM_BITS[spec.role]
-            self._range_exponents.append(exponent)
-            self._scale_exponents.append(limit_bits - exponent)
+            self._limits.append(math.ldexp(1.0, exponent))
+            self._scales.append(math.ldexp(1.0, limit_bits - exponent))
             base = reference[spec.name].reshape(-1).numpy() if averaged else None
             self._base.append(base)
             self._sums.append(np.zeros(spec.num_elements, np.int64) if averaged else None)
@@ -144,8 +147,6 @@ class RunningMean:
         sign: int,
     ) -> None:
         """Add a segment's contribution, or subtract it, after a look at its range."""
-        import fedobd._kernels as kernels  # when first needed: importing numba takes its time
-
         segment = one.segment
         spec = self._schema.tensors[segment.tensor]
         where = slice(segment.start, segment.stop)
@@ -157,13 +158,13 @@ class RunningMean:
         if isinstance(values, torch.Tensor):
             values = values.to(torch.float32).numpy()
         is_relative = differences and spec.role is Role.PARAMETER
-        limit = math.ldexp(1.0, self._range_exponents[segment.tensor])
-        too_large = kernels.add_differences(
+        limit = self._limits[segment.tensor]
+        too_large = self._kernels.add_differences(
             values,
             _NO_BASE if is_relative else base[where],
             _NO_MASK if one.mask is None else one.mask.numpy(),
             limit,
-            math.ldexp(float(sign * num_examples), self._scale_exponents[segment.tensor]),
+            sign * num_examples * self._scales[segment.tensor],
             sums[where],
         )
         if too_large >= 0:
@@ -187,8 +188,6 @@ class RunningMean:
             EmptyRoundError: nothing was folded, so that the mean can still be used; or it has been
                 finished already.
         """
-        import fedobd._kernels as kernels  # when first needed: importing numba takes its time
-
         if self._num_examples == 0:
             raise EmptyRoundError("no upload was accepted in this round, so there is no mean")
         state: ModelState = {}
@@ -204,10 +203,10 @@ class RunningMean:
                 )
                 continue
             after = torch.empty(before.shape, dtype=torch.float32)
-            kernels.finish_mean(
+            self._kernels.finish_mean(
                 before.reshape(-1).numpy(),
                 sums,
-                math.ldexp(1.0, -self._scale_exponents[number]),
+                1 / self._scales[number],
                 float(self._num_examples),
                 np.empty(0, np.int64) if weights is None else weights,
                 after.reshape(-1).numpy(),

@@ -75,7 +75,8 @@ def sample_cohort(
     generator = make_generator(seed, "cohort", round_number)
     order = torch.randperm(num_clients, generator=generator).tolist()
     if available is not None:
-        order = [client for client in order if client in available]
+        reached = frozenset(available)
+        order = [client for client in order if client in reached]
     return tuple(sorted(order[:size]))
 
 

@@ -227,8 +227,8 @@ class ServerSession:
     def needs_opening(self, client: int) -> bool:
         """Whether a client of the round must be sent an opening payload before the broadcast."""
         self._check_member(client)
-        opened = self._progress.opened | self._current().opened
-        return self.has_opening and client not in opened
+        opened = client in self._progress.opened or client in self._current().opened
+        return self.has_opening and not opened
 
     @property
     def has_opening(self) -> bool:

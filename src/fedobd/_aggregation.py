@@ -54,9 +54,6 @@ class RunningMean:
         max_examples: int,
         per_element: bool = False,
     ) -> None:
-        import fedobd._kernels as kernels  # when first needed: importing numba takes its time
-
-        self._kernels = kernels
         self._schema = schema
         self._reference = reference
         self._per_element = per_element
@@ -147,6 +144,8 @@ class RunningMean:
         sign: int,
     ) -> None:
         """Add a segment's contribution, or subtract it, after a look at its range."""
+        import fedobd._kernels as kernels  # when first needed: importing numba takes its time
+
         segment = one.segment
         spec = self._schema.tensors[segment.tensor]
         where = slice(segment.start, segment.stop)
@@ -159,7 +158,7 @@ class RunningMean:
             values = values.to(torch.float32).numpy()
         is_relative = differences and spec.role is Role.PARAMETER
         limit = self._limits[segment.tensor]
-        too_large = self._kernels.add_differences(
+        too_large = kernels.add_differences(
             values,
             _NO_BASE if is_relative else base[where],
             _NO_MASK if one.mask is None else one.mask.numpy(),
@@ -188,6 +187,8 @@ class RunningMean:
             EmptyRoundError: nothing was folded, so that the mean can still be used; or it has been
                 finished already.
         """
+        import fedobd._kernels as kernels  # when first needed: importing numba takes its time
+
         if self._num_examples == 0:
             raise EmptyRoundError("no upload was accepted in this round, so there is no mean")
         state: ModelState = {}
@@ -203,7 +204,7 @@ class RunningMean:
                 )
                 continue
             after = torch.empty(before.shape, dtype=torch.float32)
-            self._kernels.finish_mean(
+            kernels.finish_mean(
                 before.reshape(-1).numpy(),
                 sums,
                 1 / self._scales[number],

@@ -340,7 +340,8 @@ class _Changes:
         spec = self._schema.tensors[number]
         starts = [start[spec.name] for start in self._starts]
         alike = all(start is starts[0] for start in starts)
-        return torch.stack(starts[:1] if alike else starts).reshape(-1, spec.num_elements)
+        together = starts[0].unsqueeze(0) if alike else torch.stack(starts)
+        return together.reshape(-1, spec.num_elements)
 
     def value(self, segment: Segment) -> torch.Tensor:
         """Return the trained values, shape (clients, elements)."""

@@ -12,7 +12,7 @@ import fedobd
 PACKAGE = Path(fedobd.__file__).parent
 
 LAYERS = (
-    ("_errors",),
+    ("_errors", "_checksum"),
     ("_seeds", "_imports", "_checkpoint", "_parallel", "_kernels", "_varint", "_planes"),
     ("_tables",),
     ("_schema",),

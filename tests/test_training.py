@@ -288,6 +288,14 @@ def test_federate_shares_everything_out_once() -> None:
     assert not torch.equal(gather(other.test).targets, gather(data.test).targets)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_taken_images_lie_in_memory_as_all_of_them_do(layout: torch.memory_format) -> None:
+    inputs = torch.randn(7, 3, 4, 5).contiguous(memory_format=layout)
+    taken = Examples(inputs, torch.arange(7)).take(torch.tensor([5, 0, 5])).inputs
+    assert torch.equal(taken, inputs[[5, 0, 5]])
+    assert taken.is_contiguous(memory_format=layout)
+
+
 def test_wrong_shares_are_refused() -> None:
     with pytest.raises(UsageError, match="3 examples cannot be shared among 4 clients"):
         partition_iid(3, 4)

@@ -452,6 +452,26 @@ def test_ctrl_c_while_workers_start(tmp_path: Path) -> None:
     wait_for(lambda: group_is_empty(process.pid), 5)
 
 
+def test_ctrl_c_inside_an_exec_of_text_ends_with_the_usual_status(tmp_path: Path) -> None:
+    """As when it comes while an import makes a dataclass."""
+    program = """
+from pathlib import Path
+import typer
+from fedobd.cli import _interruptible
+
+def command() -> None:
+    with _interruptible(Path("a")):
+        exec("raise KeyboardInterrupt")
+
+typer.run(command)
+"""
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    words = [sys.executable, "-m", "program"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.startswith("interrupted; the same command with --output a --resume")
+
+
 @pytest.mark.parametrize("whom", ["main process", "process group"])
 def test_ctrl_c_ends_all_workers_and_leaves_a_run_that_resumes(
     whom: str, whole_run: Path, tmp_path: Path

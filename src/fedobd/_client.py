@@ -334,6 +334,7 @@ class _Changes:
         self._starts = starts
         self._trained = trained
         self._before = cache(self._start_of)
+        self._now = cache(self._trained_of)
 
     def _start_of(self, number: int) -> torch.Tensor:
         """Return a tensor as received, shape (clients, elements); (1, elements) if all alike."""
@@ -343,18 +344,21 @@ class _Changes:
         together = starts[0].unsqueeze(0) if alike else torch.stack(starts)
         return together.reshape(-1, spec.num_elements)
 
+    def _trained_of(self, number: int) -> torch.Tensor:
+        """Return a tensor as trained, shape (clients, elements)."""
+        spec = self._schema.tensors[number]
+        whole = self._trained.values[spec.name].detach()
+        return whole.reshape(len(self._starts), spec.num_elements)
+
     def value(self, segment: Segment) -> torch.Tensor:
         """Return the trained values, shape (clients, elements)."""
-        spec = self._schema.tensors[segment.tensor]
-        whole = self._trained.values[spec.name].detach()
-        flat = whole.reshape(len(self._starts), spec.num_elements)
-        return flat[:, segment.start : segment.stop]
+        return self._now(segment.tensor)[:, segment.start : segment.stop]
 
     def difference(self, segment: Segment) -> torch.Tensor:
         """Return trained less received values, float32, shape (clients, elements)."""
         now = self.value(segment)
-        was = self._before(segment.tensor)[:, segment.start : segment.stop].to(now.device)
-        return now.to(torch.float32) - was.to(torch.float32)
+        was = self._before(segment.tensor)[:, segment.start : segment.stop]
+        return now.to(torch.float32) - was.to(now.device, torch.float32)
 
     def difference_or_value(self, segment: Segment) -> torch.Tensor:
         """Return the difference of a parameter, the value of a buffer."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
 
 import numpy as np
@@ -168,7 +167,7 @@ class _Encoding:
         check_finite(spec.name, values.to(plain_dtype(self.schema, header.is_difference, segment)))
         if spec.role is not Role.PARAMETER:
             return [RAW] * len(places)
-        extremes = cache(lambda: _extremes(values.to(torch.float32)))
+        extremes: Float32 | None = None
         codes = []
         for row, place in enumerate(places):
             if self.headers[place].mask is not None:
@@ -176,7 +175,9 @@ class _Encoding:
             elif isinstance(self.quantizers[place], Unquantized):
                 codes.append(RAW)
             else:
-                codes.append(self.quantizers[place].measure(extremes()[row], spec.repr_bits))
+                if extremes is None:
+                    extremes = _extremes(values.to(torch.float32))
+                codes.append(self.quantizers[place].measure(extremes[row], spec.repr_bits))
         return codes
 
     def chunks(
@@ -284,6 +285,8 @@ def _extremes(values: torch.Tensor) -> Float32:
     if values.shape[1] == 0:
         return values.cpu().numpy()
     if values.device.type == "cpu":
-        array = values.numpy()
-        return np.stack([array.min(axis=1), array.max(axis=1)], axis=1)
+        array, found = values.numpy(), np.empty((len(values), 2), np.float32)
+        array.min(axis=1, out=found[:, 0])
+        array.max(axis=1, out=found[:, 1])
+        return found
     return torch.stack(torch.aminmax(values, dim=1), dim=1).cpu().numpy()

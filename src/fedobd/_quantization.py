@@ -260,7 +260,9 @@ def _round_here(
     num_levels = [code.num_levels for code in codes]
     shifts = list(map(level_shift, num_levels))
     sizes = [((2 * s) >> shift) + 1 for s, shift in zip(num_levels, shifts, strict=True)]
-    offsets, spans = np.array([(code.offset, code.range) for code in codes], np.float32).T.copy()
+    offsets = np.array([code.offset for code in codes], np.float32)
+    spans = np.array([code.range for code in codes], np.float32)
+    most = np.array(num_levels, np.float32)
     symbols: Symbols = np.empty(values.shape, _symbol_type(max(num_levels)))
     starts = range(0, values.shape[1], _QUANTIZE_STEP)
     counts = np.zeros((len(starts), len(codes), max(sizes)), np.int64)
@@ -273,14 +275,14 @@ def _round_here(
             min(part.stop, values.shape[1]),
             offsets,
             spans,
-            np.array(num_levels, np.float32),
+            most,
             np.array(shifts),
             symbols,
             counts[number],
         )
 
     spread(executor, quantize, range(len(starts)))
-    return _split(symbols, counts.sum(axis=0), num_levels)
+    return _split(symbols, counts[0] if len(starts) == 1 else counts.sum(axis=0), num_levels)
 
 
 def _round_there(values: torch.Tensor, codes: Sequence[SegmentCode]) -> list[Levels]:

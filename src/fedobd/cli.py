@@ -111,6 +111,9 @@ def _interruptible(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        # CPython remembers one that left an `exec` of text, as when a dataclass is made during an
+        # import, and `python -m` then ends by SIGINT whatever is raised here; the next forgets it.
+        exec("")  # noqa: S102
         errors.print(
             f"interrupted; the same command with --output {folder} --resume goes on from the "
             "last round",

@@ -76,6 +76,7 @@ class _Stack:
         pairs += [(self.moments[kind], part.moments[kind]) for kind in self.moments]
         for whole, some in pairs:
             for name, value in some.items():
+                whole[name] = _own(whole[name])
                 whole[name][clients] = value
         self.steps[clients] = part.steps
 
@@ -213,10 +214,16 @@ def _moments(options: TrainingOptions) -> tuple[str, ...]:
 
 
 def _stacked(values: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return values one a client; where all are the same tensor, they share its memory."""
     if all(value is values[0] for value in values):
         one = values[0].detach().to(device)
-        return one.unsqueeze(0).expand(len(values), *one.shape).clone()
+        return one.unsqueeze(0).expand(len(values), *one.shape)
     return torch.stack([value.detach().to(device) for value in values])
+
+
+def _own(value: torch.Tensor) -> torch.Tensor:
+    """Return a stacked tensor that can be written to: no client shares another's memory."""
+    return value.clone() if value.stride(0) == 0 else value
 
 
 def _gradient(
@@ -339,7 +346,7 @@ def _sgd(
         gradient = gradient.addcmul(_column(decays, value), value)  # others may share its memory
     if options.momentum:
         gradient = stack.moments["momentum"][name].mul_(options.momentum).add_(gradient)
-    value.addcmul_(_column(-rates, value), gradient)
+    stack.trained[name] = value.addcmul(_column(-rates, value), gradient).to(value.dtype)
 
 
 def _adamw(
@@ -351,7 +358,7 @@ def _adamw(
     decays: torch.Tensor,
 ) -> None:
     """Make a step of `torch.optim.AdamW`, its defaults apart from rate and decay."""
-    value = stack.trained[name]
+    value = stack.trained[name] = _own(stack.trained[name])
     first, second = stack.moments["first"][name], stack.moments["second"][name]
     value.mul_(_column(1 - rates * decays, value))
     first.lerp_(gradient, 1 - _BETAS[0])

@@ -55,10 +55,15 @@ class Examples:
         return len(self.inputs)
 
     def take(self, indices: torch.Tensor) -> Examples:
-        """See `ExampleSet.take`."""
-        return Examples(
-            self.inputs.index_select(0, indices), self.targets.index_select(0, indices)
-        )
+        """See `ExampleSet.take`; images stay laid out as they are, channels last too."""
+        return Examples(_pick(self.inputs, indices), self.targets.index_select(0, indices))
+
+
+def _pick(inputs: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return rows of a tensor, laid out as it is: `index_select` would put channels first."""
+    if inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last):
+        return inputs.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
+    return inputs.index_select(0, indices)
 
 
 @dataclass(frozen=True, slots=True)

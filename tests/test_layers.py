@@ -30,7 +30,7 @@ LAYERS = (
     ("_client",),
     ("methods",),
     ("",),  # fedobd/__init__.py, the public API of the core
-    ("data", "models"),
+    ("data", "models", "_acceleration"),
     ("training",),
     ("stacked",),
     ("simulation",),

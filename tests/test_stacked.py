@@ -684,13 +684,17 @@ def test_the_order_of_a_stack_does_not_matter() -> None:
             check_close(a[name], b[name])
 
 
+@pytest.mark.parametrize("sizes", [[19], [19, 8]])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("differ", [False, True])
-def test_nothing_of_model_starts_and_data_is_changed(differ: bool) -> None:
-    model, data = normalized().double(), images([19, 8], 1, 3, 4)
-    starts = [get_state(model), get_state(model)] if differ else [get_state(model)] * 2
+def test_nothing_of_model_starts_and_data_is_changed(
+    differ: bool, optimizer: Any, sizes: list[int]
+) -> None:
+    model, data = normalized().double(), images(sizes, 1, 3, 4)
+    starts = [get_state(model) for _ in sizes] if differ else [get_state(model)] * len(sizes)
     before = copy.deepcopy((get_state(model), starts, data))
     objects = [id(tensor) for tensor in model.state_dict(keep_vars=True).values()]
-    states, _ = stacked(model, starts, data)
+    states, _ = stacked(model, starts, data, options=replace(OPTIONS, optimizer=optimizer))
     assert same(get_state(model), before[0])
     assert [id(tensor) for tensor in model.state_dict(keep_vars=True).values()] == objects
     assert all(p.grad is None for p in model.parameters())
@@ -699,7 +703,7 @@ def test_nothing_of_model_starts_and_data_is_changed(differ: bool) -> None:
     for own, was in zip(data, before[2], strict=True):
         assert torch.equal(gather(own.train).inputs, gather(was.train).inputs)
         assert torch.equal(gather(own.train).targets, gather(was.train).targets)
-    again, _ = stacked(model, starts, data)
+    again, _ = stacked(model, starts, data, options=replace(OPTIONS, optimizer=optimizer))
     assert all(same(a, b) for a, b in zip(states, again, strict=True))
     assert not any(value.requires_grad for state in states for value in state.values())
 

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from fedobd import RoundPlan, UsageError
-from fedobd.data import ClientData, Examples, federate, gather, load_digits, partition_iid
+from fedobd.data import (
+    ClientData,
+    Examples,
+    Selection,
+    federate,
+    gather,
+    load_digits,
+    partition_iid,
+    take_together,
+)
 from fedobd.training import (
     TrainingOptions,
     accuracy,
@@ -207,7 +216,7 @@ def test_gradients_keep_their_channels_last() -> None:
         inputs = torch.randn(12, 3, 8, 8).to(memory_format=memory_format)
         own = Examples(inputs, torch.arange(12) % 2)
         train_locally(model, ClientData(own, own), PLAN, 3, options=TrainingOptions())
-        assert not any(module._forward_hooks for module in model.modules())
+        assert not any(module._forward_pre_hooks for module in model.modules())
         return [parameter.detach() for parameter in model.parameters()]
 
     usual = train(torch.contiguous_format)
@@ -294,6 +303,20 @@ def test_taken_images_lie_in_memory_as_all_of_them_do(layout: torch.memory_forma
     taken = Examples(inputs, torch.arange(7)).take(torch.tensor([5, 0, 5])).inputs
     assert torch.equal(taken, inputs[[5, 0, 5]])
     assert taken.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("prepare", [None, lambda inputs: inputs.double() * 2])
+def test_examples_taken_together_are_those_taken_one_set_after_another(prepare: Any) -> None:
+    whole = Examples(torch.randn(9, 3, 4), torch.arange(9))
+    sets = [Selection(whole, torch.tensor(own), prepare) for own in ([0, 4, 8], [5, 1], [2, 3])]
+    numbers = [torch.tensor(own) for own in ([2, 0], [0, 1], [1, 1])]
+    together = take_together(sets, numbers)
+    one_by_one = [own.take(which) for own, which in zip(sets, numbers, strict=True)]
+    assert torch.equal(together.inputs, torch.stack([part.inputs for part in one_by_one]))
+    assert together.targets.tolist() == [[8, 0], [5, 1], [3, 3]]
+    apart = take_together([*map(gather, sets)], numbers)
+    assert torch.equal(apart.inputs, together.inputs)
+    assert torch.equal(apart.targets, together.targets)
 
 
 def test_wrong_shares_are_refused() -> None:

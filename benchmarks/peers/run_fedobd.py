@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from measure import Stopwatch, arguments, now
@@ -13,7 +13,7 @@ from workloads import SEED, WORKLOADS, Workload, draw_cohort, make_data, make_mo
 
 from fedobd import BlockRules, FedAvg, FedOBD, Method, RoundPlan, ServerSession, decompose
 from fedobd import get_state as values_of
-from fedobd.data import ClientData, Examples
+from fedobd.data import ClientData, Examples, select
 from fedobd.simulation import ClientSetup, open_pool, simulate
 from fedobd.stacked import train_stacked
 from fedobd.training import TrainingOptions, train_locally
@@ -21,25 +21,27 @@ from fedobd.training import TrainingOptions, train_locally
 
 @dataclass(frozen=True)
 class Source:
-    """A client's data; made once in each process, as every peer does."""
+    """A client's data: a part of one set, as `fedobd.data.federate` shares it out.
+
+    The set is made once in each process, as every peer does.
+    """
 
     workload: Workload
 
     def __call__(self, client: int) -> ClientData:
         """Return a client's data."""
-        if self.workload not in _DATA:
-            none = Examples(torch.empty(0, *self.workload.shape), torch.empty(0).long())
-            layout = (
-                torch.channels_last if len(self.workload.shape) == 3 else torch.contiguous_format
-            )
-            _DATA[self.workload] = [
-                ClientData(Examples(inputs.to(memory_format=layout), targets), none)
-                for inputs, targets in make_data(self.workload)
-            ]
-        return _DATA[self.workload][client]
+        whole, count = whole_of(self.workload), self.workload.examples
+        numbers = torch.arange(client * count, (client + 1) * count)
+        return ClientData(select(whole, numbers), select(whole, numbers[:0]))
 
 
-_DATA: dict[Workload, list[ClientData]] = {}
+@cache
+def whole_of(workload: Workload) -> Examples:
+    """Return all clients' examples, one client's after another's."""
+    parts = make_data(workload)
+    layout = torch.channels_last if len(workload.shape) == 3 else torch.contiguous_format
+    inputs = torch.cat([inputs for inputs, _ in parts]).to(memory_format=layout)
+    return Examples(inputs, torch.cat([targets for _, targets in parts]))
 
 
 class Server(ServerSession):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedobd._acceleration import channels_last_gradients, pooling_first
 from fedobd._errors import UsageError
 from fedobd._rounds import RoundPlan
 from fedobd.data import ClientData, ExampleSet
@@ -233,7 +233,7 @@ def train_locally(
     last_loss = 0.0
     model.train()
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with generators, _channels_last_gradients(model):
+    with generators, pooling_first(model), channels_last_gradients(model):
         torch.manual_seed(seed)
         for epoch in range(plan.epochs):
             batches = list(_batches(num_examples, options.batch_size, order, leave_single_out))
@@ -263,43 +263,6 @@ def train_locally(
                 seen += len(indices)
             last_loss = float(total) / seen
     return LocalResult(num_examples, last_loss)
-
-
-@contextmanager
-def _channels_last_gradients(model: nn.Module) -> Iterator[None]:
-    """Within it, gradients of images lie in memory as the images do, with their channels last.
-
-    `nn.Flatten` hands back gradients with channels first, and the layer below then works through
-    both layouts: a twentieth of a small convolutional network's time.
-    """
-
-    def lay_out(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.contiguous(memory_format=torch.channels_last)
-
-    def watch(_: nn.Module, __: object, output: object) -> None:
-        if (
-            isinstance(output, torch.Tensor)
-            and output.requires_grad
-            and _has_channels_last(output)
-        ):
-            output.register_hook(lay_out)  # type: ignore[no-untyped-call]
-
-    used = any(_has_channels_last(parameter) for parameter in model.parameters())
-    layers = [module for module in model.modules() if used and not any(module.children())]
-    handles = [layer.register_forward_hook(watch) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _has_channels_last(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.dim() == 4
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-        and not tensor.is_contiguous()
-    )
 
 
 def _optimizer(
@@ -361,7 +324,7 @@ def evaluate(
     bounds = [*range(0, len(examples), batch_size), len(examples)]
     if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
         del bounds[-2]
-    with torch.inference_mode():
+    with torch.inference_mode(), pooling_first(model):
         for start, stop in itertools.pairwise(bounds):
             batch = examples.take(torch.arange(start, stop))
             outputs = model(batch.inputs.to(device))

@@ -14,6 +14,7 @@ from fedobd.data._examples import (
     Selection,
     gather,
     select,
+    take_together,
 )
 from fedobd.data._images import Augmentation, ImageOptions, Normalization
 from fedobd.data._load import LoadedData, load_data
@@ -61,4 +62,5 @@ __all__ = [
     "select",
     "set_aside",
     "share_out",
+    "take_together",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,7 +90,11 @@ class Selection:
 
     def take(self, indices: torch.Tensor) -> Examples:
         """See `ExampleSet.take`."""
-        taken = self.whole.take(self.numbers[indices])
+        return Selection(self.whole, self.numbers[indices], self.prepare).all()
+
+    def all(self) -> Examples:
+        """Return all of them, in memory."""
+        taken = self.whole.take(self.numbers)
         if self.prepare is None:
             return taken
         return Examples(self.prepare(taken.inputs), taken.targets)
@@ -111,6 +115,39 @@ def select(examples: ExampleSet, numbers: torch.Tensor) -> Selection:
 def gather(examples: ExampleSet) -> Examples:
     """Return all examples of a set, in memory."""
     return examples.take(torch.arange(len(examples)))
+
+
+def take_together(sets: Sequence[ExampleSet], numbers: Sequence[torch.Tensor]) -> Examples:
+    """Return equally many examples of each of some sets, stacked: shape (sets, n, ...).
+
+    Selections from one whole, as clients' sets usually are, cost one look at it.
+
+    Args:
+        sets: at least one.
+        numbers: of each set's examples, int64, shape (n,) each.
+
+    Raises:
+        UsageError: the examples of two sets have different shapes.
+    """
+    selections = [one for one in sets if isinstance(one, Selection)]
+    sources = {(id(one.whole), id(one.prepare)) for one in selections}
+    if len(selections) == len(sets) and len(sources) == 1:
+        places = [one.numbers[own] for one, own in zip(selections, numbers, strict=True)]
+        whole = Selection(selections[0].whole, torch.cat(places), selections[0].prepare).all()
+        inputs, targets = whole.inputs, whole.targets
+        shape = len(sets), len(numbers[0])
+        return Examples(
+            inputs.reshape(*shape, *inputs.shape[1:]), targets.reshape(*shape, *targets.shape[1:])
+        )
+    parts = [one.take(own) for one, own in zip(sets, numbers, strict=True)]
+    shapes = {tuple(part.inputs.shape[1:]) for part in parts}
+    if len(shapes) > 1:
+        raise UsageError(
+            f"clients' examples have the shapes {sorted(shapes)}; stacked ones need one shape"
+        )
+    return Examples(
+        torch.stack([part.inputs for part in parts]), torch.stack([part.targets for part in parts])
+    )
 
 
 @dataclass(frozen=True, slots=True)

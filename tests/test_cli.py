@@ -50,6 +50,17 @@ def test_run_with_a_shared_start_and_again(capsys: pytest.CaptureFixture[str]) -
     assert "shared_start" in done.err
 
 
+def test_the_device_of_the_command_goes_before_that_of_the_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--set", 'training.device="gpu"', "-q")
+    assert fedobd(capsys, "run", "toy.toml", *words, "--device", "cpu", "-o", "one").status == 0
+    assert 'device = "cpu"' in Path("one/config.toml").read_text()
+    done = fedobd(capsys, "compare", "toy.toml", "--device", "gpu", "-o", "all")
+    assert done.status == 2
+    assert "training.device is 'gpu'" in done.err
+
+
 def test_quiet_runs_print_nothing_and_leave_the_same_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -29,6 +29,8 @@ from fedobd.data import (
     TextOptions,
     _load,
     gather,
+    move_to,
+    select,
 )
 from fedobd.data._images import decode_images
 from fedobd.data._store import StoredExamples, stored
@@ -819,6 +821,43 @@ def test_writing_to_what_is_mapped_does_not_change_the_file(tmp_path: Path) -> N
     before = loaded.train.inputs.clone()
     loaded.train.inputs.zero_()
     assert torch.equal(load(folder).train.inputs, before)
+
+
+def test_a_set_lies_on_the_device_where_it_fits(tmp_path: Path) -> None:
+    """The device without memory, "meta", stands for a GPU: it keeps shapes and places alone."""
+    meta, loaded = torch.device("meta"), load(image_folder(tmp_path / "set"))
+    size = loaded.train.inputs.nbytes + loaded.train.targets.nbytes
+    for examples in (loaded.train, gather(loaded.train)):
+        assert move_to(examples, meta, most_bytes=size - 1) is examples
+        moved = move_to(examples, meta, most_bytes=size)
+        taken = select(moved, torch.arange(1, len(moved))).take(torch.tensor([2, 0]))
+        assert (taken.inputs.device, taken.targets.device) == (meta, meta)
+        assert taken.inputs.shape == (2, *loaded.train.inputs.shape[1:])
+
+
+def test_a_gpu_holds_data_that_take_a_quarter_of_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, torch.device, int]] = []
+
+    def note(examples: Any, device: torch.device, *, most_bytes: int) -> Any:
+        asked.append((len(examples), device, most_bytes))
+        return examples
+
+    monkeypatch.setattr("fedobd.experiments._data.move_to", note)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (4000, 9000))
+    settings = parse_config(
+        {**tomllib.loads(TINY), "data": {"name": str(image_folder(tmp_path / "set"))}}
+    )
+    here = build_data(settings).federated
+    assert asked == []
+    there = build_data(settings, "cuda:1").federated
+    loaded = load(tmp_path / "set")
+    assert loaded.test is not None
+    wanted = [(len(part), torch.device("cuda:1"), 1000) for part in (loaded.test, loaded.train)]
+    assert sorted(asked, key=str) == sorted(wanted, key=str)
+    for one, other in zip(here.clients, there.clients, strict=True):
+        assert torch.equal(gather(one.train).inputs, gather(other.train).inputs)
 
 
 def test_two_that_make_the_same_entry_at_once_both_get_it() -> None:

@@ -79,6 +79,10 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="The run fol
 Workers = Annotated[
     int, typer.Option(help="Worker processes; 0 for none. Results do not depend on it.")
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where to train: cpu, cuda, cuda:1 or auto; else the config's."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")
@@ -194,6 +198,7 @@ def run_command(
     seed: Annotated[int | None, typer.Option(help="The run's seed.")] = None,
     overrides: Overrides = None,
     workers: Workers = 0,
+    device: Device = None,
     resume: Resume = False,
     engine: Annotated[
         str, typer.Option(help="local, or flower for Flower's simulation; the same results.")
@@ -205,7 +210,7 @@ def run_command(
     """Run one method with one seed."""
     screen = _Screen(quiet=quiet, as_json=as_json, log_level=log_level)
     play = _engine(engine)
-    single = _single(source, overrides, method, seed)
+    single = _single(source, _with_device(overrides, device), method, seed)
     folder = _folder(output, source, single.method, resume)
     with screen.watching(folder, [single.method], [single.federation.seed]) as observer:
         summary = play(single, folder, workers=workers, resume=resume, observer=observer)
@@ -220,6 +225,11 @@ def _single(
     return config.for_method(
         method or config.method, config.federation.seed if seed is None else seed
     )
+
+
+def _with_device(overrides: list[str] | None, device: str | None) -> list[str]:
+    chosen = [] if device is None else [f"training.device={json.dumps(device)}"]
+    return [*(overrides or []), *chosen]
 
 
 class _Play(Protocol):
@@ -281,6 +291,7 @@ def compare_command(
     methods: Annotated[str, typer.Option(help="Methods, such as fedobd,fedavg; else all.")] = "",
     overrides: Overrides = None,
     workers: Workers = 0,
+    device: Device = None,
     resume: Resume = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -288,7 +299,7 @@ def compare_command(
 ) -> None:
     """Run several methods, with several seeds, and compare them."""
     screen = _Screen(quiet=quiet, as_json=as_json, log_level=log_level)
-    config = load_config(source, overrides=overrides or [])
+    config = load_config(source, overrides=_with_device(overrides, device))
     folder = _folder(output, source, "compare", resume)
     chosen = [name.strip() for name in methods.split(",") if name.strip()] or list(config.methods)
     chosen_seeds = _seeds(seeds, config)

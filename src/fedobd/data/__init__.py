@@ -28,6 +28,7 @@ from fedobd.data._partition import (
     share_out,
 )
 from fedobd.data._source import Columns, Source, Splits, open_source
+from fedobd.data._store import StoredExamples, move_to
 from fedobd.data._text import TextOptions
 from fedobd.data._vectors import load_vectors
 
@@ -47,6 +48,7 @@ __all__ = [
     "Source",
     "SplitReport",
     "Splits",
+    "StoredExamples",
     "TextOptions",
     "check_split",
     "federate",
@@ -56,6 +58,7 @@ __all__ = [
     "load_data",
     "load_digits",
     "load_vectors",
+    "move_to",
     "open_source",
     "partition",
     "partition_iid",

@@ -56,6 +56,7 @@ class Examples:
 
     def take(self, indices: torch.Tensor) -> Examples:
         """See `ExampleSet.take`; images stay laid out as they are, channels last too."""
+        indices = indices.to(self.inputs.device)
         return Examples(_pick(self.inputs, indices), self.targets.index_select(0, indices))
 
 

@@ -50,6 +50,21 @@ class StoredExamples:
         return Examples(self.inputs.index_select(0, indices), self.targets[indices])
 
 
+def move_to(
+    examples: Examples | StoredExamples, device: torch.device, *, most_bytes: int
+) -> Examples | StoredExamples:
+    """Return a set that lies on a device, so that no batch has to be brought there.
+
+    Args:
+        examples: the set.
+        device: where to.
+        most_bytes: a larger set stays where it is.
+    """
+    if examples.inputs.nbytes + examples.targets.nbytes > most_bytes:
+        return examples
+    return Examples(examples.inputs.to(device), examples.targets.to(device))
+
+
 Write = Callable[[Iterator[NDArray[Any]], NDArray[np.int64], dict[str, Any]], None]
 
 

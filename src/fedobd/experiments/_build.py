@@ -66,7 +66,8 @@ def build_experiment(config: RunConfig) -> Experiment:
     """
     seed = config.federation.seed
     method = config.chosen
-    built = build_data(config)
+    device = _device(config.training.device)
+    built = build_data(config, device)
     data = built.federated
     config_of_model = _with_vocabulary(config.model, built.vocabulary, seed)
     model = initial_model(config.model_copy(update={"model": config_of_model}))
@@ -76,7 +77,6 @@ def build_experiment(config: RunConfig) -> Experiment:
     loss: Loss = find_object(config.training.loss, "loss", LOSSES)
     metric: Metric = find_object(config.training.metric, "metric", METRICS)
     train, together = _training(config, loss)
-    device = _device(config.training.device)
     model = model.to(device)
     if config.training.function is None and data.clients:
         check_fit(config, built, model, loss)

@@ -18,9 +18,11 @@ from fedobd.data import (
     LoadedData,
     Prepare,
     Selection,
+    StoredExamples,
     load_arrays,
     load_data,
     load_digits,
+    move_to,
     partition,
     set_aside,
     share_out,
@@ -52,6 +54,7 @@ class _Pool:
     Args:
         train: training examples.
         numbers: which of them are used.
+        targets: of the training examples, in memory.
         test: what is tested on; None to set a part aside.
         prepare: what is done to inputs when they are taken.
         owners: whose each training example is.
@@ -60,6 +63,7 @@ class _Pool:
 
     train: ExampleSet
     numbers: torch.Tensor
+    targets: torch.Tensor
     test: ExampleSet | None
     prepare: Prepare | None = None
     owners: tuple[Any, ...] | None = None
@@ -67,8 +71,12 @@ class _Pool:
     vocabulary: tuple[str, ...] | None = None
 
 
-def build_data(config: RunConfig) -> BuiltData:
+def build_data(config: RunConfig, device: str = "cpu") -> BuiltData:
     """Load the data of a configuration and share it out.
+
+    Args:
+        config: the configuration.
+        device: where the model is trained; on a GPU data that fit lie there too.
 
     Raises:
         UsageError: it is not there or cannot be used, there are more clients than examples, or the
@@ -83,8 +91,9 @@ def build_data(config: RunConfig) -> BuiltData:
     if data.name == "digits":
         digits = load_digits()
         pool = _Pool(
-            train=digits,
+            train=_place(digits, device),
             numbers=torch.arange(len(digits)),
+            targets=digits.targets,
             test=None,
             classes=tuple(map(str, range(10))),
         )
@@ -103,22 +112,32 @@ def build_data(config: RunConfig) -> BuiltData:
         text=data.text,
         channels_last=config.model.memory_format == "channels_last",
     )
-    return _share(config, _pool_of(loaded))
+    return _share(config, _pool_of(loaded, device))
 
 
-def _pool_of(loaded: LoadedData) -> _Pool:
+def _pool_of(loaded: LoadedData, device: str) -> _Pool:
     test = None
     if loaded.test is not None:
-        test = Selection(loaded.test, loaded.test_numbers, loaded.prepare)
+        test = Selection(_place(loaded.test, device), loaded.test_numbers, loaded.prepare)
     return _Pool(
-        train=loaded.train,
+        train=_place(loaded.train, device),
         numbers=loaded.train_numbers,
+        targets=loaded.train.targets,
         test=test,
         prepare=loaded.prepare,
         owners=loaded.clients,
         classes=loaded.classes,
         vocabulary=loaded.vocabulary,
     )
+
+
+def _place(examples: Examples | StoredExamples, device: str) -> Examples | StoredExamples:
+    """Move a set to a GPU where it takes at most a quarter of what is free there."""
+    place = torch.device(device)
+    if place.type != "cuda":
+        return examples
+    free_bytes, _ = torch.cuda.mem_get_info(place)
+    return move_to(examples, place, most_bytes=free_bytes // 4)
 
 
 def _share(config: RunConfig, pool: _Pool) -> BuiltData:
@@ -130,7 +149,7 @@ def _share(config: RunConfig, pool: _Pool) -> BuiltData:
         numbers = numbers[rest]
     owners = None if pool.owners is None else [pool.owners[n] for n in numbers.tolist()]
     shares = partition(
-        pool.train.targets[numbers],
+        pool.targets[numbers],
         federation.clients,
         data.partition,
         owners=owners,

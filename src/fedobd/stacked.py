@@ -13,7 +13,7 @@ padded, since they would enter the statistics of batch normalization.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,32 @@ class _Stack:
     buffers: Tensors
     moments: dict[str, Tensors]
     steps: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        starts: Sequence[ModelState],
+        parameters: Collection[str],
+        frozen: Collection[str],
+        options: TrainingOptions,
+        device: torch.device,
+    ) -> _Stack:
+        """Stack what the clients start from; their optimizers are fresh."""
+        values = {
+            name: _stacked([start[name] for start in starts], device)
+            for name in starts[0]
+            if name not in frozen
+        }
+        trained = {name: value for name, value in values.items() if name in parameters}
+        return cls(
+            trained=trained,
+            buffers={name: value for name, value in values.items() if name not in parameters},
+            moments={
+                kind: {name: torch.zeros_like(value) for name, value in trained.items()}
+                for kind in _moments(options)
+            },
+            steps=torch.zeros(len(starts), dtype=torch.float64, device=device),
+        )
 
     def take(self, clients: torch.Tensor) -> _Stack:
         """Return copies of some clients' tensors."""
@@ -135,81 +161,65 @@ def train_stacked(
     device = next(model.parameters()).device
     parameters = {name: p for name, p, _ in named_tensors(model) if isinstance(p, nn.Parameter)}
     frozen = {n: starts[0][n].to(device) for n, p in parameters.items() if not p.requires_grad}
-    values = {
-        name: _stacked([start[name] for start in starts], device)
-        for name in starts[0]
-        if name not in frozen
-    }
-    stack = _Stack(
-        trained={name: value for name, value in values.items() if name in parameters},
-        buffers={name: value for name, value in values.items() if name not in parameters},
-        moments={
-            kind: {n: torch.zeros_like(v) for n, v in values.items() if n in parameters}
-            for kind in _moments(options)
-        },
-        steps=torch.zeros(len(data), dtype=torch.float64, device=device),
-    )
-    model.train()
-    gradient = _gradient(model, frozen, loss, options, device)
     sizes = [len(own.train) for own in data]
-    decays = torch.tensor(
-        [1 / n if options.weight_decay == "1/n" else float(options.weight_decay) for n in sizes],
-        device=device,
-    )
+    stack = _Stack.of(starts, parameters, frozen, options, device)
+    trainer = _Trainer(stack, _gradient(model, frozen, loss, options, device), options, sizes)
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
-    losses = torch.zeros(len(data), device=device)
-    seen = torch.ones(len(data), device=device)
+    model.train()
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with generators, pooling_first(model):
         torch.manual_seed(seeds[0])
         for epoch in range(plan.epochs):
-            epochs = [
-                _batches(torch.randperm(size, generator=order), options.batch_size)
-                for size, order in zip(sizes, orders, strict=True)
-            ]
-            if has_batch_norm(model):
-                epochs = [[b for b in batches if len(b) > 1] for batches in epochs]
-            if not all(epochs):
-                raise UsageError(
-                    "a client has a single training example, which batch normalization cannot use"
-                )
-            losses.zero_()
-            seen.zero_()
-            for step in _steps(epochs):
-                rates = [
-                    _rate(options, plan, epoch, step.number, len(epochs[k])) for k in step.clients
-                ]
-                count = len(step.batches[0])
+            batches = _draw(sizes, orders, options.batch_size, has_batch_norm(model))
+            total = torch.zeros(len(data), device=device)
+            for step in _steps(batches):
                 batch = take_together([data[k].train for k in step.clients], step.batches)
                 if augment is not None:
-                    changed = [
-                        augment(inputs, orders[k])
-                        for k, inputs in zip(step.clients, batch.inputs, strict=True)
-                    ]
-                    batch = Examples(torch.stack(changed), batch.targets)
-                batch_loss = _move(
-                    stack,
-                    step,
-                    gradient,
-                    batch,
-                    options,
-                    torch.tensor(rates, device=device),
-                    decays,
-                )
-                clients = torch.tensor(step.clients, device=device)
-                losses.index_add_(0, clients, batch_loss.to(losses.dtype) * count)
-                seen[clients] += count
+                    batch = _augmented(batch, augment, [orders[k] for k in step.clients])
+                rates = [
+                    _rate(options, plan, epoch, step.number, len(batches[k])) for k in step.clients
+                ]
+                losses = trainer.move(step, batch, rates)
+                total[step.clients] += losses.to(total.dtype) * len(step.batches[0])
+    seen = [sum(map(len, own)) for own in batches]
     results = [
-        LocalResult(size, mean) for size, mean in zip(sizes, (losses / seen).tolist(), strict=True)
+        LocalResult(size, loss / count)
+        for size, loss, count in zip(sizes, total.tolist(), seen, strict=True)
     ]
     whole = {**stack.trained, **stack.buffers}
     whole |= {name: value.expand(len(data), *value.shape) for name, value in frozen.items()}
     return StateStack({name: whole[name] for name in starts[0]}), results
 
 
+def _draw(
+    sizes: Sequence[int],
+    orders: Sequence[torch.Generator],
+    batch_size: int,
+    leave_single_out: bool,
+) -> list[list[torch.Tensor]]:
+    """Return each client's batches of an epoch, in order: the numbers of their examples."""
+    drawn = [
+        _batches(torch.randperm(size, generator=order), batch_size)
+        for size, order in zip(sizes, orders, strict=True)
+    ]
+    if leave_single_out:
+        drawn = [[batch for batch in batches if len(batch) > 1] for batches in drawn]
+    if not all(drawn):
+        raise UsageError(
+            "a client has a single training example, which batch normalization cannot use"
+        )
+    return drawn
+
+
 def _batches(order: torch.Tensor, size: int) -> list[torch.Tensor]:
     """Return its parts; as `torch.split`, which takes three times as long for a single one."""
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _augmented(batch: Examples, augment: Augment, orders: Sequence[torch.Generator]) -> Examples:
+    """Change the inputs of each client's batch, with that client's draws."""
+    changed = [augment(own, order) for own, order in zip(batch.inputs, orders, strict=True)]
+    return Examples(torch.stack(changed), batch.targets)
 
 
 def _moments(options: TrainingOptions) -> tuple[str, ...]:
@@ -283,38 +293,50 @@ def _rate(
     return options.learning_rate * rate_factor(options, plan, epoch + done, step)
 
 
-def _move(
-    stack: _Stack,
-    step: _Step,
-    gradient: Gradient,
-    batch: Examples,
-    options: TrainingOptions,
-    rates: torch.Tensor,
-    decays: torch.Tensor,
-) -> torch.Tensor:
-    """Make one step of some clients; return their losses, shape (clients of the step,)."""
-    device = rates.device
-    numbers = torch.tensor(step.clients, device=device)
-    part = stack if len(step.clients) == len(stack.steps) else stack.take(numbers)
-    try:
-        gradients, (losses, buffers) = gradient(
-            part.trained, part.buffers, batch.inputs.to(device), batch.targets.to(device)
-        )
-    except RuntimeError as error:
-        raise UsageError(
-            f"the model or the loss cannot be computed for several clients at once ({error}); "
-            "wanted simulation.stack = 1"
-        ) from error
-    if options.max_gradient_norm is not None:
-        _clip(gradients, options.max_gradient_norm)
-    part.steps += 1
-    part.buffers = buffers
-    update = _sgd if options.optimizer == "sgd" else _adamw
-    for name, gradient_of in gradients.items():
-        update(options, part, name, gradient_of, rates, decays[numbers])
-    if part is not stack:
-        stack.put(numbers, part)
-    return losses
+class _Trainer:
+    """Makes the steps of stacked clients.
+
+    Args:
+        stack: their values, which it changes.
+        gradient: gives gradients, losses and buffers.
+        options: optimizer, schedule, batch size.
+        sizes: how many training examples each client has.
+    """
+
+    def __init__(
+        self, stack: _Stack, gradient: Gradient, options: TrainingOptions, sizes: Sequence[int]
+    ) -> None:
+        decay = options.weight_decay
+        decays = [1 / n if decay == "1/n" else float(decay) for n in sizes]
+        self._stack, self._gradient, self._options = stack, gradient, options
+        self._device = stack.steps.device
+        self._decays = torch.tensor(decays, device=self._device)
+
+    def move(self, step: _Step, batch: Examples, rates: Sequence[float]) -> torch.Tensor:
+        """Make one step of some clients; return their losses, shape (clients of the step,)."""
+        stack, options, device = self._stack, self._options, self._device
+        numbers = torch.tensor(step.clients, device=device)
+        part = stack if len(step.clients) == len(stack.steps) else stack.take(numbers)
+        try:
+            gradients, (losses, buffers) = self._gradient(
+                part.trained, part.buffers, batch.inputs.to(device), batch.targets.to(device)
+            )
+        except RuntimeError as error:
+            raise UsageError(
+                f"the model or the loss cannot be computed for several clients at once ({error}); "
+                "wanted simulation.stack = 1"
+            ) from error
+        if options.max_gradient_norm is not None:
+            _clip(gradients, options.max_gradient_norm)
+        part.steps += 1
+        part.buffers = buffers
+        update = _sgd if options.optimizer == "sgd" else _adamw
+        rates_here = torch.tensor(rates, device=device)
+        for name, gradient in gradients.items():
+            update(options, part, name, gradient, rates_here, self._decays[numbers])
+        if part is not stack:
+            stack.put(numbers, part)
+        return losses
 
 
 def _clip(gradients: Tensors, most: float) -> None:

@@ -611,11 +611,6 @@ def test_a_parameter_that_is_not_used_stays(change: dict[str, Any]) -> None:
     assert all(torch.equal(s["head.weight"], start["head.weight"]) for s in states)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="torch.func.grad gives zeros where autograd gives None, so the stack decays parameters "
-    "that torch's optimizers skip",
-)
 @pytest.mark.parametrize("change", [{"weight_decay": 0.1}, {"optimizer": "adamw"}])
 def test_a_parameter_that_is_not_used_does_not_decay(change: dict[str, Any]) -> None:
     options = replace(OPTIONS, **{"weight_decay": 0.1, **change})

@@ -41,6 +41,9 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.AdamW
 
 Tensors = dict[str, torch.Tensor]
 Gradient = Callable[..., tuple[Tensors, tuple[torch.Tensor, Tensors]]]
+ClientLoss = Callable[..., tuple[torch.Tensor, tuple[torch.Tensor, Tensors]]]
+"""One client's loss from trained values, buffers, inputs and targets; also its value alone, and
+the new buffers."""
 
 
 @dataclass(slots=True)
@@ -153,17 +156,13 @@ def train_stacked(
     Raises:
         UsageError: a client's only batch has one example, and the model has batch normalization;
             or examples have unequal shapes, or the model cannot be computed under `vmap`.
-
-    Departs from `train_locally`:
-        A parameter that the loss does not depend on has a gradient of zero here and none there,
-        so weight decay moves it.
     """
     device = next(model.parameters()).device
     parameters = {name: p for name, p, _ in named_tensors(model) if isinstance(p, nn.Parameter)}
     frozen = {n: starts[0][n].to(device) for n, p in parameters.items() if not p.requires_grad}
     sizes = [len(own.train) for own in data]
     stack = _Stack.of(starts, parameters, frozen, options, device)
-    trainer = _Trainer(stack, _gradient(model, frozen, loss, options, device), options, sizes)
+    trainer = _Trainer(stack, _loss_of_one(model, frozen, loss, options, device), options, sizes)
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
     model.train()
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -241,14 +240,14 @@ def _own(value: torch.Tensor) -> torch.Tensor:
     return value.clone() if value.stride(0) == 0 else value
 
 
-def _gradient(
+def _loss_of_one(
     model: nn.Module,
     frozen: Tensors,
     loss: Loss,
     options: TrainingOptions,
     device: torch.device,
-) -> Gradient:
-    """Return the function that gives gradients, losses and new buffers of stacked clients."""
+) -> ClientLoss:
+    """Return the function that gives the loss of one client's batch."""
 
     def loss_of(
         trained: Tensors, buffers: Tensors, inputs: torch.Tensor, targets: torch.Tensor
@@ -259,7 +258,7 @@ def _gradient(
             value = loss(outputs, targets)
         return value, (value.detach(), {name: values[name] for name in buffers})
 
-    return vmap(grad(loss_of, has_aux=True), randomness="different")
+    return loss_of
 
 
 def _steps(epochs: Sequence[list[torch.Tensor]]) -> Iterator[_Step]:
@@ -298,17 +297,19 @@ class _Trainer:
 
     Args:
         stack: their values, which it changes.
-        gradient: gives gradients, losses and buffers.
+        loss_of: gives the loss of one client's batch.
         options: optimizer, schedule, batch size.
         sizes: how many training examples each client has.
     """
 
     def __init__(
-        self, stack: _Stack, gradient: Gradient, options: TrainingOptions, sizes: Sequence[int]
+        self, stack: _Stack, loss_of: ClientLoss, options: TrainingOptions, sizes: Sequence[int]
     ) -> None:
         decay = options.weight_decay
         decays = [1 / n if decay == "1/n" else float(decay) for n in sizes]
-        self._stack, self._gradient, self._options = stack, gradient, options
+        self._stack, self._loss_of, self._options = stack, loss_of, options
+        self._gradient: Gradient = vmap(grad(loss_of, has_aux=True), randomness="different")
+        self._unused: Collection[str] | None = None if any(decays) else ()
         self._device = stack.steps.device
         self._decays = torch.tensor(decays, device=self._device)
 
@@ -317,9 +318,12 @@ class _Trainer:
         stack, options, device = self._stack, self._options, self._device
         numbers = torch.tensor(step.clients, device=device)
         part = stack if len(step.clients) == len(stack.steps) else stack.take(numbers)
+        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
         try:
+            if self._unused is None:
+                self._unused = self._find_unused(part, inputs[0], targets[0])
             gradients, (losses, buffers) = self._gradient(
-                part.trained, part.buffers, batch.inputs.to(device), batch.targets.to(device)
+                part.trained, part.buffers, inputs, targets
             )
         except RuntimeError as error:
             raise UsageError(
@@ -333,10 +337,25 @@ class _Trainer:
         update = _sgd if options.optimizer == "sgd" else _adamw
         rates_here = torch.tensor(rates, device=device)
         for name, gradient in gradients.items():
-            update(options, part, name, gradient, rates_here, self._decays[numbers])
+            if name not in self._unused:
+                update(options, part, name, gradient, rates_here, self._decays[numbers])
         if part is not stack:
             stack.put(numbers, part)
         return losses
+
+    def _find_unused(
+        self, part: _Stack, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> Collection[str]:
+        """Return the parameters that the loss does not depend on, from one client's batch.
+
+        `torch.func.grad` gives zeros for them, and decay would move what torch's optimizers skip.
+        """
+        trained = {n: value[0].clone().requires_grad_() for n, value in part.trained.items()}
+        buffers = {n: value[0] for n, value in part.buffers.items()}
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            loss, _ = self._loss_of(trained, buffers, inputs, targets)
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        return {name for name, found in zip(trained, gradients, strict=True) if found is None}
 
 
 def _clip(gradients: Tensors, most: float) -> None:

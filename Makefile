@@ -21,7 +21,7 @@ test: $(VENV)/.installed-dev check
 FLOWER_VERSIONS := 1.24.0 1.36.0 newest
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python tests/flower_versions.py $(FLOWER_VERSIONS)
-	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 		apt-get install -qq -y chromium chromium-driver; } || true
 	$(BIN)/python -m pytest -m deployment -v
 
@@ -57,7 +57,7 @@ bench-simulation: $(VENV)/.installed
 # Size and opening time of a report of 50 runs with 200 rounds, in chromium and chromium-driver,
 # which are installed where apt can.
 bench-report: $(VENV)/.installed-dev
-	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 		apt-get install -qq -y chromium chromium-driver; } || true
 	$(BIN)/python benchmarks/report.py
 

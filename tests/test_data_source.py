@@ -472,8 +472,8 @@ OPENING: list[tuple[Make, str]] = [
      r"from 0 without gaps"),
     (texts_with(0.5, 1.0), r"column 'label' holds .*; wanted whole numbers or texts"),
     (damaged, r"data './set' cannot be opened: "),
-    (mixed, r"data 'set': files of .csv, .parquet; wanted one of .arrow, .csv, .json"),
-    (of_no_form, r"data 'set.txt': files of .txt; wanted one of .arrow, .csv, .json"),
+    (mixed, r"data 'set': files .csv, .parquet; wanted one of .arrow, .csv, .json"),
+    (of_no_form, r"data 'set.txt': files .txt; wanted one of .arrow, .csv, .json"),
     (numbers, r"column 'text' holds .*; wanted images or texts"),
 ]  # fmt: skip
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from fedobd import ModelSchema, Payload, Role, ServerSession, UsageError
 from fedobd._quantization import Coding
+from fedobd.display import format_bytes
 from fedobd.experiments import compare, load_config
 from fedobd.report import _traffic
 from fedobd.report._bits import bits_plot, levels_plot
@@ -40,6 +41,8 @@ from fedobd.report._tables import (
     block_table,
     environment_table,
     link_table,
+    part_table,
+    round_table,
     run_table,
     summary_table,
 )
@@ -208,11 +211,12 @@ def test_what_is_no_run_is_refused(made: Path, tmp_path: Path) -> None:
         ),
         ("rounds.jsonl", '{"round": 1}\n' * 5, "rounds.jsonl is damaged: KeyError"),
         ("rounds.jsonl", "[]\n" * 5, "rounds.jsonl is damaged: TypeError"),
-        ("rounds.jsonl", "", "rounds.jsonl holds 0 rounds, and summary.json is of 5"),
+        ("rounds.jsonl", "", "rounds.jsonl holds 0 whole rounds, and summary.json is of 5"),
         ("schema.json", "{}", "this is not a model schema"),
         ("schema.json", "\xff", "is damaged"),
         ("summary.json", "[1]", "summary.json is damaged: TypeError"),
         ("environment.json", "3", "environment.json is damaged: TypeError"),
+        ("environment.json", "[]", "environment.json is damaged: TypeError: wanted an object"),
         ("config.toml", "method = 3", "method"),
         ("config.toml", "lambda = 3", "key 'lambda' is unknown"),
     ],
@@ -223,6 +227,28 @@ def test_a_damaged_run_is_refused(runs: Path, name: str, text: str, told: str) -
     message = refusal([runs])
     assert message.startswith(f"run {str(folder)!r}")
     assert told in message
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"test_metric": "x"}, "rounds.jsonl is damaged: test_metric: Input should be a valid n"),
+        ({"clients": []}, "rounds.jsonl is damaged: ValueError: round 1 names no clients"),
+        ({"cohort": []}, "rounds.jsonl is damaged: ValueError: round 1 names no clients"),
+    ],
+)
+def test_records_that_say_something_else_are_refused(
+    runs: Path, change: dict[str, Any], told: str
+) -> None:
+    change_records(runs / "fedobd-seed0", lambda record: record.update(change))
+    assert told in refusal([runs])
+
+
+@pytest.mark.parametrize("name", ["final_metric", "uplink_bytes", "stops_on_test"])
+def test_a_summary_that_says_something_else_is_refused(runs: Path, name: str) -> None:
+    file = runs / "fedobd-seed0" / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: "abc"}))
+    assert f"summary.json is damaged: {name}: Input should be a valid" in refusal([runs])
 
 
 def test_a_missing_file_is_named(runs: Path) -> None:
@@ -419,7 +445,11 @@ def test_blocks_are_a_table(made: Path) -> None:
     plain_table = block_table(section.variants[1], deliveries["fedavg"])
     assert "delivery\nentropy" not in plain_table.head
     assert set(column(plain_table, "down\nlevels s")) == {"–"}
-    assert set(column(plain_table, "uploaded\nin stage 1")) == {"100.0 %"}
+    assert set(column(plain_table, "uploads\nin stage 1")) == {"12 of 12"}
+    assert run.differences is not None
+    means = run.differences[run.in_stage(1)].mean(axis=0)
+    assert column(table, "mean block\ndifference") == [f"{mean:.3g}" for mean in means]
+    assert "mean block\ndifference" not in plain_table.head
 
 
 def test_versions_that_differ_stand_beside_each_other(runs: Path) -> None:
@@ -552,6 +582,35 @@ def test_accuracy_marks_seeds_and_stages(made: Path) -> None:
     dashes = {t["name"]: t["line"]["dash"] for t in traces if t["line"]["dash"] == "dot"}
     assert dashes == {"fedobd": "dot", "fedobd, seed 0": "dot", "fedobd, seed 1": "dot"}
     assert "thick lines are means over the seeds" in plot.caption
+    for trace in (trace for trace in traces if trace["line"]["dash"] == "dot"):
+        rounds, stages = array(trace["customdata"]).T.tolist()
+        assert (rounds, stages) == ([3, 4, 5], [1, 2, 2])  # from the end of stage 1
+        assert array(trace["marker"]["size"]).tolist() == [0, 7, 7]
+
+
+def test_a_single_accuracy_has_an_axis_around_it(runs: Path) -> None:
+    for folder in runs.glob("*-seed*"):
+        change_records(folder, lambda record: record.update(test_metric=1.0))
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["final_metric"] = 1.0
+        (folder / "summary.json").write_text(json.dumps(summary))
+    plot = accuracy_plot(only(gather([runs])))
+    assert plot is not None
+    assert plot.views[0, 0]["layout"]["yaxis"]["range"] == [0.95, 1.05]
+
+
+def test_parts_and_rounds_are_tables(made: Path) -> None:
+    section = only(gather([made]))
+    table = part_table(section)
+    assert [row[0].text for row in table.rows[:2]] == ["fedobd, up", "fedobd, down"]
+    runs = section.variants[0].counted
+    levels = sum(r.uplink_parts["levels"] for run in runs for r in run.rounds) / len(runs)
+    assert column(table, "levels")[0] == format_bytes(levels)
+    rounds = round_table(section.variants[0], section.metric)
+    shown = section.variants[0].shown
+    assert column(rounds, "round") == ["1", "2", "3", "4", "5"]
+    counts = [list(map(int, text.split())) for text in column(rounds, "uploads by block")]
+    assert counts == shown.uploads.tolist()
 
 
 def test_stacks_add_up_to_what_was_measured(made: Path) -> None:
@@ -581,10 +640,11 @@ def test_the_map_shows_who_uploaded_what(made: Path) -> None:
     section = only(gather([made]))
     plot = upload_map(section, 1)
     assert plot is not None
-    assert plot.switches[0].options == ("fedobd",)
+    assert plot.switches[0].options == ("fedobd, seed 0", "fedobd, seed 1")
     assert "Not shown: fedavg, fedpaq, where all upload every block." in plot.caption
-    (trace,) = plot.views[0,]["data"]
-    run = section.variants[0].shown
+    (trace,) = plot.views[1,]["data"]
+    run = section.variants[0].counted[1]
+    assert array(trace["text"]).tolist() == run.uploads.T.tolist()
     assert array(trace["z"]).tolist() == np.round(100 * upload_shares(run).T).tolist()
     assert array(trace["customdata"]) == pytest.approx(run.differences.T)  # type: ignore[union-attr]
     layout = plot.views[0,]["layout"]
@@ -694,7 +754,7 @@ def test_names_are_shown_as_they_are() -> None:
 
 
 def luminance(color: str) -> float:
-    parts = [int(part) / 255 for part in re.findall(r"\d+", color)]
+    parts = [part / 255 for part in bytes.fromhex(color[1:])]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -702,12 +762,11 @@ def luminance(color: str) -> float:
 def colors() -> Iterator[str]:
     from fedobd.report._plot import COLORS
 
-    for color in (*COLORS, *_traffic.PART_COLORS):
-        yield "rgb({}, {}, {})".format(*bytes.fromhex(color[1:]))
+    yield from (*COLORS, *_traffic.PART_COLORS)
     yield from (block_color(number, 40) for number in range(40))
 
 
-@pytest.mark.parametrize("page", ["rgb(255, 255, 255)", "rgb(20, 24, 29)"])
+@pytest.mark.parametrize("page", ["#ffffff", "#14181d"])
 def test_colors_stand_out_on_both_pages(page: str) -> None:
     for color in colors():
         high, low = sorted((luminance(color), luminance(page)), reverse=True)

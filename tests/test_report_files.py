@@ -204,7 +204,12 @@ def test_markdown_has_whole_tables(made: Path, tmp_path: Path) -> None:
 
 def test_figures_are_png_and_svg(made: Path, tmp_path: Path) -> None:
     files = write_figures([made], tmp_path / "new" / "figures")
-    names = ["accuracy-bytes", "accuracy-rounds", "bytes-per-round", "uploads-fedobd"]
+    names = [
+        *("accuracy-bytes", "accuracy-up", "accuracy-down", "accuracy-rounds"),
+        *("bytes-per-round", "uploads-fedobd", "bytes-by-use-fedobd", "bytes-by-block-fedobd"),
+        *("bits-fedobd", "levels-up-fedobd", "levels-down-fedobd"),
+        *("bytes-by-use-fedpaq", "bytes-by-block-fedpaq", "bits-fedpaq", "levels-up-fedpaq"),
+    ]
     assert [f.name for f in files] == [f"{n}.{kind}" for n in names for kind in ("png", "svg")]
     for file in files:
         if file.suffix == ".png":
@@ -238,9 +243,9 @@ def test_the_command_writes_what_is_asked_for(
     assert Path("report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     one = str(made / "fedpaq")
     done = command(one, one, "--format", "md", "-o", "own.md", "--figures", "pictures")
-    assert (done.exit_code, done.output) == (0, "wrote own.md\nwrote 6 figures to pictures\n")
+    assert (done.exit_code, done.output) == (0, "wrote own.md\nwrote 18 figures to pictures\n")
     assert Path("own.md").read_text(encoding="utf-8").startswith("# Report\n\n1 run of fedpaq;")
-    assert len(list(Path("pictures").iterdir())) == 6  # FedPAQ leaves out no block
+    assert len(list(Path("pictures").iterdir())) == 18  # FedPAQ leaves out no block
     assert command(one, "--format", "docx").exit_code == 2
     assert isinstance(command(str(tmp_path / "nothing")).exception, UsageError)
 

@@ -21,6 +21,7 @@ from typing import Annotated, Protocol
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedobd import __version__
 from fedobd._blocks import BlockRules, BlockStyle, decompose
@@ -439,5 +440,5 @@ def presets_command(
         return
     table = Table("preset", "what it is")
     for name, text in list_presets().items():
-        table.add_row(name, text)
+        table.add_row(name, Text(text))
     console.print(table)

@@ -217,9 +217,10 @@ def _show(plan: Plan, pace: _Pace) -> None:
         console.print(block_table(plan.schema, plan.dropout_rate))
     console.print(_traffic_table(plan, pace))
     for line in _notes(plan, pace):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
     for warning in _warnings(plan):
-        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+        text = f"warning: {warning}"
+        console.print(text, style="yellow", markup=False, soft_wrap=not console.is_terminal)
 
 
 def _traffic_table(plan: Plan, pace: _Pace) -> Table:

@@ -253,9 +253,9 @@ def _open_files(path: Path, splits: Splits) -> Any:
     suffixes = {file.suffix for chosen in files.values() for file in chosen}
     builder = _BUILDERS.get(next(iter(suffixes)))
     if builder is None or len(suffixes) > 1:
+        found = ", ".join(suffix or "without an ending" for suffix in sorted(suffixes))
         raise UsageError(
-            f"data {str(path)!r}: files of {', '.join(sorted(suffixes))}; wanted one of "
-            f"{', '.join(sorted(_BUILDERS))}"
+            f"data {str(path)!r}: files {found}; wanted one of {', '.join(sorted(_BUILDERS))}"
         )
     patterns = {split: [glob.escape(str(f)) for f in chosen] for split, chosen in files.items()}
     return datasets.load_dataset(builder, data_files=patterns)

@@ -25,6 +25,12 @@ def build_from(
             f"model {name!r} refused its options {dict(options)!r}: "
             f"{type(error).__name__}: {error}"
         ) from error
+    except UsageError:
+        raise
+    except Exception as error:  # the user's own code
+        raise UsageError(
+            f"model {name!r} cannot be built: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"model {name!r}: the factory returned an object of type {type(model).__name__}; "

@@ -153,7 +153,7 @@ def accuracy_plot(section: Section) -> Plot | None:
                 ],
                 "layout": {
                     "xaxis": _axis(measure, scale, longest),
-                    "yaxis": axis(section.metric),
+                    "yaxis": _metric_axis(section),
                     "hovermode": "closest",
                     "showlegend": named,
                     "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
@@ -172,6 +172,17 @@ def _axis(measure: Measure, scale: str, longest: int) -> Layout:
     if measure is ROUNDS:
         return {**round_axis(longest), "rangemode": "tozero"}
     return axis(measure.title, rangemode="tozero")
+
+
+def _metric_axis(section: Section) -> Layout:
+    """Return the vertical axis; around a single value it would reach one to each side."""
+    found = {played.test_metric for run in section.runs for played in run.rounds}
+    values = found - {None} | {run.results.final_metric for run in section.runs} - {None}
+    if len(values) > 1:
+        return axis(section.metric)
+    (value,) = values
+    assert value is not None
+    return axis(section.metric, range=[value - 0.05, value + 0.05])
 
 
 def _traces(variant: Variant, measure: Measure, metric: str) -> Iterator[Trace]:
@@ -204,7 +215,7 @@ def _lines(
             "mode": "lines+markers" if marked or len(curve.x) == 1 else "lines",
             "x": typed(part.x),
             "y": typed(part.y),
-            "customdata": typed(part.number, "i4"),
+            "customdata": typed(np.stack([part.number, part.stage], axis=1), "i4"),
             "name": plain(name),
             "legendgroup": str(variant.number),
             "showlegend": is_main and not shown,
@@ -214,7 +225,11 @@ def _lines(
                 "width": 2.5 if is_main else 1,
                 "dash": dash,
             },
-            "marker": {"symbol": variant.number % 8 + opened, "size": 7},
-            "hovertemplate": f"{hover}<br>round %{{customdata}}, stage {stage}<extra></extra>",
+            "marker": {
+                "symbol": variant.number % 8 + opened,
+                "size": typed(np.where(part.stage == stage, 7, 0), "u1"),  # the joint has its mark
+            },
+            "hovertemplate": f"{hover}<br>round %{{customdata[0]}}, stage %{{customdata[1]}}"
+            "<extra></extra>",
         }
         shown = True

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from fedobd._errors import UsageError
+from fedobd.report._content import read_deliveries
 from fedobd.report._curves import MEASURES, Curve, Measure, common_rounds, curves_of, mean_curve
 from fedobd.report._gather import Section, Variant
 from fedobd.report._run import Round
+from fedobd.report._run_figures import count_rounds, new_figure, run_figures
 from fedobd.report._uploads import block_labels, drops_blocks, upload_shares
 
 _STYLE: dict[Any, Any] = {
@@ -84,25 +86,22 @@ def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
 def _figures(section: Section) -> Iterator[tuple[str, Any]]:
     """Yield name and figure."""
     if any(run.results.final_metric is not None for run in section.runs):
-        yield "accuracy-bytes", _accuracy(section, MEASURES[0])
-        yield "accuracy-rounds", _accuracy(section, MEASURES[-1])
+        for measure, name in zip(MEASURES, ("bytes", "up", "down", "rounds"), strict=True):
+            yield f"accuracy-{name}", _accuracy(section, measure)
     yield "bytes-per-round", _traffic(section)
-    dropping = [variant for variant in section.variants if drops_blocks(variant)]
-    names = [re.sub(r"[^\w.]+", "-", variant.label).strip("-") for variant in dropping]
-    for number, (variant, name) in enumerate(zip(dropping, names, strict=True)):
+    deliveries = read_deliveries(section)
+    names = [re.sub(r"[^\w.]+", "-", variant.label).strip("-") for variant in section.variants]
+    for number, (variant, name) in enumerate(zip(section.variants, names, strict=True)):
         unique = name if names.count(name) == 1 else f"{name}-{number}"
-        yield f"uploads-{unique}", _upload_map(variant)
-
-
-def _new_figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+        if drops_blocks(variant):
+            yield f"uploads-{unique}", _upload_map(variant)
+        for kind, figure in run_figures(variant.shown, deliveries[variant.label]):
+            yield f"{kind}-{unique}", figure
 
 
 def _accuracy(section: Section, measure: Measure) -> Any:
     """Draw means over the seeds, with a band of one standard deviation on each side."""
-    figure = _new_figure(_WIDTH, _HEIGHT)
+    figure = new_figure(_WIDTH, _HEIGHT)
     axes = figure.subplots()
     for variant, look in zip(section.variants, cycle(_LOOKS)):
         tested = curves_of(variant.counted, measure)
@@ -136,7 +135,7 @@ def _traffic(section: Section) -> Any:
     """Draw bytes of each round of the run that is shown of each variant, up and down."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = _new_figure(_WIDTH, 1.6 * _HEIGHT)
+    figure = new_figure(_WIDTH, 1.6 * _HEIGHT)
     panels = figure.subplots(2, sharex=True)
     ways: tuple[tuple[str, Callable[[Round], int]], ...] = (
         ("MB up", lambda r: r.uplink_bytes),
@@ -156,7 +155,7 @@ def _traffic(section: Section) -> Any:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    panels[1].set(xlabel="round")
+    count_rounds(panels[1])
     figure.legend(*panels[0].get_legend_handles_labels(), ncols=3, loc="outside upper center")
     return figure
 
@@ -165,7 +164,7 @@ def _upload_map(variant: Variant) -> Any:
     """Draw the share of each round's clients that uploaded a block."""
     run = variant.shown
     count = len(run.schema.blocks)
-    figure = _new_figure(_MAP_WIDTH, min(9.0, 1.0 + 0.17 * count))
+    figure = new_figure(_MAP_WIDTH, min(9.0, 1.0 + 0.17 * count))
     axes = figure.subplots()
     rounds = len(run.rounds)
     image = axes.imshow(
@@ -184,6 +183,6 @@ def _upload_map(variant: Variant) -> Any:
             axes.axvline(second[0] + 0.5, color=color, linestyle=dash, linewidth=1)
     axes.set_yticks(range(count), block_labels(run), fontsize=7)
     axes.grid(visible=False)
-    axes.set(xlabel="round")
+    count_rounds(axes)
     figure.colorbar(image, label="share of the clients")
     return figure

@@ -21,9 +21,8 @@ def headline(section: Section) -> str:
 
 def _sentence(variant: Variant, beside: Variant | None, metric: str) -> str:
     sent, reached = mean_total(variant), mean_final(variant)
-    text = f"{variant.label} sent {format_bytes(sent)}" + (
-        "" if variant.is_finished else " so far"
-    )
+    so_far = "" if variant.is_finished else " so far"
+    text = f"{variant.label} sent {format_bytes(sent)}{so_far}"
     final = None if reached is None else f"{metric} {reached:.4f}"
     if beside is not None and beside is not variant:
         least, best = mean_total(beside), mean_final(beside)
@@ -32,4 +31,5 @@ def _sentence(variant: Variant, beside: Variant | None, metric: str) -> str:
         text += f", {share} {word} than the {format_bytes(least)} of {beside.label}"
         if final is not None and best is not None:
             final += f", where {beside.label} ends with {best:.4f}"
-    return text + ("." if final is None else f", and ends with {final}.")
+    verb = "ends with" if variant.is_finished else "stands at"
+    return text + ("." if final is None else f", and {verb} {final}.")

@@ -15,7 +15,7 @@ ASSUMPTION = (
     "A round is taken as one broadcast, one upload (both of the mean measured bytes a client) and "
     "the measured training time of a client, one after the other: the clients of a round work at "
     "the same time, each on a link of its own that is as fast up as down. Time on the server, "
-    "latency and protocol overhead are not counted."
+    "latency and protocol overhead are not counted. A process's first round also compiles code."
 )
 
 

@@ -15,6 +15,8 @@ from fedobd.report._tables import (
     block_table,
     environment_table,
     link_table,
+    part_table,
+    round_table,
     run_table,
     summary_table,
 )
@@ -46,6 +48,10 @@ def _section(section: Section) -> Iterator[str]:
     yield from _table(summary_table(section))
     yield "### Runs"
     yield from _table(run_table(section))
+    yield "### Bytes"
+    yield from _table(part_table(section))
+    for variant in section.variants:
+        yield from _table(round_table(variant, section.metric))
     yield "### Blocks"
     yield from MEANING
     for variant in section.variants:

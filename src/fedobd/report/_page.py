@@ -28,6 +28,7 @@ from fedobd.report._tables import (
     block_table,
     environment_table,
     link_table,
+    part_table,
     run_table,
     summary_table,
 )
@@ -146,6 +147,7 @@ def _section(section: Section, number: int, step: int, drawings: _Drawings) -> I
     yield f'<p class="headline">{escape(headline(section))}</p>'
     yield "<h3>Summary</h3>" + _table(summary_table(section))
     yield _details("Every run", [_table(run_table(section))])
+    yield _details("Bytes by what they are for", [_table(part_table(section))])
     for plot in plots_of(section, deliveries, step):
         place = f"section-{number}-{plot.name}"
         drawings.add(place, plot)

@@ -95,11 +95,11 @@ def shorten(name: str, most: int = 20) -> str:
 
 
 def block_color(number: int, num_blocks: int) -> str:
-    """Return the color of a block, by its place between input and output."""
+    """Return the color of a block, by its place between input and output, as `#rrggbb`."""
     place = number / max(num_blocks - 1, 1) * (len(DEPTH) - 1)
     left = min(int(place), len(DEPTH) - 2)
     parts = np.array(DEPTH[left]) * (left + 1 - place) + np.array(DEPTH[left + 1]) * (place - left)
-    return f"rgb({', '.join(str(round(part)) for part in parts)})"
+    return "#" + "".join(f"{round(part):02x}" for part in parts)
 
 
 def axis(title: str, **more: Any) -> Layout:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from fedobd._errors import UsageError
 from fedobd._schema import ModelSchema
@@ -137,6 +138,10 @@ class Results:
         return self.uplink_bytes + self.downlink_bytes
 
 
+_ROUND, _RESULTS = TypeAdapter(Round), TypeAdapter(Results)
+"""They look at the types of what files hold."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One run.
@@ -226,6 +231,9 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UsageError(f"{name} is missing, which `fedobd run` writes") from error
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, own['loc']))}: {own['msg']}" for own in error.errors())
+        raise UsageError(f"{name} is damaged: {'; '.join(faults)}") from error
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UsageError(f"{name} is damaged: {type(error).__name__}: {error}") from error
 
@@ -237,14 +245,19 @@ def _read(stored: RunFolder) -> Run | None:
         summary = stored.read_json(SUMMARY) if stored.is_finished else None
         if summary is not None and summary["rounds"] != len(records):
             raise UsageError(
-                f"{ROUNDS} holds {len(records)} rounds, and {SUMMARY} is of {summary['rounds']}"
+                f"{ROUNDS} holds {len(records)} whole rounds, and {SUMMARY} is of "
+                f"{summary['rounds']}"
             )
     if not records:
         return None
     with _reading(SCHEMA):
         schema = ModelSchema.from_json(stored.read_json(SCHEMA))
     with _reading(ENVIRONMENT):
-        environment = dict(stored.read_json(ENVIRONMENT))
+        environment = stored.read_json(ENVIRONMENT)
+        if not isinstance(environment, dict):
+            raise TypeError(f"wanted an object, not {type(environment).__name__}")
+    with _reading(SUMMARY if summary else ROUNDS):
+        results = _results(records, summary)
     with _reading(ROUNDS):
         return Run(
             folder=stored.path,
@@ -259,13 +272,15 @@ def _read(stored: RunFolder) -> Run | None:
             differences=_differences(records, len(schema.blocks)),
             uplink=_traffic(records, "uplink_blocks", len(schema.blocks)),
             downlink=_traffic(records, "broadcast_blocks", len(schema.blocks)),
-            results=_results(records, summary),
+            results=results,
             is_finished=summary is not None,
         )
 
 
 def _round(record: Record) -> Round:
     clients = record["clients"]
+    if not clients or not record["cohort"]:
+        raise ValueError(f"round {record['round']} names no clients")
     broadcasts = len(record["cohort"]) + len(record.get("reopened", ()))
     up = {part: sum(c["uplink"][part] for c in clients) for part in BYTE_PARTS}
     up["refused or repeated"] = record["uplink_bytes"] - sum(up.values())
@@ -273,19 +288,20 @@ def _round(record: Record) -> Round:
     down["openings"] = record["opening_bytes"]
     down["refused or repeated"] = record["downlink_bytes"] - sum(down.values())
     train_s = record["seconds"].get("train")
-    return Round(
-        number=record["round"],
-        stage=record["stage"],
-        cohort=len(record["cohort"]),
-        clients=len(clients),
-        broadcasts=broadcasts,
-        uplink_bytes=record["uplink_bytes"],
-        downlink_bytes=record["downlink_bytes"],
-        uplink_parts=up,
-        downlink_parts=down,
-        test_metric=record["test_metric"],
-        train_s=None if train_s is None else train_s / len(clients),
-    )
+    found = {
+        "number": record["round"],
+        "stage": record["stage"],
+        "cohort": len(record["cohort"]),
+        "clients": len(clients),
+        "broadcasts": broadcasts,
+        "uplink_bytes": record["uplink_bytes"],
+        "downlink_bytes": record["downlink_bytes"],
+        "uplink_parts": up,
+        "downlink_parts": down,
+        "test_metric": record["test_metric"],
+        "train_s": None if train_s is None else train_s / len(clients),
+    }
+    return _ROUND.validate_python(found)
 
 
 def _uploads(records: Sequence[Record], num_blocks: int) -> Values:
@@ -328,15 +344,9 @@ def _shaped(values: Values, rounds: int, num_blocks: int) -> Values:
 
 def _results(records: Sequence[Record], summary: Record | None) -> Results:
     if summary is not None:
-        return Results(
-            final_metric=summary["final_metric"],
-            best_metric=summary["best_metric"],
-            uplink_bytes=summary["uplink_bytes"],
-            downlink_bytes=summary["downlink_bytes"],
-            refusals=summary["refusals"],
-            round_s=summary["seconds"]["round"],
-            stops_on_test=summary["stops_on_test"],
-        )
+        names = ("final_metric", "best_metric", "uplink_bytes", "downlink_bytes", "refusals")
+        found = {name: summary[name] for name in (*names, "stops_on_test")}
+        return _RESULTS.validate_python({**found, "round_s": summary["seconds"]["round"]})
     metrics = [r["test_metric"] for r in records if r["test_metric"] is not None]
     return Results(
         final_metric=metrics[-1] if metrics else None,

@@ -13,6 +13,7 @@ from fedobd.report._delivery import LevelBits
 from fedobd.report._gather import Section, Variant
 from fedobd.report._links import ASSUMPTION, LINKS, run_seconds, train_seconds
 from fedobd.report._run import Results, Run, Values
+from fedobd.report._traffic import PARTS
 
 NONE = "–"
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -156,6 +157,9 @@ def _caption(section: Section) -> str:
 def _summary_notes(section: Section) -> Iterator[str]:
     if not all(variant.is_finished for variant in section.variants):
         yield "† not finished: the figures are those of the rounds so far, and not marked as best."
+    for name in _references(section):
+        if name != "FedAvg":
+            yield f"{name} is the baseline with the best final {section.metric}."
     yield from section.notes
 
 
@@ -306,8 +310,11 @@ def block_table(variant: Variant, delivery: LevelBits | None) -> Table:
         "kind": [block.kind for block in blocks],
         "parameters": [f"{block.num_parameters:,}" for block in blocks],
         "share": list(map(format_share, shares)),
-        "uploaded\nin stage 1": [format_share(count / asked) for count in counts],
+        "uploads\nin stage 1": [f"{count:.0f} of {asked}" for count in counts],
     }
+    if run.differences is not None:
+        means = run.differences[run.in_stage(1)].mean(axis=0)
+        columns["mean block\ndifference"] = [f"{mean:.3g}" for mean in means]
     for way, traffic in (("up", run.uplink), ("down", run.downlink)):
         if traffic is not None:
             bits = traffic.bits(run.schema)
@@ -323,6 +330,58 @@ def block_table(variant: Variant, delivery: LevelBits | None) -> Table:
         "parameter",
         head=tuple(columns),
         rows=tuple(tuple(map(Cell, row)) for row in zip(*columns.values(), strict=True)),
+    )
+
+
+def part_table(section: Section) -> Table:
+    """Return what the bytes of each variant were for, up and down, means over its seeds."""
+    found = [
+        (f"{variant.label}, {way}", _mean_parts(variant, way))
+        for variant in section.variants
+        for way in ("up", "down")
+    ]
+    used = [part for part in PARTS if any(own[part] for _, own in found)]
+    rows = tuple(
+        (Cell(name), *(Cell(format_bytes(own[part])) for part in used)) for name, own in found
+    )
+    caption = "Measured bytes of the whole run by what they are for"
+    return Table(caption=caption, head=("method", *used), rows=rows)
+
+
+def _mean_parts(variant: Variant, way: str) -> dict[str, float]:
+    """Return the bytes of a whole run by what they are for, means over the seeds."""
+    totals = []
+    for run in variant.counted:
+        rounds = [r.uplink_parts if way == "up" else r.downlink_parts for r in run.rounds]
+        totals.append({part: sum(own.get(part, 0) for own in rounds) for part in PARTS})
+    return {part: fmean(total[part] for total in totals) for part in PARTS}
+
+
+def round_table(variant: Variant, metric: str) -> Table:
+    """Return a row for each round of the run that is shown of a variant."""
+    run = variant.shown
+    rows = tuple(
+        tuple(
+            map(
+                Cell,
+                (
+                    str(played.number),
+                    str(played.stage),
+                    str(played.clients),
+                    NONE if played.test_metric is None else f"{played.test_metric:.4f}",
+                    format_bytes(played.uplink_bytes),
+                    format_bytes(played.downlink_bytes),
+                    " ".join(f"{count:.0f}" for count in uploads),
+                ),
+            )
+        )
+        for played, uploads in zip(run.rounds, run.uploads, strict=True)
+    )
+    return Table(
+        caption=f"Rounds of {variant.label}, seed {run.seed}; the last column counts the clients "
+        "that uploaded each block, the input first",
+        head=("round", "stage", "clients", metric, "up", "down", "uploads by block"),
+        rows=rows,
     )
 
 

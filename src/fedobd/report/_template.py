@@ -93,10 +93,13 @@ th:first-child, .words th, .words td { text-align: left; }
 tbody th { font-weight: 600; }
 td.best { font-weight: 700; }
 td.best span { background: var(--best); padding: 0.1rem 0.3rem; border-radius: 0.25rem; }
-fieldset { display: inline-block; border: 0; margin: 0 1.5rem 0.25rem 0; padding: 0; }
+fieldset {
+  display: inline-block; border: 0; margin: 0 1.5rem 0.25rem 0; padding: 0;
+  max-width: 100%; min-width: 0;
+}
 legend { float: left; padding: 0; margin-right: 0.5rem; color: var(--soft); }
 fieldset[hidden] { display: none; }
-fieldset label { margin-right: 0.75rem; white-space: nowrap; }
+fieldset label { display: inline-block; margin-right: 0.75rem; }
 select { font: inherit; max-width: 100%; color: inherit; background: var(--shade); }
 .headline { font-size: 1.125rem; max-width: 50rem; }
 .warning {

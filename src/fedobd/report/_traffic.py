@@ -159,5 +159,5 @@ def _traces(run: Run, stack: Stack, way: int, rounds: Sequence[int]) -> Iterator
             "name": plain(shorten(name)),
             "legendgroup": plain(name),
             "showlegend": way == 0,
-            "hovertemplate": "%{y:,.0f} bytes, round %{x}",
+            "hovertemplate": f"%{{y:,.0f}} bytes {'up' if way == 0 else 'down'}, round %{{x}}",
         }

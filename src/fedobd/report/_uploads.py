@@ -49,7 +49,7 @@ def map_height(variants: Sequence[Variant]) -> int:
 
 
 def upload_map(section: Section, step: int) -> Plot | None:
-    """Return the heat map of blocks by rounds, for one run of each variant that leaves out blocks.
+    """Return the heat map of blocks by rounds, for each run that leaves out blocks.
 
     Args:
         section: whose runs.
@@ -61,23 +61,24 @@ def upload_map(section: Section, step: int) -> Plot | None:
     variants = [variant for variant in section.variants if drops_blocks(variant)]
     if not variants:
         return None
-    seeds = ", ".join(dict.fromkeys(f"{v.shown.seed}" for v in variants))
+    shown = [(variant, run) for variant in variants for run in variant.counted]
+    labels = [v.label + (f", seed {r.seed}" if len(v.counted) > 1 else "") for v, r in shown]
     others = [v.label for v in section.variants if v not in variants]
     left_out = f" Not shown: {', '.join(others)}, where all upload every block." if others else ""
     hover = (
         " The mean block difference, on hovering, is the mean over the round's clients, of blocks "
         "that were dropped too."
-        if any(variant.shown.differences is not None for variant in variants)
+        if any(run.differences is not None for _, run in shown)
         else ""
     )
     return Plot(
         name="uploads",
         title="Which blocks were uploaded",
-        caption=f"Share of a round's clients that uploaded a block, seed {seeds}: dark blocks "
-        "stayed behind. Blocks stand with their number of parameters, the input at the bottom."
+        caption="How many of a round's clients uploaded a block: dark blocks stayed behind. "
+        "Blocks stand with their number of parameters, the input at the bottom."
         f"{hover}{left_out}{step_note(step)}",
-        switches=(Switch("method", tuple(variant.label for variant in variants)),),
-        views={(number,): _view(variant.shown, step) for number, variant in enumerate(variants)},
+        switches=(Switch("run", tuple(labels)),),
+        views={(number,): _view(run, step) for number, (_, run) in enumerate(shown)},
         height=map_height(variants),
     )
 
@@ -108,7 +109,8 @@ def _view(run: Run, step: int) -> dict[str, Any]:
             "yanchor": "bottom",
         },
         "name": "",
-        "hovertemplate": "%{y} parameters<br>round %{x}: %{z} % of the clients",
+        "text": typed(run.uploads[rounds].T, "u2"),
+        "hovertemplate": "%{y} parameters<br>round %{x}: %{text} clients, %{z} %",
     }
     if run.differences is not None:
         trace["customdata"] = typed(run.differences[rounds].T)

@@ -102,7 +102,8 @@ def _list(blocks: Sequence[StarvedBlock]) -> str:
 
 
 def _percent(blocks: Sequence[StarvedBlock]) -> str:
-    return f"{100 * sum(block.share for block in blocks):.1f} %"
+    share = 100 * sum(block.share for block in blocks)
+    return f"{share:.1f} %" if share >= 0.05 else "less than 0.1 %"
 
 
 def _advice(method: Method) -> str:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from fedobd import RoundPlan
-from fedobd.display import Display, JsonLines
+from fedobd.display import Display, JsonLines, comparison_table
 from fedobd.experiments import RunConfig, compare, run
 from fedobd.experiments.config import parse_config
 from tests.toy import CONFIG, config
@@ -220,3 +220,12 @@ def test_plain_lines_say_that_a_first_round_goes_on(folder: Path) -> None:
     assert begun.startswith("fedobd: seed 0, 50 rounds")
     assert first == "fedobd: round 1/50 stage 1 1 of 8 clients done"
     assert ended.startswith("fedobd: round 1/50 stage 1 accuracy")
+
+
+@pytest.mark.parametrize(("best", "columns"), [("fedavg", 8), ("fedpaq", 9)])
+def test_a_comparison_shows_a_baseline_once(best: str, columns: int, tmp_path: Path) -> None:
+    methods = ["fedobd", "fedavg", "fedpaq"]
+    made = compare(config("fedobd"), tmp_path, seeds=[0], methods=methods)
+    table = comparison_table(dataclasses.replace(made, best_baseline=best))
+    assert len(table.columns) == columns
+    assert (table.caption is None) == (best == "fedavg")

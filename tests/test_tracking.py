@@ -452,6 +452,8 @@ def test_a_store_that_mlflow_cannot_use(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"MLflow cannot use output.tracking_uri {uri!r}: ")
+        assert len(done.stdout.splitlines()) == 1
+        assert len(done.stdout) < 250
 
 
 # starved blocks

@@ -49,6 +49,14 @@ def left_out(section: Section) -> Iterator[str]:
     if not any(map(drops_blocks, section.variants)):
         yield "Every client uploaded every block in every round, so there is no picture of it."
     missing = [v.label for v in section.variants if v.shown.uplink is None]
+    untold = [
+        v.label for v in section.variants if v.is_finished and not v.shown.model_file.is_file()
+    ]
+    if untold:
+        yield (
+            f"The trained model of {', '.join(untold)} is missing: bits of its delivery and their "
+            "entropy are left out."
+        )
     if missing:
         yield (
             f"The run folders of {', '.join(missing)} were written before records said what each "
@@ -62,11 +70,13 @@ class Reproduction:
 
     Args:
         label: of the variant.
+        hint: what to do where the run's folder is gone.
         toml: the configuration of the run that is shown of it.
         commands: for the shell, one a run.
     """
 
     label: str
+    hint: str
     toml: str
     commands: tuple[str, ...]
 
@@ -76,6 +86,8 @@ def reproductions(section: Section) -> tuple[Reproduction, ...]:
     return tuple(
         Reproduction(
             label=variant.label,
+            hint="Without that folder: save the configuration below as config.toml, and "
+            f"fedobd run config.toml --seed {variant.shown.seed}.",
             toml=variant.shown.toml,
             commands=tuple(
                 f"fedobd run {shlex.quote(str(run.folder / 'config.toml'))} "

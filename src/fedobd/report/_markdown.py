@@ -63,6 +63,7 @@ def _section(section: Section) -> Iterator[str]:
     for one in reproductions(section):
         yield f"{_plain(one.label)}:"
         yield _fenced("\n".join(one.commands), "sh")
+        yield _plain(one.hint)
         yield _fenced(one.toml.rstrip(), "toml")
 
 

@@ -165,7 +165,11 @@ def _section(section: Section, number: int, step: int, drawings: _Drawings) -> I
         commands = escape("\n".join(one.commands))
         yield _details(
             f"{one.label}: commands and configuration",
-            [f"<pre>{commands}</pre>", f'<pre class="toml">{escape(one.toml)}</pre>'],
+            [
+                f"<pre>{commands}</pre>",
+                f'<p class="note">{escape(one.hint)}</p>',
+                f'<pre class="toml">{escape(one.toml)}</pre>',
+            ],
         )
     yield "</section>"
 

@@ -70,7 +70,9 @@ class MLflowTracker(Tracker):
                 (folder / RUN_ID).write_text(f"{self._run_id}\n", encoding="utf-8")
             self._log_parameters(parameters)
         except self._mlflow.MlflowException as error:
-            raise UsageError(f"MLflow cannot use output.tracking_uri {uri!r}: {error}") from error
+            asked, failed, _ = str(error).partition(" failed with exception")
+            reason = f"{asked} failed; is the server there?" if failed else asked
+            raise UsageError(f"MLflow cannot use output.tracking_uri {uri!r}: {reason}") from error
 
     def _find_run(self, folder: Path) -> None:
         """Find the run that an earlier start of this one has logged to, if the store has it."""

@@ -71,7 +71,7 @@ class MLflowTracker(Tracker):
             self._log_parameters(parameters)
         except self._mlflow.MlflowException as error:
             asked, failed, _ = str(error).partition(" failed with exception")
-            reason = f"{asked} failed; is the server there?" if failed else asked
+            reason = f"{asked} failed; is the server there?" if failed else asked.strip()
             raise UsageError(f"MLflow cannot use output.tracking_uri {uri!r}: {reason}") from error
 
     def _find_run(self, folder: Path) -> None:

@@ -21,8 +21,8 @@ def pooling_first(model: nn.Module) -> Iterator[None]:
 
     The largest of some values, or 0 where that is below, is the same in either order, and so is
     every gradient; but the ReLU then has a quarter of the values to look at, or fewer. With images
-    a first ReLU moves more memory than any other layer: with it a seventh of the
-    time of a small convolutional network goes.
+    a first ReLU moves more memory than any other layer; a small convolutional network saves a
+    seventh of its time.
 
     Args:
         model: any module. A ReLU that works in place or either layer with a hook stays where it

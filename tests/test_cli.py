@@ -214,7 +214,9 @@ def test_inspect_shows_what_a_payload_holds(
 
 
 def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "digits" in fedobd(capsys, "presets").out
+    listed = fedobd(capsys, "presets").out
+    assert "digits" in listed
+    assert "fedobd[data,minilm]" in listed
     printed = fedobd(capsys, "presets", "digits")
     Path("copy.toml").write_text(printed.out, encoding="utf-8")
     copied = fedobd(capsys, "run", "copy.toml", "--set", "federation.clients=2000")

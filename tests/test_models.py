@@ -334,6 +334,10 @@ def make(**options):
     return Net(**options)
 
 
+def broken():
+    raise RuntimeError("no weights")
+
+
 def positive(width):
     if width < 1:
         raise ValueError(f"width is {width}")
@@ -395,6 +399,7 @@ def test_own_model_by_module_and_name(own_model: str) -> None:
             {"width": 0},
             r"refused its options {'width': 0}: ValueError: widt",
         ),
+        ("own_model:broken", {}, r"'own_model:broken' cannot be built: RuntimeError: no weights"),
         ("own_model:make", {"depth": 2}, r"refused its options {'depth': 2}: TypeError: .*depth"),
         ("digits-cnn", {"classes": 3}, r"has no option 'classes'; it has num_classes, in_channel"),
         ("transformer", {}, r"model 'transformer': missing a required argument: 'vocab_size'"),

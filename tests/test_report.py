@@ -670,6 +670,15 @@ def test_levels_are_shown_of_what_is_quantized(made: Path) -> None:
     assert levels_plot(only(gather([made / "fedavg-seed0"])), 1) is None
 
 
+def test_a_missing_model_is_named_where_its_delivery_would_be_shown(runs: Path) -> None:
+    for folder in runs.glob("*-seed*"):
+        (folder / "model.safetensors").unlink()
+    assert list(left_out(only(gather([runs])))) == [
+        "The trained model of fedobd is missing: bits of its delivery and their entropy are left "
+        "out."
+    ]
+
+
 def test_old_folders_lack_what_blocks_took(runs: Path) -> None:
     for folder in runs.glob("*-seed*"):
         change_records(folder, drop_block_traffic)

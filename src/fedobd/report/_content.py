@@ -50,7 +50,12 @@ def left_out(section: Section) -> Iterator[str]:
         yield "Every client uploaded every block in every round, so there is no picture of it."
     missing = [v.label for v in section.variants if v.shown.uplink is None]
     untold = [
-        v.label for v in section.variants if v.is_finished and not v.shown.model_file.is_file()
+        v.label
+        for v in section.variants
+        if v.is_finished
+        and not v.shown.model_file.is_file()
+        and v.shown.downlink is not None
+        and v.shown.downlink.levels.any()
     ]
     if untold:
         yield (

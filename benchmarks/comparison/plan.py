@@ -73,11 +73,12 @@ def plan() -> Iterator[Run]:
     for seed in SEEDS:
         yield Run("cifar100-small", "no-dropout", "fedobd", seed, ABLATIONS["no-dropout"])
     yield Run("cifar100-small", "random-blocks", "fedobd", 0, ABLATIONS["random-blocks"])
-    for rate in (0.0, 0.5, 0.7, 0.9):
-        yield Run(
-            SWEPT, f"dropout-{rate}", "fedobd", 0,
-            (f"methods.fedobd.codec.dropout_rate={rate}",),
-        )  # fmt: skip
+    for preset, rates in {SWEPT: (0.0, 0.5, 0.7, 0.9), "cifar100-small": (0.1, 0.2)}.items():
+        for rate in rates:
+            yield Run(
+                preset, f"dropout-{rate}", "fedobd", 0,
+                (f"methods.fedobd.codec.dropout_rate={rate}",),
+            )  # fmt: skip
     for preset, weights in {
         SWEPT: (1e-4, 1e-3, 1e-1, 1.0),
         "cifar100-small": (1e-3,),

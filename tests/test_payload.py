@@ -320,7 +320,7 @@ def test_encoding_is_stable(name: str) -> None:
         )
     )
     assert len(chunks) >= 2
-    assert all(type(chunk) is bytes for chunk in chunks)
+    assert all(isinstance(chunk, bytes | memoryview) for chunk in chunks)
     assert b"".join(chunks) == case.encode() == case.encode()
     assert with_checksum(case.encode()) == case.encode()
 

@@ -73,10 +73,14 @@ class Broadcast:
         for _, segments in parsed.blocks(executor):
             for decoded in segments:
                 spec = schema.tensors[decoded.segment.tensor]
-                if spec.name not in values:
-                    values[spec.name] = torch.zeros(spec.shape, dtype=spec.dtype)
-                target = segment_of(values, spec, decoded.segment)
-                target.copy_(decoded.values)
+                if decoded.segment.num_elements == spec.num_elements:
+                    target = decoded.values.to(spec.dtype)
+                    values[spec.name] = target.reshape(spec.shape)
+                else:
+                    if spec.name not in values:
+                        values[spec.name] = torch.zeros(spec.shape, dtype=spec.dtype)
+                    target = segment_of(values, spec, decoded.segment)
+                    target.copy_(decoded.values)
                 if target.dtype != decoded.values.dtype:
                     refuse_not_finite(spec, target)
         return cls(parsed.header, values)

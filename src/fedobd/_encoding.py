@@ -55,7 +55,7 @@ def encode_payload(
     generator: torch.Generator | None = None,
     frozen: Callable[[TensorSpec], torch.Tensor] | None = None,
     executor: Executor | None = None,
-) -> Iterator[bytes]:
+) -> Iterator[Bytes]:
     """Encode a payload, block by block.
 
     Args:
@@ -69,7 +69,7 @@ def encode_payload(
         executor: spreads the work on large blocks; the bytes are the same with and without.
 
     Yields:
-        Chunks; the payload is their concatenation.
+        Chunks, which may be views of what the source gave; the payload is their concatenation.
 
     Raises:
         UsageError: a value is NaN or infinite; the message names the tensor.
@@ -84,7 +84,7 @@ def encode_payload(
         executor=executor,
     )
     for _, chunk in chunks:
-        yield bytes(chunk)
+        yield chunk
 
 
 def encode_payloads(

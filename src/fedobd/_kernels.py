@@ -437,6 +437,29 @@ def _largest_difference(values: Any, base: Any) -> Any:
 
 
 @compiled
+def _add(values: Any, base: Any, scale: Any, sums: Any) -> Any:
+    """Add (value - base) · scale, each rounded once half to even; no base: value · scale."""
+    if base.size:
+        for i in range(values.size):
+            difference = np.float64(values[i]) - np.float64(base[i])
+            sums[i] += np.int64(np.rint(difference * scale))
+    else:
+        for i in range(values.size):
+            sums[i] += np.int64(np.rint(np.float64(values[i]) * scale))
+
+
+@compiled
+def _add_masked(values: Any, base: Any, mask: Any, scale: Any, sums: Any) -> Any:
+    """Do the same where the mask is set, whose elements values and base are."""
+    j = 0
+    for i in range(mask.size):
+        if mask[i]:
+            below = np.float64(base[j]) if base.size else 0.0
+            sums[i] += np.int64(np.rint((np.float64(values[j]) - below) * scale))
+            j += 1
+
+
+@compiled
 def add_differences(values: Any, base: Any, mask: Any, limit: Any, scale: Any, sums: Any) -> Any:
     """Add (value - base) · scale, each rounded once half to even; nothing where one is too large.
 
@@ -451,24 +474,20 @@ def add_differences(values: Any, base: Any, mask: Any, limit: Any, scale: Any, s
     Returns:
         -1; or, where nothing was added, the bits of the largest |value - base| as a float64.
     """
-    own = base[mask] if mask.size and base.size else base
-    largest = _largest_difference(values, own)
-    if largest > _bits(limit):
-        return largest
     if mask.size:
-        j = 0
-        for i in range(mask.size):
-            if mask[i]:
-                below = np.float64(own[j]) if own.size else 0.0
-                sums[i] += np.int64(np.rint((np.float64(values[j]) - below) * scale))
-                j += 1
-    elif own.size:
-        for i in range(values.size):
-            difference = np.float64(values[i]) - np.float64(own[i])
-            sums[i] += np.int64(np.rint(difference * scale))
-    else:
-        for i in range(values.size):
-            sums[i] += np.int64(np.rint(np.float64(values[i]) * scale))
+        own = base[mask] if base.size else base
+        largest = _largest_difference(values, own)
+        if largest > _bits(limit):
+            return largest
+        _add_masked(values, own, mask, scale, sums)
+        return np.int64(-1)
+    size = 4096  # what is looked at and then added while it is still in the first cache
+    for start in range(0, values.size, size):
+        part, below = values[start : start + size], base[start : start + size]
+        if _largest_difference(part, below) > _bits(limit):
+            _add(values[:start], base[:start], -scale, sums)  # takes back what was added
+            return _largest_difference(values, base)
+        _add(part, below, scale, sums[start : start + size])
     return np.int64(-1)
 
 

@@ -71,7 +71,7 @@ class _OpenRound:
 
     plan: RoundPlan
     shipment: Shipment
-    mean: RunningMean
+    mean: RunningMean | None = None
     broadcast: ByteCount | None = None
     broadcast_blocks: dict[int, BlockTraffic] = field(default_factory=dict)
     opening: ByteCount | None = None
@@ -193,14 +193,7 @@ class ServerSession:
         seed = derive_seed(self.seed, "server", number)
         memory = self.method.begin(dict(progress.memory), self.schema, seed)
         progress.memory = memory
-        mean = RunningMean(
-            self.schema,
-            self._state,
-            cohort_size=len(plan.cohort),
-            max_examples=self.max_examples,
-            per_element=self.method.per_element_mean,
-        )
-        self._open = _OpenRound(plan, self.method.downlink(memory, self.schema), mean)
+        self._open = _OpenRound(plan, self.method.downlink(memory, self.schema))
         return plan
 
     def broadcast(self) -> Iterator[bytes]:
@@ -222,7 +215,7 @@ class ServerSession:
             current.broadcast_blocks = payload.block_traffic()
             yield whole
         else:
-            yield from chunks
+            yield from map(bytes, chunks)
 
     def needs_opening(self, client: int) -> bool:
         """Whether a client of the round must be sent an opening payload before the broadcast."""
@@ -282,9 +275,9 @@ class ServerSession:
         """
         shipment = self.method.downlink(self._progress.memory, self.schema)
         whole = dataclasses.replace(shipment, kept=all_blocks(self.schema))
-        yield from self._encode(Kind.DELIVERY, whole, self._progress.rounds)
+        yield from map(bytes, self._encode(Kind.DELIVERY, whole, self._progress.rounds))
 
-    def _encode(self, kind: Kind, shipment: Shipment, number: int) -> Iterator[bytes]:
+    def _encode(self, kind: Kind, shipment: Shipment, number: int) -> Iterator[Bytes]:
         schema, state = self.schema, self._state
         header = Header(
             kind=kind,
@@ -378,6 +371,14 @@ class ServerSession:
                 f"{self.method.name} sends the other",
             )
         self.method.check_upload(header, self.schema, current.shipment.kept)
+        if current.mean is None:  # made now, while clients train, rather than before they may
+            current.mean = RunningMean(
+                self.schema,
+                self._state,
+                cohort_size=len(plan.cohort),
+                max_examples=self.max_examples,
+                per_element=self.method.per_element_mean,
+            )
         current.mean.fold(
             lambda: payload.views(self._executor),
             report.num_examples,
@@ -430,7 +431,7 @@ class ServerSession:
                 aborted.
         """
         current = self._current()
-        if not current.uploads:
+        if current.mean is None or not current.uploads:
             refused = "; ".join(f"client {r.client}: {r.message}" for r in current.refusals)
             raise EmptyRoundError(
                 f"round {current.plan.round}: no upload was accepted from "

@@ -72,16 +72,16 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Role]]:
                 yield prefix + name, buffer, Role.BUFFER
 
 
-def get_state(model: nn.Module, device: str | None = "cpu") -> ModelState:
-    """Return copies of the tensors of a module, in the module's own element types.
+def view_state(model: nn.Module) -> ModelState:
+    """Return the tensors of a module themselves, which change when it is trained."""
+    return {name: tensor.detach() for name, tensor, _ in named_tensors(model)}
 
-    Args:
-        model: the module.
-        device: where the copies lie; None for where the module's tensors do.
-    """
+
+def get_state(model: nn.Module) -> ModelState:
+    """Return copies of the tensors of a module on the CPU, in the module's own element types."""
     return {
-        name: tensor.detach().to(device or tensor.device, copy=True).contiguous()
-        for name, tensor, _ in named_tensors(model)
+        name: tensor.to("cpu", copy=True).contiguous()
+        for name, tensor in view_state(model).items()
     }
 
 

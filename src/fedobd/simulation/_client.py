@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from fedobd._method import Method
 from fedobd._rounds import RoundPlan
 from fedobd._schema import ModelSchema
 from fedobd._seeds import derive_seed
-from fedobd._state import ModelState, StateStack, get_state, load_state
+from fedobd._state import ModelState, StateStack, load_state, view_state
 from fedobd._wire import Bytes, Kind, Report
 from fedobd.data import ClientData
 from fedobd.training import Evaluation, LocalResult, LocalTraining
@@ -116,10 +117,15 @@ class LocalClient:
 
     Args:
         setup: what they share.
+        join: makes an upload of its chunks, which are good until it returns; `ClientResult` has
+            what it returns.
     """
 
-    def __init__(self, setup: ClientSetup) -> None:
+    def __init__(
+        self, setup: ClientSetup, join: Callable[[list[Bytes]], Bytes] = b"".join
+    ) -> None:
         self._setup = setup
+        self._join = join
         self._model = setup.make_model().to(setup.device)
         self._decoded: dict[Kind, tuple[int, Broadcast]] = {}
         self._frozen = {setup.schema.tensors[n].name for n in setup.schema.frozen()}
@@ -164,7 +170,7 @@ class LocalClient:
         for task, session, chunks in zip(tasks, sessions, uploads, strict=True):
             yield ClientResult(
                 client=task.client,
-                upload=b"".join(chunks),
+                upload=self._join(chunks),
                 state={n: v for n, v in session.state.items() if n not in self._frozen},
                 seconds=together,
             )
@@ -204,17 +210,22 @@ class LocalClient:
         ((start,), (own,), (seed,)) = starts, data, seeds
         load_state(self._model, start)
         result = setup.train(self._model, own, plan, seed)
-        return StateStack.of([get_state(self._model, device=None)]), [result]
+        return StateStack.of([view_state(self._model)]), [result]
 
     def _decode(self, kind: Kind, number: int, payload: bytes | Path) -> Broadcast:
         """Decode what all clients of a round share once for all of them."""
         known = self._decoded.get(kind)
         if known is None or known[0] != number:
-            if isinstance(payload, Path):
-                payload = payload.read_bytes()
-            decoded = Broadcast.decode(payload, self._setup.method, self._setup.schema, kind)
+            whole = map_file(payload) if isinstance(payload, Path) else payload
+            decoded = Broadcast.decode(whole, self._setup.method, self._setup.schema, kind)
             known = self._decoded[kind] = (number, decoded)
         return known[1]
+
+
+def map_file(path: Path) -> memoryview:
+    """Return the bytes of a file, which stay when it is removed."""
+    with path.open("rb") as stream:
+        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _report(result: LocalResult, validation: Evaluation | None) -> Report:

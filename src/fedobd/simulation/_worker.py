@@ -9,28 +9,28 @@ files, and the other's helper process dies of a Ctrl-C, after which it waits for
 from __future__ import annotations
 
 import dataclasses
-import mmap
 import multiprocessing
 import os
 import pickle
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate, count
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from fedobd._errors import FedOBDError
+from fedobd._wire import Bytes
 from fedobd.simulation._client import (
     ClientResult,
     ClientSetup,
     ClientTask,
     LocalClient,
+    map_file,
 )
 from fedobd.simulation._process import prepare_process
 
@@ -112,7 +112,7 @@ def _receive(connection: Connection) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Portion:
-    """Some results of a group, which the worker has left in a file.
+    """Some results of a group, whose uploads the worker has left in a file.
 
     Args:
         number: the file's number.
@@ -126,22 +126,11 @@ class _Portion:
     lengths: list[int]
     is_last: bool
 
-    @classmethod
-    def write(
-        cls, file: Path, number: int, results: Sequence[ClientResult], *, is_last: bool
-    ) -> _Portion:
-        """Leave results in a file."""
-        with _numbered(file, number).open("wb") as stream:
-            lengths = [stream.write(result.upload) for result in results]
-        bare = [dataclasses.replace(result, upload=b"") for result in results]
-        return cls(number, bare, lengths, is_last)
-
     def results(self, file: Path) -> list[ClientResult]:
-        """Return them, and remove the file."""
+        """Return them, and remove the file; its bytes stay while something holds one of them."""
         path = _numbered(file, self.number)
-        with path.open("rb") as stream:
-            whole = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-        path.unlink()  # its bytes stay while something holds one of them
+        whole = map_file(path)
+        path.unlink()
         ends = accumulate(self.lengths)
         return [
             dataclasses.replace(result, upload=whole[end - length : end])
@@ -153,40 +142,68 @@ def _numbered(file: Path, number: int) -> Path:
     return file.with_name(f"{file.name}-{number}")
 
 
+class _Outbox:
+    """Leaves uploads in files of a megabyte or more, and sends off what else the results hold.
+
+    Args:
+        connection: to the process that wants them.
+        file: see `Worker`.
+    """
+
+    def __init__(self, connection: Connection, file: Path) -> None:
+        self._connection = connection
+        self._file = file
+        self._number = 0
+        self._bare: list[ClientResult] = []
+        self._lengths: list[int] = []
+        self._stream: BinaryIO | None = None
+
+    def write(self, chunks: list[Bytes]) -> bytes:
+        """Write an upload; return what stands for it in its result."""
+        if self._stream is None:
+            self._stream = _numbered(self._file, self._number).open("wb")
+        self._lengths.append(sum(map(self._stream.write, chunks)))
+        return b""
+
+    def add(self, result: ClientResult, *, is_last: bool) -> None:
+        """Take the result whose upload was written, and send what there is once it is enough."""
+        self._bare.append(result)
+        if is_last or sum(self._lengths) >= _PORTION_BYTES:
+            portion = _Portion(self._number, self._bare, self._lengths, is_last)
+            self.clear()
+            _send(self._connection, portion)
+
+    def clear(self) -> None:
+        """Begin the next file, whether or not the one at hand was sent."""
+        if self._stream is not None:
+            self._stream.close()
+        self._number += 1
+        self._bare, self._lengths, self._stream = [], [], None
+
+
 def _work(connection: Connection, setup: Path, file: Path) -> None:
     """Play groups until the connection ends; Ctrl-C is for the process that started this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare_process()
     if hasattr(os, "SCHED_BATCH"):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    client = LocalClient(torch.load(setup, mmap=True, weights_only=False))
+    outbox = _Outbox(connection, file)
+    client = LocalClient(torch.load(setup, mmap=True, weights_only=False), outbox.write)
     with suppress(EOFError, ConnectionError):  # the process that started this one is gone
-        _play_groups(connection, client, file)
+        _play_groups(connection, client, outbox)
 
 
-def _play_groups(connection: Connection, client: LocalClient, file: Path) -> None:
-    numbers = count()
+def _play_groups(connection: Connection, client: LocalClient, outbox: _Outbox) -> None:
     while True:
         group = _receive(connection)
         try:
-            for results, is_last in _portions(client.run(group), len(group)):
-                portion = _Portion.write(file, next(numbers), results, is_last=is_last)
-                _send(connection, portion)
+            for done, result in enumerate(client.run(group), start=1):
+                outbox.add(result, is_last=done == len(group))
         except ConnectionError:
             raise
         except FedOBDError as error:
+            outbox.clear()
             _send(connection, error)
         except Exception as error:
+            outbox.clear()
             _send(connection, FedOBDError(f"a worker failed: {error!r}"))
-
-
-def _portions(
-    results: Iterator[ClientResult], total: int
-) -> Iterator[tuple[list[ClientResult], bool]]:
-    """Yield results a megabyte or more at a time, and whether they are the last."""
-    portion: list[ClientResult] = []
-    for done, result in enumerate(results, start=1):
-        portion.append(result)
-        if done == total or sum(len(held.upload) for held in portion) >= _PORTION_BYTES:
-            yield portion, done == total
-            portion = []

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedobd._aggregation import RunningMean
+from fedobd._aggregation import RunningMean, Sums, num_sums
 from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError
 from fedobd._masks import Mask
 from fedobd._payload import DecodedSegment, Payload
@@ -99,6 +99,8 @@ def finished(mean: RunningMean) -> ModelState:
 
 
 def snapshot(mean: RunningMean) -> dict[str, Any]:
+    if not mean._memory:
+        mean._begin()  # as the first upload does
     return copy.deepcopy(vars(mean))
 
 
@@ -144,13 +146,14 @@ class Round:
     cohort_size: int
     max_examples: int
 
-    def mean(self, order: Sequence[int]) -> RunningMean:
+    def mean(self, order: Sequence[int], memory: Sums | None = None) -> RunningMean:
         mean = RunningMean(
             SCHEMA,
             self.reference,
             cohort_size=self.cohort_size,
             max_examples=self.max_examples,
             per_element=self.per_element,
+            memory=memory,
         )
         for number in order:
             blocks, num_examples = self.uploads[number]
@@ -183,6 +186,21 @@ def test_order_of_uploads_does_not_change_a_bit(case: Round, data: st.DataObject
     wanted = case.mean(range(len(case.uploads))).finish()
     order = data.draw(st.permutations(range(len(case.uploads))))
     assert_same_state(case.mean(order).finish(), wanted)
+
+
+@law(150)
+@given(rounds(), st.data())
+def test_sums_of_several_means_merge_to_the_same_bits(case: Round, data: st.DataObject) -> None:
+    wanted = case.mean(range(len(case.uploads))).finish()
+    places = data.draw(st.lists(st.integers(0, 2), min_size=len(case.uploads)))
+    own, *shares = ([n for n in range(len(case.uploads)) if places[n] == m] for m in range(3))
+    mean = case.mean(own)
+    for share in shares:
+        memory = np.zeros(num_sums(SCHEMA, per_element=case.per_element), np.int64)
+        if share:  # a worker that has folded nothing has no sums to merge
+            case.mean(share, memory)
+            mean.merge(memory, sum(case.uploads[number][1] for number in share))
+    assert_same_state(mean.finish(), wanted)
 
 
 def exponent_of(spec_role: Role, largest: float) -> int:

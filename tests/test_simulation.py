@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fedobd import EmptyRoundError, RoundRecord, ServerSession, UsageError
+from fedobd._intake import Intake
 from fedobd._rounds import RoundPlan
 from fedobd._wire import Bytes
 from fedobd.experiments._build import Experiment, build_experiment
@@ -74,7 +75,9 @@ def test_two_processes_give_the_bytes_of_one(method: str, frozen: bool) -> None:
 class ReversedPool(SequentialPool):
     """Plays clients in the opposite order."""
 
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
+    def run(
+        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+    ) -> Iterator[ClientResult]:
         return super().run(reversed(list(tasks)))
 
 
@@ -85,9 +88,12 @@ class DamagingPool(SequentialPool):
         super().__init__(setup)
         self._victims = victims
 
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
+    def run(
+        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+    ) -> Iterator[ClientResult]:
         for result in super().run(tasks):
             if result.client in self._victims:
+                assert result.upload is not None
                 result = replace(result, upload=result.upload[:-9])
             yield result
 

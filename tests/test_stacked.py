@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedobd import Payload, RoundPlan, ServerSession, UsageError
+from fedobd._intake import Intake
 from fedobd._state import ModelState, get_state, load_state
 from fedobd.data import ClientData, Examples, gather
 from fedobd.experiments import load_config, run
@@ -806,7 +807,9 @@ class FreshClients(SequentialPool):
         super().__init__(setup)
         self._shared = setup
 
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
+    def run(
+        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+    ) -> Iterator[ClientResult]:
         for task in tasks:
             yield from LocalClient(self._shared).run([task])
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,13 +21,22 @@ import pytest
 import torch
 from torch import nn
 
-from fedobd import FedOBDError, RoundPlan, ServerSession, UsageError
+from fedobd import (
+    EmptyRoundError,
+    FedOBDError,
+    RoundPlan,
+    RoundRecord,
+    ServerSession,
+    UsageError,
+)
+from fedobd._intake import Intake
 from fedobd._state import ModelState
 from fedobd.data import ClientData
 from fedobd.experiments import run
 from fedobd.experiments._build import Experiment, build_experiment
 from fedobd.simulation import (
     ClientPool,
+    ClientResult,
     ClientSetup,
     ClientTask,
     ProcessPool,
@@ -120,6 +129,31 @@ def die_always(
     raise AssertionError
 
 
+def die_second(
+    model: nn.Module, data: ClientData, plan: RoundPlan, seed: int, *, folder: Path
+) -> LocalResult:
+    """Die in the second round's second training of a process, the first time."""
+    result = toy.train(model, data, plan, seed)
+    mine = folder / f"{os.getpid()}"
+    if plan.round == 2 and mine.exists() and not (folder / "died").exists():
+        (folder / "died").touch()
+        die()
+    if plan.round == 2:
+        mine.touch()
+    return result
+
+
+def overshoot(
+    model: nn.Module, data: ClientData, plan: RoundPlan, seed: int, *, every: bool
+) -> LocalResult:
+    """Train, and make values too large; for every client, or for one in two."""
+    result = toy.train(model, data, plan, seed)
+    if every or seed % 2:
+        with torch.no_grad():
+            next(model.parameters()).mul_(1e6)
+    return result
+
+
 def leave(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int) -> LocalResult:
     sys.exit(3)
 
@@ -176,6 +210,24 @@ def same(
     one: tuple[dict[str, bytes], ModelState], two: tuple[dict[str, bytes], ModelState]
 ) -> bool:
     return one[0] == two[0] and all(torch.equal(one[1][name], two[1][name]) for name in one[1])
+
+
+def play_unseen(experiment: Experiment, pool: ClientPool) -> tuple[list[RoundRecord], ModelState]:
+    """Play a run whose payloads nobody wants to see, so that workers take the uploads in."""
+    server = ServerSession(
+        experiment.method, experiment.schema, experiment.initial, num_clients=4, seed=1
+    )
+    with pool:
+        records = [played.record for played in simulate(server, pool)]
+    return records, server.state
+
+
+def assert_same_runs(
+    one: tuple[list[RoundRecord], ModelState], other: tuple[list[RoundRecord], ModelState]
+) -> None:
+    assert one[0] == other[0]
+    assert one[1].keys() == other[1].keys()
+    assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
 
 
 def tasks_of(
@@ -260,6 +312,74 @@ def test_what_training_raises_comes_through_and_ends_the_run(
     with pytest.raises(kind, match=message):
         play(experiment, pool)
     assert multiprocessing.active_children() == []
+    assert not folder.exists()
+
+
+# Uploads that workers take in
+
+
+class NoUploads(ProcessPool):
+    """Fails where an upload comes back."""
+
+    def run(
+        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+    ) -> Iterator[ClientResult]:
+        for result in super().run(tasks, intake):
+            assert result.upload is None
+            assert result.outcome is not None
+            yield result
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedpaq", "feddropoutavg", "fedobd"])
+@pytest.mark.parametrize(("stack", "dtype"), [(1, "float32"), (1, "bfloat16"), (3, "float32")])
+def test_workers_take_uploads_in_as_the_server_does(method: str, stack: int, dtype: str) -> None:
+    options = {"dtype": dtype}
+    experiment = build_experiment(
+        config(method, simulation={"stack": stack}, model={"options": options})
+    )
+    wanted = play_unseen(experiment, SequentialPool(experiment.setup))
+    assert len(wanted[0]) >= 3
+    assert_same_runs(play_unseen(experiment, NoUploads(experiment.setup, 2)), wanted)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_dead_worker_had_taken_in_is_played_again(workers: int, tmp_path: Path) -> None:
+    experiment = build_experiment(config("fedavg"))
+    setup = replace(experiment.setup, train=toy.train)
+    dying = replace(setup, train=partial(die_second, folder=tmp_path))
+    wanted = play_unseen(experiment, SequentialPool(setup))
+    assert_same_runs(play_unseen(experiment, NoUploads(dying, workers)), wanted)
+    assert (tmp_path / "died").exists()
+
+
+@pytest.mark.parametrize("refused", ["some", "all"])
+def test_workers_refuse_as_the_server_does(refused: str) -> None:
+    """A client's values are too far from the server's; the others' count."""
+    experiment = build_experiment(config("fedavg"))
+    setup = replace(experiment.setup, train=partial(overshoot, every=refused == "all"))
+    if refused == "all":
+        for pool in (SequentialPool(setup), NoUploads(setup, 2)):
+            with pytest.raises(EmptyRoundError, match=r"would change by .* client 3: "):
+                play_unseen(experiment, pool)
+        return
+    wanted = play_unseen(experiment, SequentialPool(setup))
+    assert 0 < sum(len(record.refusals) for record in wanted[0]) < 12
+    assert {refusal.reason for record in wanted[0] for refusal in record.refusals} == {"limit"}
+    assert_same_runs(play_unseen(experiment, NoUploads(setup, 2)), wanted)
+
+
+def test_uploads_that_are_taken_in_leave_no_files() -> None:
+    experiment = build_experiment(config("fedavg", model=LARGE, training={"learning_rate": 1e-5}))
+    pool = ProcessPool(experiment.setup, 2)
+    folder, names = Path(pool._folder.name), []
+    server = ServerSession(
+        experiment.method, experiment.schema, experiment.initial, num_clients=4, seed=1
+    )
+    with pool:
+        for _ in simulate(server, pool):
+            names.append({file.name for file in folder.iterdir()})
+    assert names[0] == names[1] == names[2]  # written over, round by round
+    assert len(names[0]) == 4  # the server's values, the broadcast, and each worker's sums
     assert not folder.exists()
 
 

@@ -29,7 +29,19 @@ def make_data(num_clients: int, seed: int, num_examples: int = 120) -> Federated
     return federate(Examples(inputs, targets), num_clients, seed=seed)
 
 
-def make_model(width: int = 4, frozen: bool = False) -> nn.Module:
+class Narrow(nn.Module):
+    """A model whose parameters are of a 16-bit type; outputs are float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.model(inputs.to(next(self.parameters()).dtype))
+        return outputs.float()
+
+
+def make_model(width: int = 4, frozen: bool = False, dtype: str = "float32") -> nn.Module:
     model = nn.Sequential(
         nn.Conv2d(1, width, 3),
         nn.BatchNorm2d(width),
@@ -41,7 +53,7 @@ def make_model(width: int = 4, frozen: bool = False) -> nn.Module:
     )
     if frozen:
         model[4].weight.requires_grad_(False)
-    return model
+    return model if dtype == "float32" else Narrow(model.to(getattr(torch, dtype)))
 
 
 def train(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int) -> LocalResult:

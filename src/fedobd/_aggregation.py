@@ -1,8 +1,9 @@
 """Aggregation: the weighted mean of uploads, the same bits in whatever order they arrive.
 
 Each contribution `difference · n_k` is rounded once to a 64-bit integer in units of 2^-p; integers
-add in any order to the same sum, and subtract exactly, so that an upload with a fault found late
-is taken back without a trace. p is fixed for each tensor before the uploads come: the server's own
+add in any order to the same sum, in one place or in several whose sums are added at the end, and
+subtract exactly, so that an upload with a fault found late is taken back without a trace. p is
+fixed for each tensor before the uploads come: the server's own
 values, with a floor for tensors near zero, say how large a difference may legally be, and `legal
 difference · most examples · 2^p · cohort` stays within 2^62, so the sum cannot overflow.
 
@@ -13,7 +14,7 @@ float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError
 from fedobd._payload import Block, DecodedSegment, Found, refuse_not_finite
-from fedobd._schema import ModelSchema, Role
+from fedobd._schema import ModelSchema, Role, Segment, TensorSpec
 from fedobd._state import ModelState
 
 _ROOM_BITS = {Role.PARAMETER: 10, Role.BUFFER: 20}
@@ -31,6 +32,28 @@ _FLOOR_EXPONENT = {Role.PARAMETER: -4, Role.BUFFER: 0}
 """...which is taken to be at least 2^floor, for tensors that start at zero."""
 
 _NO_BASE, _NO_MASK = np.empty(0, np.float32), np.empty(0, np.bool_)
+
+Sums = NDArray[np.int64]
+"""What was folded: sums and weights of the averaged tensors, the largest of integer ones."""
+
+
+def num_sums(schema: ModelSchema, *, per_element: bool) -> int:
+    """Return how many numbers a mean keeps while uploads come in."""
+    return sum(_numbers_of(spec, per_element) for spec in schema.tensors)
+
+
+def _numbers_of(spec: TensorSpec, per_element: bool) -> int:
+    if spec.role is Role.FROZEN:
+        return 0
+    return spec.num_elements * (2 if _is_counted(spec, per_element) else 1)
+
+
+def _is_averaged(spec: TensorSpec) -> bool:
+    return spec.is_floating and spec.role is not Role.FROZEN
+
+
+def _is_counted(spec: TensorSpec, per_element: bool) -> bool:
+    return per_element and spec.role is Role.PARAMETER and spec.is_floating
 
 
 class RunningMean:
@@ -43,6 +66,7 @@ class RunningMean:
         max_examples: the largest weight of one upload.
         per_element: average each element over the uploads that hold it, and keep the server's
             value where none does; otherwise what an upload does not hold counts as unchanged.
+        memory: where to keep the sums, shape (`num_sums`,), all 0; None for memory of its own.
     """
 
     def __init__(
@@ -53,6 +77,7 @@ class RunningMean:
         cohort_size: int,
         max_examples: int,
         per_element: bool = False,
+        memory: Sums | None = None,
     ) -> None:
         self._schema = schema
         self._reference = reference
@@ -62,11 +87,10 @@ class RunningMean:
         self._limits: list[float] = []
         self._scales: list[float] = []
         self._base: list[NDArray[np.float32] | None] = []
-        self._sums: list[NDArray[np.int64] | None] = []
-        self._weights: list[NDArray[np.int64] | None] = []
-        self._maxima: dict[int, torch.Tensor] = {}
+        self._given = memory
+        self._memory: list[Sums | None] = []
         for spec in schema.tensors:
-            averaged = spec.is_floating and spec.role is not Role.FROZEN
+            averaged = _is_averaged(spec)
             exponent = 0
             if averaged:
                 values = reference[spec.name]
@@ -78,9 +102,44 @@ class RunningMean:
             self._scales.append(math.ldexp(1.0, limit_bits - exponent))
             base = reference[spec.name].reshape(-1).numpy() if averaged else None
             self._base.append(base)
-            self._sums.append(np.zeros(spec.num_elements, np.int64) if averaged else None)
-            counted = averaged and per_element and spec.role is Role.PARAMETER
-            self._weights.append(np.zeros(spec.num_elements, np.int64) if counted else None)
+
+    def _split(self, memory: Sums | None) -> Iterator[Sums]:
+        """Yield each tensor's part of some memory, or memory that is its own."""
+        end = 0
+        for spec in self._schema.tensors:
+            count = _numbers_of(spec, self._per_element)
+            end += count
+            yield np.zeros(count, np.int64) if memory is None else memory[end - count : end]
+
+    def _begin(self) -> None:
+        """Make the memory ready for the first upload."""
+        parts = [*self._split(self._given)]
+        for spec, part in zip(self._schema.tensors, parts, strict=True):
+            if part.size and not spec.is_floating:
+                part[:] = self._reference[spec.name].reshape(-1).numpy()
+        self._memory = [*parts]
+
+    def merge(self, memory: Sums, num_examples: int) -> None:
+        """Add what another mean of the same round has folded.
+
+        Args:
+            memory: its sums; may be kept and changed.
+            num_examples: the weight of all its uploads.
+        """
+        if not self._memory:
+            self._memory = [*self._split(memory)]
+        else:
+            for number, theirs in enumerate(self._split(memory)):
+                averaged = _is_averaged(self._schema.tensors[number])
+                merge = np.add if averaged else np.maximum
+                merge(self._own(number), theirs, out=self._own(number))
+        self._num_examples += num_examples
+
+    def _own(self, number: int) -> Sums:
+        """Return a tensor's part of the memory, unless it was given up."""
+        own = self._memory[number]
+        assert own is not None
+        return own
 
     def fold(
         self,
@@ -101,7 +160,9 @@ class RunningMean:
             DecodeError: a block is damaged, a value is not finite or a difference is beyond the
                 legal range; the mean is then as before.
         """
-        maxima: dict[int, torch.Tensor] = {}
+        if not self._memory:
+            self._begin()
+        integers: list[tuple[Segment, torch.Tensor]] = []
         added = 0
         try:
             for _, segments in blocks():
@@ -110,13 +171,13 @@ class RunningMean:
                         self._add(one, num_examples, differences, sign=1)
                         added += 1
                     elif isinstance(one, DecodedSegment):
-                        maxima[one.segment.tensor] = one.values
+                        integers.append((one.segment, one.values))
         except BaseException:
             self._take_back(blocks, added, num_examples, differences)
             raise
-        for number, values in maxima.items():
-            before = self._maxima.get(number)
-            self._maxima[number] = values if before is None else torch.maximum(before, values)
+        for segment, values in integers:
+            largest = self._own(segment.tensor)[segment.start : segment.stop]
+            np.maximum(largest, values.numpy(), out=largest)
         self._num_examples += num_examples
 
     def _take_back(
@@ -149,10 +210,9 @@ class RunningMean:
         segment = one.segment
         spec = self._schema.tensors[segment.tensor]
         where = slice(segment.start, segment.stop)
-        base, sums = self._base[segment.tensor], self._sums[segment.tensor]
-        weights = self._weights[segment.tensor]
+        base, own = self._base[segment.tensor], self._own(segment.tensor)
+        sums, weights = own[: spec.num_elements], own[spec.num_elements :]
         assert base is not None
-        assert sums is not None
         values = one.values
         if isinstance(values, torch.Tensor):
             values = values.to(torch.float32).numpy()
@@ -173,7 +233,7 @@ class RunningMean:
                 f"tensor {spec.name!r} would change by {np.int64(too_large).view(np.float64):.3g} "
                 f"in one round; at most {limit:.3g} is accepted",
             )
-        if weights is not None:
+        if weights.size:
             held = weights[where]
             held += num_examples * sign * (1 if one.mask is None else one.mask.numpy())
 
@@ -194,25 +254,23 @@ class RunningMean:
         state: ModelState = {}
         for number, spec in enumerate(self._schema.tensors):
             before = self._reference[spec.name]
-            sums, weights = self._sums[number], self._weights[number]
-            if sums is None:
-                largest = self._maxima.get(number)
+            if not _is_averaged(spec):
+                largest = torch.from_numpy(self._own(number)).to(before.dtype, copy=True)
                 state[spec.name] = (
-                    before
-                    if largest is None
-                    else torch.maximum(before, largest.reshape(before.shape))
+                    before if spec.role is Role.FROZEN else largest.reshape(before.shape)
                 )
                 continue
+            own = self._own(number)
             after = torch.empty(before.shape, dtype=torch.float32)
             kernels.finish_mean(
                 before.reshape(-1).numpy(),
-                sums,
+                own[: spec.num_elements],
                 1 / self._scales[number],
                 float(self._num_examples),
-                np.empty(0, np.int64) if weights is None else weights,
+                own[spec.num_elements :],
                 after.reshape(-1).numpy(),
             )
             state[spec.name] = after
-            self._sums[number] = self._weights[number] = None
+            self._memory[number] = None
         self._num_examples = 0
         return state

@@ -18,12 +18,12 @@ from fedobd._clipping import bound_norms
 from fedobd._encoding import Source, encode_payloads
 from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd._frames import check_finite
+from fedobd._intake import check_addressed
 from fedobd._method import Method, Shipment, UplinkContext
 from fedobd._payload import Payload, PayloadStream, refuse_not_finite
 from fedobd._schema import ModelSchema, Role, Segment
 from fedobd._seeds import derive_seed, make_generator
 from fedobd._selection import mean_block_differences
-from fedobd._server import check_addressed
 from fedobd._state import ModelState, StateStack, check_state, segment_of, state_fingerprint
 from fedobd._wire import Bytes, Header, Kind, Report
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from fedobd._aggregation import RunningMean
 from fedobd._encoding import encode_payload
-from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError, UsageError
+from fedobd._errors import EmptyRoundError, UsageError
+from fedobd._intake import Intake, IntakeTerms
 from fedobd._method import Method, Shipment, all_blocks
 from fedobd._payload import Payload
 from fedobd._rounds import (
@@ -71,13 +71,11 @@ class _OpenRound:
 
     plan: RoundPlan
     shipment: Shipment
-    mean: RunningMean | None = None
+    intake: Intake
     broadcast: ByteCount | None = None
     broadcast_blocks: dict[int, BlockTraffic] = field(default_factory=dict)
     opening: ByteCount | None = None
     opening_payload: bytes | None = None
-    uploads: dict[int, UploadRecord] = field(default_factory=dict)
-    refusals: list[Refusal] = field(default_factory=list)
     opened: set[int] = field(default_factory=set)
     reopened: list[int] = field(default_factory=list)
 
@@ -193,7 +191,12 @@ class ServerSession:
         seed = derive_seed(self.seed, "server", number)
         memory = self.method.begin(dict(progress.memory), self.schema, seed)
         progress.memory = memory
-        self._open = _OpenRound(plan, self.method.downlink(memory, self.schema))
+        shipment = self.method.downlink(memory, self.schema)
+        terms = IntakeTerms(
+            plan=plan, sent=shipment.kept, max_examples=self.max_examples, limits=self._limits
+        )
+        intake = Intake(self.method, self.schema, terms, self._state, executor=self._executor)
+        self._open = _OpenRound(plan, shipment, intake)
         return plan
 
     def broadcast(self) -> Iterator[bytes]:
@@ -319,85 +322,12 @@ class ServerSession:
                 round goes on.
             UsageError: no round is open.
         """
-        current = self._current()
-        try:
-            return self._accept(current, client, upload)
-        except DecodeError as error:
-            current.refusals.append(
-                Refusal(
-                    client=client,
-                    reason=error.reason.value,
-                    message=str(error),
-                    uplink_bytes=memoryview(upload).nbytes,
-                )
-            )
-            raise
+        return self._current().intake.receive(client, upload)
 
-    def _accept(self, current: _OpenRound, client: int, upload: Bytes) -> UploadRecord:
-        plan = current.plan
-        if client not in plan.cohort:
-            raise DecodeError(
-                DecodeReason.CLIENT, f"client {client} takes no part in round {plan.round}"
-            )
-        if client in current.uploads:
-            raise DecodeError(
-                DecodeReason.DUPLICATE,
-                f"client {client} has uploaded in round {plan.round} already",
-            )
-        payload = Payload.parse(upload, self.schema, self._limits)
-        header, report = payload.header, payload.header.report
-        check_addressed(header, Kind.UPLOAD, self.method, plan.round, plan.stage)
-        assert report is not None
-        if header.client != client:
-            raise DecodeError(
-                DecodeReason.CLIENT, f"client {client} sent an upload of client {header.client}"
-            )
-        if not 1 <= report.num_examples <= self.max_examples:
-            raise DecodeError(
-                DecodeReason.LIMIT,
-                f"client {client} claims {report.num_examples} examples; allowed are 1 to "
-                f"{self.max_examples}",
-            )
-        if report.num_validation_examples > self.max_examples:
-            raise DecodeError(
-                DecodeReason.LIMIT,
-                f"client {client} claims {report.num_validation_examples} validation examples; "
-                f"at most {self.max_examples} are allowed",
-            )
-        if header.is_difference is not self.method.sends_differences:
-            raise DecodeError(
-                DecodeReason.METHOD,
-                f"the upload holds {'differences' if header.is_difference else 'values'}; "
-                f"{self.method.name} sends the other",
-            )
-        self.method.check_upload(header, self.schema, current.shipment.kept)
-        if current.mean is None:  # made now, while clients train, rather than before they may
-            current.mean = RunningMean(
-                self.schema,
-                self._state,
-                cohort_size=len(plan.cohort),
-                max_examples=self.max_examples,
-                per_element=self.method.per_element_mean,
-            )
-        current.mean.fold(
-            lambda: payload.views(self._executor),
-            report.num_examples,
-            differences=header.is_difference,
-        )
-        record = UploadRecord(
-            client=client,
-            num_examples=report.num_examples,
-            train_loss=report.train_loss,
-            num_validation_examples=report.num_validation_examples,
-            validation_loss=report.validation_loss,
-            validation_metric=report.validation_metric,
-            blocks_kept=header.kept,
-            block_differences=header.block_differences,
-            uplink=payload.num_bytes,
-            uplink_blocks=tuple(payload.block_traffic().values()),
-        )
-        current.uploads[client] = record
-        return record
+    @property
+    def intake(self) -> Intake:
+        """What takes in the uploads of the open round."""
+        return self._current().intake
 
     def report_missing(self, client: int, reason: str, message: str) -> None:
         """Record why a client of the round has sent no upload.
@@ -408,7 +338,7 @@ class ServerSession:
             message: what happened, for people.
         """
         self._check_member(client)
-        self._current().refusals.append(
+        self._current().intake.note(
             Refusal(client=client, reason=reason, message=message, uplink_bytes=0)
         )
 
@@ -431,14 +361,15 @@ class ServerSession:
                 aborted.
         """
         current = self._current()
-        if current.mean is None or not current.uploads:
-            refused = "; ".join(f"client {r.client}: {r.message}" for r in current.refusals)
+        intake = current.intake
+        if not intake.uploads:
+            refused = "; ".join(f"client {r.client}: {r.message}" for r in intake.refusals)
             raise EmptyRoundError(
                 f"round {current.plan.round}: no upload was accepted from "
                 f"{len(current.plan.cohort)} clients" + (f" ({refused})" if refused else "")
             )
         record = self._record(current)
-        self._state = current.mean.finish()
+        self._state = intake.finish()
         progress = self._progress
         progress.memory = self.method.end(dict(progress.memory), record)
         progress.opened |= current.opened
@@ -477,7 +408,8 @@ class ServerSession:
             progress.watch = StopWatch()
 
     def _record(self, current: _OpenRound) -> RoundRecord:
-        uploads = tuple(current.uploads[c] for c in sorted(current.uploads))
+        taken = current.intake.uploads
+        uploads = tuple(taken[client] for client in sorted(taken))
         if current.broadcast is None:
             raise UsageError(f"round {current.plan.round} was ended before its broadcast was made")
         broadcasts = len(current.plan.cohort) + len(current.reopened)
@@ -494,7 +426,7 @@ class ServerSession:
             stage=current.plan.stage,
             cohort=current.plan.cohort,
             uploads=uploads,
-            refusals=tuple(sorted(current.refusals, key=lambda r: (r.client, r.message))),
+            refusals=tuple(sorted(current.intake.refusals, key=lambda r: (r.client, r.message))),
             train_loss=train_loss,
             validation_loss=weighted_mean([u.validation_loss for u in uploads], validation),
             validation_metric=weighted_mean([u.validation_metric for u in uploads], validation),
@@ -565,8 +497,8 @@ class ServerSession:
 
 def _traffic(current: _OpenRound) -> tuple[int, int]:
     """Return the bytes that went up and down in an open round."""
-    uploads = sum(upload.uplink.total for upload in current.uploads.values())
-    refused = sum(refusal.uplink_bytes for refusal in current.refusals)
+    uploads = sum(upload.uplink.total for upload in current.intake.uploads.values())
+    refused = sum(refusal.uplink_bytes for refusal in current.intake.refusals)
     broadcast = current.broadcast.total if current.broadcast else 0
     opening = current.opening.total if current.opening else 0
     again = len(current.reopened)
@@ -592,30 +524,3 @@ def _check_unit(method: Method, schema: ModelSchema) -> None:
                 f"{method.name} drops parameter tensors, and block {block.name!r} holds several; "
                 "wanted decompose(model, BlockRules(style='tensor'))"
             )
-
-
-def check_addressed(
-    header: Header, kind: Kind, method: Method, number: int | None, stage: int | None
-) -> None:
-    """Raise DecodeError unless a payload is of this kind and method.
-
-    It must be of this round and stage too, where they are given.
-    """
-    if header.kind is not kind:
-        raise DecodeError(
-            DecodeReason.KIND, f"a payload of kind {header.kind.name} came; wanted {kind.name}"
-        )
-    if header.method != method.wire_id:
-        raise DecodeError(
-            DecodeReason.METHOD,
-            f"a payload of method number {header.method} came; "
-            f"wanted {method.wire_id} ({method.name})",
-        )
-    if number is not None and (header.round, header.stage) != (number, stage):
-        raise DecodeError(
-            DecodeReason.ROUND,
-            f"a payload of round {header.round}, stage {header.stage} came; "
-            f"wanted round {number}, stage {stage}",
-        )
-    if kind is not Kind.UPLOAD and (header.is_difference or header.mask is not None):
-        raise DecodeError(DecodeReason.FIELD, "what a server sends must be whole values")

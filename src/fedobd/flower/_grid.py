@@ -18,11 +18,12 @@ from fedobd._blocks import BlockRules
 from fedobd._codec import Codec
 from fedobd._encoding import encode_payload
 from fedobd._errors import DecodeError, DecodeReason
+from fedobd._intake import check_addressed
 from fedobd._method import all_blocks
 from fedobd._payload import Payload, refuse_not_finite
 from fedobd._schema import ModelSchema, Role, TensorSpec
 from fedobd._seeds import make_generator
-from fedobd._server import MAX_EXAMPLES, check_addressed
+from fedobd._server import MAX_EXAMPLES
 from fedobd._state import ModelState, master_state, segment_of, state_fingerprint
 from fedobd._wire import DEFAULT_LIMITS, Header, Kind, Limits
 from fedobd.flower._carrier import (

@@ -14,7 +14,7 @@ from torch import nn
 from fedobd._client import Broadcast, ClientSession, encode_uploads
 from fedobd._errors import UsageError
 from fedobd._method import Method
-from fedobd._rounds import RoundPlan
+from fedobd._rounds import Refusal, RoundPlan, UploadRecord
 from fedobd._schema import ModelSchema
 from fedobd._seeds import derive_seed
 from fedobd._state import ModelState, StateStack, load_state, view_state
@@ -101,15 +101,18 @@ class ClientResult:
 
     Args:
         client: the client's number.
-        upload: its upload.
+        upload: its upload; None where it was taken in where it was made.
         state: what it keeps, frozen tensors left out.
-        seconds: wall-clock seconds by phase: `decode`, `validate`, `train`, `encode`.
+        seconds: wall-clock seconds by phase: `decode`, `validate`, `train`, `encode`, and `fold`
+            where the upload was taken in.
+        outcome: what came of taking it in.
     """
 
     client: int
-    upload: Bytes
+    upload: Bytes | None
     state: ModelState
     seconds: dict[str, float]
+    outcome: UploadRecord | Refusal | None = None
 
 
 class LocalClient:

@@ -156,15 +156,19 @@ def _play(
         )
         for client in plan.cohort
     )
-    for done, result in enumerate(pool.run(tasks), start=1):
+    # Uploads that are to be seen must come here; so must those of clients with states, since the
+    # tasks of workers that take uploads in are kept, to be played again if a worker dies.
+    must_come = watcher.on_payload is not None or server.method.keeps_client_state
+    for done, result in enumerate(pool.run(tasks, None if must_come else server.intake), start=1):
         for phase, spent in result.seconds.items():
             seconds[phase] += spent
-        see(plan.round, f"upload-{result.client}", result.upload)
-        with _timed(seconds, "fold"):
-            try:
-                server.receive(result.client, result.upload)
-            except DecodeError:
-                continue  # recorded by the session with its reason; the round goes on
+        if result.upload is not None:
+            see(plan.round, f"upload-{result.client}", result.upload)
+            with _timed(seconds, "fold"):
+                try:
+                    server.receive(result.client, result.upload)
+                except DecodeError:
+                    continue  # recorded by the session with its reason; the round goes on
         if result.state:
             states.store(result.client, plan.round, result.state)
         if watcher.on_client is not None:

@@ -22,6 +22,7 @@ from typing import Protocol, Self
 import torch
 
 from fedobd._errors import FedOBDError, UsageError
+from fedobd._intake import Intake
 from fedobd.simulation._client import (
     ClientResult,
     ClientSetup,
@@ -29,6 +30,7 @@ from fedobd.simulation._client import (
     LocalClient,
 )
 from fedobd.simulation._process import prepare_process
+from fedobd.simulation._share import ShareTerms, write_over
 from fedobd.simulation._worker import Worker, write_setup
 
 logger = logging.getLogger(__name__)
@@ -48,8 +50,16 @@ Group = list[ClientTask]
 class ClientPool(Protocol):
     """Plays the clients of a round; a context manager that holds its processes."""
 
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
-        """Yield the results in whatever order they come."""
+    def run(
+        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+    ) -> Iterator[ClientResult]:
+        """Yield the results in whatever order they come.
+
+        Args:
+            tasks: of one round.
+            intake: the server's. With it a pool may take uploads in where they are made; it has
+                them once the last result was yielded, and those results come without.
+        """
         ...
 
     def __enter__(self) -> Self: ...
@@ -110,8 +120,10 @@ class SequentialPool(_SingleThread):
         self._setup = setup
         self._client = LocalClient(setup)
 
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
-        """See `ClientPool.run`."""
+    def run(
+        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+    ) -> Iterator[ClientResult]:
+        """See `ClientPool.run`; uploads come with the results."""
         for group in _groups(tasks, self._setup.stack):
             yield from self._client.run(group)
 
@@ -131,25 +143,35 @@ class ProcessPool(_SingleThread):
         self._setup = setup
         self._count = workers
         self._workers: list[Worker] = []
-        self._shared: list[Path] = []
+        self._files: list[Path] = []
+        self._round = 0
         self._setup_folder = _make_folder(Path(gettempdir()))
         self._setup_file = Path(self._setup_folder.name) / "setup"
         write_setup(setup, self._setup_file)
         self._folder = _make_folder(_memory(setup, workers))
         self._names = (Path(self._folder.name) / str(number) for number in count())
 
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
+    def run(
+        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+    ) -> Iterator[ClientResult]:
         """See `ClientPool.run`.
 
         Raises:
             FedOBDError: the worker of some clients died `MAX_ATTEMPTS` times.
         """
-        coming = _groups(self._with_files(tasks), self._setup.stack)
+        self._round += 1
+        files = self._round_files()
+        share = None
+        if intake is not None:
+            share = ShareTerms.write(intake, next(files), self._round)
+        coming = _groups(_with_files(tasks, files), self._setup.stack)
         played: set[int] = set()
         waiting = deque(islice(coming, 1))
         attempts: dict[int, int] = {}
         while len(self._workers) < self._count:
             self._workers.append(Worker(self._setup_file, next(self._names)))
+        for worker in self._workers:
+            worker.begin()
         while waiting or any(worker.groups for worker in self._workers):
             for ahead in range(_AHEAD):
                 for worker in self._workers:
@@ -158,7 +180,7 @@ class ProcessPool(_SingleThread):
                         and len(worker.groups) <= ahead
                         and (ahead == 0 or all(task.state is None for task in waiting[0]))
                     ):
-                        worker.send(waiting.popleft())
+                        worker.send(waiting.popleft(), share)
                         waiting.extend(islice(coming, 0 if waiting else 1))
             ready = wait([worker.connection for worker in self._workers if worker.groups])
             for worker in [w for w in self._workers if w.connection in ready]:
@@ -166,7 +188,10 @@ class ProcessPool(_SingleThread):
                 if results is not None:
                     new = [result for result in results if result.client not in played]
                     played.update(result.client for result in new)
-                    yield from new
+                    for result in new:
+                        if intake is not None and result.outcome is not None:
+                            intake.note(result.outcome)
+                        yield result
                     continue
                 lost, exit_code = list(worker.groups), worker.exit_status()
                 worker.close()
@@ -184,29 +209,25 @@ class ProcessPool(_SingleThread):
                     lost[0][0].plan.round,
                     exit_code,
                 )
-                waiting.extendleft(reversed(lost))
+                again = [*lost, *(worker.played if intake is not None else ())]
+                waiting.extendleft(reversed(again))
                 replacement = Worker(self._setup_file, next(self._names))
                 self._workers[self._workers.index(worker)] = replacement
+        if intake is not None:
+            count = Intake.num_sums(intake.method, intake.schema)
+            for worker in self._workers:
+                if worker.num_examples:
+                    intake.merge(worker.sums(count), worker.num_examples)
 
-    def _with_files(self, tasks: Iterable[ClientTask]) -> Iterator[ClientTask]:
-        """Yield tasks whose payloads lie in files, each once for all clients that share it."""
-        for old in self._shared:
-            old.unlink(missing_ok=True)
-        files: dict[int, tuple[bytes, Path]] = {}
+    def _round_files(self) -> Iterator[Path]:
+        """Yield files for what workers read in a round: those of the last one first.
 
-        def stored(payload: bytes | Path | None) -> Path | None:
-            if not isinstance(payload, bytes):
-                return payload
-            if id(payload) not in files:
-                files[id(payload)] = payload, next(self._names)
-                files[id(payload)][1].write_bytes(payload)
-            return files[id(payload)][1]
-
-        for task in tasks:
-            broadcast, opening = stored(task.broadcast), stored(task.opening)
-            assert broadcast is not None
-            yield dataclasses.replace(task, broadcast=broadcast, opening=opening)
-        self._shared = [path for _, path in files.values()]
+        Whoever has read them has copies. Memory that is written over need not be made anew.
+        """
+        yield from self._files
+        while True:
+            self._files.append(next(self._names))
+            yield self._files[-1]
 
     def __exit__(
         self,
@@ -222,6 +243,24 @@ class ProcessPool(_SingleThread):
         self._folder.cleanup()
         self._setup_folder.cleanup()
         super().__exit__(kind, error, trace)
+
+
+def _with_files(tasks: Iterable[ClientTask], files: Iterator[Path]) -> Iterator[ClientTask]:
+    """Yield tasks whose payloads lie in files, each once for all clients that share it."""
+    stored: dict[int, tuple[bytes, Path]] = {}
+
+    def store(payload: bytes | Path | None) -> Path | None:
+        if not isinstance(payload, bytes):
+            return payload
+        if id(payload) not in stored:
+            stored[id(payload)] = payload, next(files)
+            write_over(stored[id(payload)][1], [payload])
+        return stored[id(payload)][1]
+
+    for task in tasks:
+        broadcast, opening = store(task.broadcast), store(task.opening)
+        assert broadcast is not None
+        yield dataclasses.replace(task, broadcast=broadcast, opening=opening)
 
 
 def _make_folder(base: Path) -> TemporaryDirectory[str]:
@@ -241,7 +280,7 @@ def _memory(setup: ClientSetup, workers: int) -> Path:
     """Return a folder in memory with room for the payloads under way; else the usual one."""
     folder = Path("/dev/shm")  # noqa: S108 - not a fixed name in it
     model = sum(spec.num_elements * spec.dtype.itemsize for spec in setup.schema.tensors)
-    most = 4 * model * (1 + workers * _AHEAD * setup.stack)
+    most = 4 * model * (2 + workers * (_AHEAD * setup.stack + 4))  # sums take up to 16 bytes
     has_room = folder.is_dir() and shutil.disk_usage(folder).free > most
     return folder if has_room and os.access(folder, os.W_OK) else Path(gettempdir())
 

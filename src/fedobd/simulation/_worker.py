@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from fedobd._errors import FedOBDError
+from fedobd._aggregation import Sums
+from fedobd._errors import DecodeError, FedOBDError
+from fedobd._intake import Intake
+from fedobd._rounds import Refusal, UploadRecord
 from fedobd._wire import Bytes
 from fedobd.simulation._client import (
     ClientResult,
@@ -33,6 +37,7 @@ from fedobd.simulation._client import (
     map_file,
 )
 from fedobd.simulation._process import prepare_process
+from fedobd.simulation._share import ShareTerms, map_sums
 
 _STOP_SECONDS = 5.0
 _PORTION_BYTES = 2**20  # of uploads that go back at once
@@ -43,10 +48,15 @@ class Worker:
 
     Args:
         setup: the file with what the clients share; see `write_setup`.
-        file: where it leaves uploads; no other worker's.
+        file: where it leaves uploads and sums; no other worker's.
     """
 
     def __init__(self, setup: Path, file: Path) -> None:
+        self.played: list[list[ClientTask]] = []
+        """What it has played in this round, if it takes uploads in."""
+        self.num_examples = 0
+        """The weight of the uploads that it has taken in."""
+        self._sums: Sums | None = None
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._file = file
@@ -56,11 +66,21 @@ class Worker:
         self.groups: deque[list[ClientTask]] = deque()
         """What it has been sent and has not answered, in order."""
 
-    def send(self, group: list[ClientTask]) -> None:
-        """Have it play a group of clients."""
+    def begin(self) -> None:
+        """Forget the last round."""
+        self.played, self.num_examples = [], 0
+
+    def send(self, group: list[ClientTask], share: ShareTerms | None) -> None:
+        """Have it play a group of clients, and take their uploads in where it has terms."""
         self.groups.append(group)
         with suppress(OSError):  # it has died, which `receive` says
-            _send(self.connection, group)
+            _send(self.connection, (group, share))
+
+    def sums(self, count: int) -> Sums:
+        """Return the sums of what it has taken in, so many numbers."""
+        if self._sums is None:
+            self._sums = map_sums(_sums_of(self._file), count)
+        return self._sums
 
     def receive(self) -> list[ClientResult] | None:
         """Return the next results of its first group; None where it has died.
@@ -75,8 +95,12 @@ class Worker:
         if isinstance(answer, FedOBDError):
             raise answer
         if answer.is_last:
-            self.groups.popleft()
-        return answer.results(self._file)
+            self.played.append(self.groups.popleft())
+        results = answer.results(self._file)
+        for result in results:
+            if isinstance(result.outcome, UploadRecord):
+                self.num_examples += result.outcome.num_examples
+        return results
 
     def exit_status(self) -> int | None:
         """Return the exit status of a process whose connection has ended; None if it hangs."""
@@ -95,6 +119,7 @@ class Worker:
             self._process.kill()
             self._process.join()
         self.connection.close()
+        _sums_of(self._file).unlink(missing_ok=True)
 
 
 def write_setup(setup: ClientSetup, file: Path) -> None:
@@ -112,12 +137,12 @@ def _receive(connection: Connection) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Portion:
-    """Some results of a group, whose uploads the worker has left in a file.
+    """Some results of a group, whose uploads the worker has left in a file or taken in.
 
     Args:
         number: the file's number.
         bare: the results without their uploads.
-        lengths: the uploads' lengths, in bytes.
+        lengths: the uploads' lengths in the file, in bytes; none where they were taken in.
         is_last: whether the group has no more.
     """
 
@@ -128,6 +153,8 @@ class _Portion:
 
     def results(self, file: Path) -> list[ClientResult]:
         """Return them, and remove the file; its bytes stay while something holds one of them."""
+        if not self.lengths:
+            return self.bare
         path = _numbered(file, self.number)
         whole = map_file(path)
         path.unlink()
@@ -142,31 +169,56 @@ def _numbered(file: Path, number: int) -> Path:
     return file.with_name(f"{file.name}-{number}")
 
 
+def _sums_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}-sums")
+
+
 class _Outbox:
-    """Leaves uploads in files of a megabyte or more, and sends off what else the results hold.
+    """Takes uploads in, or leaves them in files of a megabyte or more; sends off the results.
 
     Args:
-        connection: to the process that wants them.
+        connection: to the process that wants the results.
+        setup: what the clients of the run share.
         file: see `Worker`.
     """
 
-    def __init__(self, connection: Connection, file: Path) -> None:
+    def __init__(self, connection: Connection, setup: ClientSetup, file: Path) -> None:
         self._connection = connection
+        self._setup = setup
         self._file = file
+        self._share: ShareTerms | None = None
+        self._intake: Intake | None = None
         self._number = 0
         self._bare: list[ClientResult] = []
         self._lengths: list[int] = []
         self._stream: BinaryIO | None = None
 
-    def write(self, chunks: list[Bytes]) -> bytes:
-        """Write an upload; return what stands for it in its result."""
+    def begin(self, share: ShareTerms | None) -> None:
+        """From now on take uploads in on these terms; on none they are left in files."""
+        if share != self._share:
+            self._share, self._intake = share, None
+
+    def _open(self, share: ShareTerms) -> Intake:
+        """Return the round's intake, made when the first client has been trained."""
+        if self._intake is None:
+            method, schema = self._setup.method, self._setup.schema
+            memory = map_sums(_sums_of(self._file), Intake.num_sums(method, schema))
+            self._intake = share.open(method, schema, memory)
+        return self._intake
+
+    def join(self, chunks: list[Bytes]) -> bytes:
+        """Return an upload of its chunks, or write it and return what stands for it."""
+        if self._share is not None:
+            return b"".join(chunks)
         if self._stream is None:
             self._stream = _numbered(self._file, self._number).open("wb")
         self._lengths.append(sum(map(self._stream.write, chunks)))
         return b""
 
     def add(self, result: ClientResult, *, is_last: bool) -> None:
-        """Take the result whose upload was written, and send what there is once it is enough."""
+        """Take the result whose upload was joined, and send what there is once it is enough."""
+        if self._share is not None:
+            result = _taken(self._open(self._share), result)
         self._bare.append(result)
         if is_last or sum(self._lengths) >= _PORTION_BYTES:
             portion = _Portion(self._number, self._bare, self._lengths, is_last)
@@ -181,21 +233,36 @@ class _Outbox:
         self._bare, self._lengths, self._stream = [], [], None
 
 
+def _taken(intake: Intake, result: ClientResult) -> ClientResult:
+    """Return a result with what came of its upload in place of that."""
+    assert result.upload is not None
+    began = time.perf_counter()
+    outcome: UploadRecord | Refusal
+    try:
+        outcome = intake.receive(result.client, result.upload)
+    except DecodeError:
+        outcome = intake.refusals[-1]
+    seconds = {**result.seconds, "fold": time.perf_counter() - began}
+    return dataclasses.replace(result, upload=None, seconds=seconds, outcome=outcome)
+
+
 def _work(connection: Connection, setup: Path, file: Path) -> None:
     """Play groups until the connection ends; Ctrl-C is for the process that started this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare_process()
     if hasattr(os, "SCHED_BATCH"):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    outbox = _Outbox(connection, file)
-    client = LocalClient(torch.load(setup, mmap=True, weights_only=False), outbox.write)
+    shared: ClientSetup = torch.load(setup, mmap=True, weights_only=False)
+    outbox = _Outbox(connection, shared, file)
+    client = LocalClient(shared, outbox.join)
     with suppress(EOFError, ConnectionError):  # the process that started this one is gone
         _play_groups(connection, client, outbox)
 
 
 def _play_groups(connection: Connection, client: LocalClient, outbox: _Outbox) -> None:
     while True:
-        group = _receive(connection)
+        group, share = _receive(connection)
+        outbox.begin(share)
         try:
             for done, result in enumerate(client.run(group), start=1):
                 outbox.add(result, is_last=done == len(group))

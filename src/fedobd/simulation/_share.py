@@ -1,0 +1,87 @@
+"""Share: the part of a round's uploads that one worker takes in itself.
+
+The worker folds what it has encoded into sums in memory that the main process sees too, and sends
+back records. So uploads are neither carried nor decoded by one process for all, which with many
+workers, or tiny models, would be what a round waits for.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedobd._aggregation import Sums
+from fedobd._intake import Intake, IntakeTerms
+from fedobd._method import Method
+from fedobd._schema import ModelSchema, Role, TensorSpec
+from fedobd._state import ModelState
+from fedobd._wire import Bytes
+
+_ALIGNMENT = 64  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ShareTerms:
+    """What an intake in another process needs to do as the server's.
+
+    Args:
+        number: tells rounds apart, even those that are played again.
+        terms: those of the server's intake.
+        reference: the file with the server's values.
+    """
+
+    number: int
+    terms: IntakeTerms
+    reference: Path
+
+    @classmethod
+    def write(cls, intake: Intake, file: Path, number: int) -> ShareTerms:
+        """Write the server's values to a file, over what was there."""
+        chunks: list[Bytes] = []
+        end = 0
+        for spec, _, start in _places(intake.schema):
+            values = intake.reference[spec.name].contiguous().reshape(-1).numpy()
+            chunks += bytes(start - end), values.view(np.uint8).data
+            end = start + values.nbytes
+        write_over(file, chunks)
+        return cls(number, intake.terms, file)
+
+    def open(self, method: Method, schema: ModelSchema, memory: Sums) -> Intake:
+        """Return an intake whose sums lie in some memory, which is set to 0."""
+        memory.fill(0)
+        with self.reference.open("rb") as stream:
+            whole = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        reference: ModelState = {}
+        for spec, dtype, start in _places(schema):
+            values = torch.frombuffer(whole, dtype=dtype, count=spec.num_elements, offset=start)
+            reference[spec.name] = values.reshape(spec.shape)
+        return Intake(method, schema, self.terms, reference, memory=memory)
+
+
+def _places(schema: ModelSchema) -> Iterator[tuple[TensorSpec, torch.dtype, int]]:
+    """Yield all but the frozen tensors, the type of each and where its bytes begin."""
+    start = 0
+    for spec in schema.tensors:
+        if spec.role is not Role.FROZEN:
+            dtype = torch.float32 if spec.is_floating else spec.dtype
+            yield spec, dtype, start
+            start += -(-spec.num_elements * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+def write_over(file: Path, chunks: Iterable[Bytes]) -> None:
+    """Write a file where another may stand, whose memory is then used again."""
+    with file.open("r+b" if file.exists() else "wb") as stream:
+        stream.truncate(sum(map(stream.write, chunks)))
+
+
+def map_sums(file: Path, count: int) -> Sums:
+    """Return sums in a file, all 0 where it is made for them."""
+    length = max(1, count) * np.dtype(np.int64).itemsize
+    with file.open("a+b") as stream:
+        stream.truncate(length)
+        return np.frombuffer(mmap.mmap(stream.fileno(), length), np.int64, count)

@@ -72,25 +72,26 @@ def plan() -> Iterator[Run]:
             )
     for seed in SEEDS:
         yield Run("cifar100-small", "no-dropout", "fedobd", seed, ABLATIONS["no-dropout"])
-    yield Run("cifar100-small", "random-blocks", "fedobd", 0, ABLATIONS["random-blocks"])
-    for preset, rates in {SWEPT: (0.0, 0.5, 0.7, 0.9), "cifar100-small": (0.1, 0.2)}.items():
-        for rate in rates:
-            yield Run(
-                preset, f"dropout-{rate}", "fedobd", 0,
-                (f"methods.fedobd.codec.dropout_rate={rate}",),
-            )  # fmt: skip
-    for preset, weights in {
-        SWEPT: (1e-4, 1e-3, 1e-1, 1.0),
-        "cifar100-small": (1e-3,),
-    }.items():
-        for weight in weights:
-            yield Run(
-                preset, f"weight-{weight:g}", "fedobd", 0,
-                (
-                    f"methods.fedobd.codec.uplink_weight={weight:.4f}",
-                    f"methods.fedobd.codec.downlink_weight={weight:.4f}",
-                ),
-            )  # fmt: skip
+    for seed in (0, 1):
+        yield Run("cifar100-small", "dropout-0.3", "fedobd", seed, _dropout(0.3))
+    yield Run("cifar100-small", "dropout-0.2", "fedobd", 0, _dropout(0.2))
+    for variant, changes in (
+        ("dropout-0.3-random-blocks", ABLATIONS["random-blocks"]),
+        ("dropout-0.3-weight-0.001", _weight(1e-3)),
+    ):
+        yield Run("cifar100-small", variant, "fedobd", 0, (*_dropout(0.3), *changes))
+    for rate in (0.0, 0.5, 0.7, 0.9):
+        yield Run(SWEPT, f"dropout-{rate}", "fedobd", 0, _dropout(rate))
+    for weight in (1e-4, 1e-3, 1e-1, 1.0):
+        yield Run(SWEPT, f"weight-{weight:g}", "fedobd", 0, _weight(weight))
+
+
+def _dropout(rate: float) -> tuple[str, ...]:
+    return (f"{_CODEC}.dropout_rate={rate}",)
+
+
+def _weight(weight: float) -> tuple[str, ...]:
+    return (f"{_CODEC}.uplink_weight={weight:.4f}", f"{_CODEC}.downlink_weight={weight:.4f}")
 
 
 _CODEC = "methods.fedobd.codec"

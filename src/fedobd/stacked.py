@@ -35,6 +35,7 @@ from fedobd.training import (
     cross_entropy,
     has_batch_norm,
     rate_factor,
+    seed_device,
 )
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.AdamW
@@ -167,7 +168,7 @@ def train_stacked(
     model.train()
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with generators, pooling_first(model):
-        torch.manual_seed(seeds[0])
+        seed_device(seeds[0], device)
         for epoch in range(plan.epochs):
             batches = _draw(sizes, orders, options.batch_size, has_batch_norm(model))
             total = torch.zeros(len(data), device=device)

@@ -25,7 +25,7 @@ LAYERS = (
     ("_encoding", "_payload"),
     ("_selection", "_aggregation", "_rounds"),
     ("_codec", "_method"),
-    ("_clipping",),
+    ("_clipping", "_intake"),
     ("_server",),
     ("_client",),
     ("methods",),

@@ -27,6 +27,9 @@ from fedobd._selection import mean_block_differences
 from fedobd._state import ModelState, StateStack, check_state, segment_of, state_fingerprint
 from fedobd._wire import Bytes, Header, Kind, Report
 
+_KEPT_BYTES = 2**26
+"""Of differences that are kept: blocks are ranked, measured and quantized by them in turn."""
+
 
 @dataclass(frozen=True)
 class Broadcast:
@@ -339,6 +342,8 @@ class _Changes:
         self._trained = trained
         self._before = cache(self._start_of)
         self._now = cache(self._trained_of)
+        self._differences: dict[Segment, torch.Tensor] = {}
+        self._room = _KEPT_BYTES
 
     def _start_of(self, number: int) -> torch.Tensor:
         """Return a tensor as received, shape (clients, elements); (1, elements) if all alike."""
@@ -360,9 +365,15 @@ class _Changes:
 
     def difference(self, segment: Segment) -> torch.Tensor:
         """Return trained less received values, float32, shape (clients, elements)."""
-        now = self.value(segment)
-        was = self._before(segment.tensor)[:, segment.start : segment.stop]
-        return now.to(torch.float32) - was.to(now.device, torch.float32)
+        known = self._differences.get(segment)
+        if known is None:
+            now = self.value(segment)
+            was = self._before(segment.tensor)[:, segment.start : segment.stop]
+            known = now.to(torch.float32) - was.to(now.device, torch.float32)
+            if known.nbytes <= self._room:
+                self._room -= known.nbytes
+                self._differences[segment] = known
+        return known
 
     def difference_or_value(self, segment: Segment) -> torch.Tensor:
         """Return the difference of a parameter, the value of a buffer."""

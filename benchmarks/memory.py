@@ -40,7 +40,7 @@ from fedobd._aggregation import RunningMean
 from fedobd._encoding import encode_payload
 from fedobd._quantization import NNADQ, Unquantized
 from fedobd._state import segment_of
-from fedobd._wire import Kind
+from fedobd._wire import Bytes, Kind
 from fedobd.models import TransformerClassifier
 
 
@@ -183,10 +183,10 @@ def beyond_four_gibibytes() -> None:
     )
     sent = 0
 
-    def chunks() -> Iterator[bytes]:
+    def chunks() -> Iterator[Bytes]:
         nonlocal sent
         for chunk in encode_payload(schema, header, lambda segment: values, Unquantized()):
-            sent += len(chunk)
+            sent += memoryview(chunk).nbytes
             yield chunk
 
     equal = 0

@@ -542,7 +542,7 @@ def test_a_worker_that_dies_after_some_results_of_its_group() -> None:
     experiment = build_experiment(config("fedavg", model=LARGE, simulation={"stack": 4}))
     with SequentialPool(experiment.setup) as pool:
         wanted = {r.client: r.upload for r in pool.run(tasks_of(experiment, range(4)))}
-    assert all(len(upload) > 2**20 for upload in wanted.values())
+    assert all(len(upload or b"") > 2**20 for upload in wanted.values())
     with ProcessPool(experiment.setup, 1) as processes:
         results = processes.run(tasks_of(experiment, range(4)))
         found = [next(results)]

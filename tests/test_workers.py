@@ -406,6 +406,7 @@ def test_uploads_and_states_of_megabytes_and_no_files_left(method: str) -> None:
     folder, counts, contents = Path(pool._folder.name), [], []
 
     def look() -> None:
+        assert not any(worker.taken for worker in pool._workers)  # tasks hold states
         counts.append(len(list(folder.iterdir())))
         contents.append(sum(file.stat().st_size for file in folder.iterdir()))
 

@@ -3,9 +3,9 @@
 Each contribution `difference · n_k` is rounded once to a 64-bit integer in units of 2^-p; integers
 add in any order to the same sum, in one place or in several whose sums are added at the end, and
 subtract exactly, so that an upload with a fault found late is taken back without a trace. p is
-fixed for each tensor before the uploads come: the server's own
-values, with a floor for tensors near zero, say how large a difference may legally be, and `legal
-difference · most examples · 2^p · cohort` stays within 2^62, so the sum cannot overflow.
+fixed for each tensor before the uploads come: the server's own values, with a floor for tensors
+near zero, say how large a difference may legally be, and `legal difference · most examples · 2^p ·
+cohort` stays within 2^62, so the sum cannot overflow.
 
 The mean lies within `cohort · 2^-(p + 1) / Σ n_k` of the exact one, before it is rounded to
 float32.
@@ -254,13 +254,14 @@ class RunningMean:
         state: ModelState = {}
         for number, spec in enumerate(self._schema.tensors):
             before = self._reference[spec.name]
-            if not _is_averaged(spec):
-                largest = torch.from_numpy(self._own(number)).to(before.dtype, copy=True)
-                state[spec.name] = (
-                    before if spec.role is Role.FROZEN else largest.reshape(before.shape)
-                )
-                continue
             own = self._own(number)
+            if spec.role is Role.FROZEN:
+                state[spec.name] = before
+                continue
+            if not spec.is_floating:
+                largest = torch.from_numpy(own).to(before.dtype, copy=True)
+                state[spec.name] = largest.reshape(before.shape)
+                continue
             after = torch.empty(before.shape, dtype=torch.float32)
             kernels.finish_mean(
                 before.reshape(-1).numpy(),

@@ -76,18 +76,7 @@ class Intake:
         return num_sums(schema, per_element=method.per_element_mean)
 
     def receive(self, client: int, upload: Bytes) -> UploadRecord:
-        """Take in one upload, in any order of clients.
-
-        Args:
-            client: whose connection it came on.
-            upload: the payload.
-
-        Returns:
-            What it held.
-
-        Raises:
-            DecodeError: it is refused; nothing of it is used, and the refusal is recorded.
-        """
+        """Take in one upload; what `ServerSession.receive` does in an open round."""
         try:
             return self._accept(client, upload)
         except DecodeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from fedobd._seeds import derive_seed
 from fedobd._state import ModelState, StateStack, load_state, view_state
 from fedobd._wire import Bytes, Kind, Report
 from fedobd.data import ClientData
+from fedobd.simulation._files import map_file
 from fedobd.training import Evaluation, LocalResult, LocalTraining
 
 
@@ -223,12 +223,6 @@ class LocalClient:
             decoded = Broadcast.decode(whole, self._setup.method, self._setup.schema, kind)
             known = self._decoded[kind] = (number, decoded)
         return known[1]
-
-
-def map_file(path: Path) -> memoryview:
-    """Return the bytes of a file, which stay when it is removed."""
-    with path.open("rb") as stream:
-        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _report(result: LocalResult, validation: Evaluation | None) -> Report:

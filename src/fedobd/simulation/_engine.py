@@ -54,10 +54,10 @@ class PlayedRound:
         plan: what was planned.
         record: what happened.
         test: the new state's figures on the test set, where they were asked for.
-        seconds: wall-clock seconds by phase: `round` in all; `broadcast`, `fold`, `mean` and
-            `evaluate` on the server; where clients are played here, `decode`, `validate`, `train`
-            and `encode` summed over them, which overlap where there are workers; where they are
-            not, `wait` for their uploads.
+        seconds: wall-clock seconds by phase: `round` in all; `broadcast`, `mean` and `evaluate` on
+            the server; `fold` over all uploads; where clients are played here, `decode`,
+            `validate`, `train` and `encode` summed over them, which overlap where there are
+            workers, and so does `fold`; where they are not, `wait` for their uploads.
     """
 
     plan: RoundPlan

@@ -29,8 +29,9 @@ from fedobd.simulation._client import (
     ClientTask,
     LocalClient,
 )
+from fedobd.simulation._files import write_over
 from fedobd.simulation._process import prepare_process
-from fedobd.simulation._share import ShareTerms, write_over
+from fedobd.simulation._share import ShareTerms
 from fedobd.simulation._worker import Worker, write_setup
 
 logger = logging.getLogger(__name__)
@@ -209,8 +210,7 @@ class ProcessPool(_SingleThread):
                     lost[0][0].plan.round,
                     exit_code,
                 )
-                again = [*lost, *(worker.played if intake is not None else ())]
-                waiting.extendleft(reversed(again))
+                waiting.extendleft(reversed([*lost, *worker.taken]))
                 replacement = Worker(self._setup_file, next(self._names))
                 self._workers[self._workers.index(worker)] = replacement
         if intake is not None:

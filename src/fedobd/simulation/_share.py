@@ -8,7 +8,7 @@ workers, or tiny models, would be what a round waits for.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from fedobd._method import Method
 from fedobd._schema import ModelSchema, Role, TensorSpec
 from fedobd._state import ModelState
 from fedobd._wire import Bytes
+from fedobd.simulation._files import write_over
 
 _ALIGNMENT = 64  # bytes
 
@@ -71,17 +72,3 @@ def _places(schema: ModelSchema) -> Iterator[tuple[TensorSpec, torch.dtype, int]
             dtype = torch.float32 if spec.is_floating else spec.dtype
             yield spec, dtype, start
             start += -(-spec.num_elements * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-
-
-def write_over(file: Path, chunks: Iterable[Bytes]) -> None:
-    """Write a file where another may stand, whose memory is then used again."""
-    with file.open("r+b" if file.exists() else "wb") as stream:
-        stream.truncate(sum(map(stream.write, chunks)))
-
-
-def map_sums(file: Path, count: int) -> Sums:
-    """Return sums in a file, all 0 where it is made for them."""
-    length = max(1, count) * np.dtype(np.int64).itemsize
-    with file.open("a+b") as stream:
-        stream.truncate(length)
-        return np.frombuffer(mmap.mmap(stream.fileno(), length), np.int64, count)

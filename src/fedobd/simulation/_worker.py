@@ -34,10 +34,10 @@ from fedobd.simulation._client import (
     ClientSetup,
     ClientTask,
     LocalClient,
-    map_file,
 )
+from fedobd.simulation._files import map_file, map_sums
 from fedobd.simulation._process import prepare_process
-from fedobd.simulation._share import ShareTerms, map_sums
+from fedobd.simulation._share import ShareTerms
 
 _STOP_SECONDS = 5.0
 _PORTION_BYTES = 2**20  # of uploads that go back at once
@@ -52,8 +52,8 @@ class Worker:
     """
 
     def __init__(self, setup: Path, file: Path) -> None:
-        self.played: list[list[ClientTask]] = []
-        """What it has played in this round, if it takes uploads in."""
+        self.taken: list[list[ClientTask]] = []
+        """The groups of this round whose uploads it has taken in."""
         self.num_examples = 0
         """The weight of the uploads that it has taken in."""
         self._sums: Sums | None = None
@@ -68,7 +68,7 @@ class Worker:
 
     def begin(self) -> None:
         """Forget the last round."""
-        self.played, self.num_examples = [], 0
+        self.taken, self.num_examples = [], 0
 
     def send(self, group: list[ClientTask], share: ShareTerms | None) -> None:
         """Have it play a group of clients, and take their uploads in where it has terms."""
@@ -94,12 +94,14 @@ class Worker:
             return None
         if isinstance(answer, FedOBDError):
             raise answer
-        if answer.is_last:
-            self.played.append(self.groups.popleft())
         results = answer.results(self._file)
         for result in results:
             if isinstance(result.outcome, UploadRecord):
                 self.num_examples += result.outcome.num_examples
+        if answer.is_last:
+            group = self.groups.popleft()
+            if results[-1].outcome is not None:
+                self.taken.append(group)
         return results
 
     def exit_status(self) -> int | None:

@@ -1,0 +1,32 @@
+"""Files that processes share: payloads, values and sums, in memory where there is room."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from fedobd._aggregation import Sums
+from fedobd._wire import Bytes
+
+
+def map_file(path: Path) -> memoryview:
+    """Return the bytes of a file, which stay when it is removed."""
+    with path.open("rb") as stream:
+        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def write_over(file: Path, chunks: Iterable[Bytes]) -> None:
+    """Write a file where another may stand, whose memory is then used again."""
+    with file.open("r+b" if file.exists() else "wb") as stream:
+        stream.truncate(sum(map(stream.write, chunks)))
+
+
+def map_sums(file: Path, count: int) -> Sums:
+    """Return sums in a file, all 0 where it is made for them."""
+    length = max(1, count) * np.dtype(np.int64).itemsize
+    with file.open("a+b") as stream:
+        stream.truncate(length)
+        return np.frombuffer(mmap.mmap(stream.fileno(), length), np.int64, count)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedobd._codec import Codec, QuantizerName, SelectionName
 from fedobd._errors import UsageError
 from fedobd._quantization import NNADQ, Stochastic, Unquantized
-from fedobd._schema import ModelSchema
+from fedobd._schema import ModelSchema, Segment
 from fedobd._selection import (
     fill_budget,
     mean_block_differences,
@@ -20,8 +20,9 @@ from fedobd._selection import (
     parameter_budget,
     random_order,
     squared_norm,
+    subtract,
 )
-from tests.helpers import buffer, law, make_schema, parameter, random_state, source_of
+from tests.helpers import buffer, law, make_schema, parameter, source_of
 
 finite32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -62,6 +63,19 @@ def test_squared_norm_does_not_overflow_or_underflow() -> None:
     assert squared_norm(np.full(4, 1e-45, np.float32)) == 4 * 2.0**-298
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shared", [False, True])
+def test_subtract_part_of_each_row(dtype: torch.dtype, shared: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    now = torch.randn(3, 40, generator=generator).to(dtype)
+    before = torch.randn(1 if shared else 3, 40, generator=generator).to(dtype)
+    differences, norms = subtract(now, before, 5, 27)
+    wanted = now[:, 5:27].to(torch.float32) - before[:, 5:27].to(torch.float32)
+    assert differences.dtype == torch.float32
+    assert torch.equal(differences, wanted)
+    assert norms.tolist() == [sum_of_squares_in_lanes(row.tolist()) for row in wanted]
+
+
 def test_mean_block_differences_by_hand() -> None:
     schema = make_schema(
         [parameter("w", 2, 2), parameter("b", 1), buffer("mean", 2), parameter("v", 4)],
@@ -80,21 +94,23 @@ def test_mean_block_differences_by_hand() -> None:
     wanted = (1.0, 0.0, 3.0, 2.0 / 3.0)
     source = source_of(schema, state)
     twice = torch.tensor([[1.0], [-2.0]])
-    found = mean_block_differences(schema, lambda segment: source(segment) * twice)
+
+    def squared_norms(segment: Segment) -> torch.Tensor:
+        return (source(segment) * twice).to(torch.float64).square().sum(dim=1)
+
+    found = mean_block_differences(schema, squared_norms)
     assert found == [wanted, tuple(2 * mean for mean in wanted)]
 
 
 def test_mean_block_differences_does_not_ask_for_buffers() -> None:
     schema = make_schema([parameter("w", 2), buffer("seen", dtype=torch.int64)], [0, 1])
-    state = random_state(schema, 1)
-    source = source_of(schema, state)
     asked = []
 
-    def difference(segment: object) -> torch.Tensor:
+    def squared_norms(segment: Segment) -> torch.Tensor:
         asked.append(segment)
-        return source(schema.blocks[0].segments[0]).unsqueeze(0)
+        return torch.ones(1, dtype=torch.float64)
 
-    mean_block_differences(schema, difference)
+    mean_block_differences(schema, squared_norms)
     assert asked == [schema.blocks[0].segments[0]]
 
 

@@ -23,7 +23,7 @@ from fedobd._method import Method, Shipment, UplinkContext
 from fedobd._payload import Payload, PayloadStream, refuse_not_finite
 from fedobd._schema import ModelSchema, Role, Segment
 from fedobd._seeds import derive_seed, make_generator
-from fedobd._selection import mean_block_differences
+from fedobd._selection import mean_block_differences, subtract
 from fedobd._state import ModelState, StateStack, check_state, segment_of, state_fingerprint
 from fedobd._wire import Bytes, Header, Kind, Report
 
@@ -290,7 +290,7 @@ def encode_uploads(
     for session, report in zip(sessions, reports, strict=True):
         received = session._check_report(report)
     changes = _Changes(schema, [session._start for session in sessions], trained)
-    means = cache(lambda: mean_block_differences(schema, changes.difference))
+    means = cache(lambda: mean_block_differences(schema, changes.squared_norms))
 
     def ship(place: int) -> Shipment:
         number = sessions[place].client
@@ -342,7 +342,7 @@ class _Changes:
         self._trained = trained
         self._before = cache(self._start_of)
         self._now = cache(self._trained_of)
-        self._differences: dict[Segment, torch.Tensor] = {}
+        self._known: dict[Segment, tuple[torch.Tensor, torch.Tensor]] = {}
         self._room = _KEPT_BYTES
 
     def _start_of(self, number: int) -> torch.Tensor:
@@ -365,14 +365,20 @@ class _Changes:
 
     def difference(self, segment: Segment) -> torch.Tensor:
         """Return trained less received values, float32, shape (clients, elements)."""
-        known = self._differences.get(segment)
+        return self._subtracted(segment)[0]
+
+    def squared_norms(self, segment: Segment) -> torch.Tensor:
+        """Return the sums of squares of differences, float64, shape (clients,)."""
+        return self._subtracted(segment)[1]
+
+    def _subtracted(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+        known = self._known.get(segment)
         if known is None:
-            now = self.value(segment)
-            was = self._before(segment.tensor)[:, segment.start : segment.stop]
-            known = now.to(torch.float32) - was.to(now.device, torch.float32)
-            if known.nbytes <= self._room:
-                self._room -= known.nbytes
-                self._differences[segment] = known
+            now, before = self._now(segment.tensor), self._before(segment.tensor)
+            known = subtract(now, before, segment.start, segment.stop)
+            if known[0].nbytes <= self._room:
+                self._room -= known[0].nbytes
+                self._known[segment] = known
         return known
 
     def difference_or_value(self, segment: Segment) -> torch.Tensor:

@@ -162,23 +162,30 @@ class _Encoding:
     def _codes(self, segment: Segment, places: Sequence[int]) -> list[SegmentCode]:
         """Return a segment's code for some clients."""
         spec = self.schema.tensors[segment.tensor]
-        header = self.headers[places[0]]
         values = self._values(segment, places)
-        check_finite(spec.name, values.to(plain_dtype(self.schema, header.is_difference, segment)))
-        if spec.role is not Role.PARAMETER:
-            return [RAW] * len(places)
+        dtype = plain_dtype(self.schema, self.headers[places[0]].is_difference, segment)
+        plain = [self._plain_code(spec, place) for place in places]
         extremes: Float32 | None = None
+        if None in plain:
+            extremes = _extremes(values.to(torch.float32))
+        # what holds NaN or an infinity has such an extreme; other types have less range
+        if extremes is None or dtype != torch.float32 or not np.isfinite(extremes).all():
+            check_finite(spec.name, values.to(dtype))
         codes = []
-        for row, place in enumerate(places):
-            if self.headers[place].mask is not None:
-                codes.append(MASKED)
-            elif isinstance(self.quantizers[place], Unquantized):
-                codes.append(RAW)
-            else:
-                if extremes is None:
-                    extremes = _extremes(values.to(torch.float32))
-                codes.append(self.quantizers[place].measure(extremes[row], spec.repr_bits))
+        for row, (place, code) in enumerate(zip(places, plain, strict=True)):
+            if code is None:
+                assert extremes is not None
+                code = self.quantizers[place].measure(extremes[row], spec.repr_bits)
+            codes.append(code)
         return codes
+
+    def _plain_code(self, spec: TensorSpec, place: int) -> SegmentCode | None:
+        """Return the code of what a client sends as it is; None for what is quantized."""
+        if spec.role is not Role.PARAMETER:
+            return RAW
+        if self.headers[place].mask is not None:
+            return MASKED
+        return RAW if isinstance(self.quantizers[place], Unquantized) else None
 
     def chunks(
         self,

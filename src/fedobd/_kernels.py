@@ -373,29 +373,50 @@ def keep(start: Any, seed: Any, threshold: Any, kept: Any) -> Any:
 
 
 @compiled
-def squared_norm(values: Any) -> Any:
-    """Return the sum of squares of float32 values: eight float64 sums over every eighth value."""
+def _subtract(now: Any, before: Any, differences: Any, i: Any) -> Any:
+    """Write one difference and return its square."""
+    difference = now[i] - before[i]
+    differences[i] = difference
+    return np.float64(difference) * np.float64(difference)
+
+
+@compiled
+def _subtract_row(now: Any, before: Any, differences: Any) -> Any:
+    """Write differences and return the sum of their squares."""
     a = b = c = d = e = f = g = h = 0.0
-    whole = values.size & ~7
+    whole = differences.size & ~7
     for i in range(0, whole, 8):
-        a += np.float64(values[i]) * np.float64(values[i])
-        b += np.float64(values[i + 1]) * np.float64(values[i + 1])
-        c += np.float64(values[i + 2]) * np.float64(values[i + 2])
-        d += np.float64(values[i + 3]) * np.float64(values[i + 3])
-        e += np.float64(values[i + 4]) * np.float64(values[i + 4])
-        f += np.float64(values[i + 5]) * np.float64(values[i + 5])
-        g += np.float64(values[i + 6]) * np.float64(values[i + 6])
-        h += np.float64(values[i + 7]) * np.float64(values[i + 7])
-    for i in range(whole, values.size):
-        a += np.float64(values[i]) * np.float64(values[i])
+        a += _subtract(now, before, differences, i)
+        b += _subtract(now, before, differences, i + 1)
+        c += _subtract(now, before, differences, i + 2)
+        d += _subtract(now, before, differences, i + 3)
+        e += _subtract(now, before, differences, i + 4)
+        f += _subtract(now, before, differences, i + 5)
+        g += _subtract(now, before, differences, i + 6)
+        h += _subtract(now, before, differences, i + 7)
+    for i in range(whole, differences.size):
+        a += _subtract(now, before, differences, i)
     return ((a + b) + (c + d)) + ((e + f) + (g + h))
 
 
 @compiled
-def squared_norms(values: Any, norms: Any) -> Any:
-    """Write the `squared_norm` of each row of values, shape (rows, n), to float64, (rows,)."""
-    for row in range(values.shape[0]):
-        norms[row] = squared_norm(values[row])
+def subtract(now: Any, before: Any, start: Any, differences: Any, norms: Any) -> Any:
+    """Write what a part of each row has changed by, and the sum of squares of that.
+
+    Eight float64 sums run over every eighth difference; what is left over goes to the first, and
+    they are added in pairs.
+
+    Args:
+        now: float32, shape (rows, m).
+        before: float32, shape (rows, m); or (1, m), the same for all rows.
+        start: where the part begins.
+        differences: float32, shape (rows, n); written: now - before.
+        norms: float64, shape (rows,); written.
+    """
+    part = slice(start, start + differences.shape[1])
+    for row in range(differences.shape[0]):
+        below = before[min(row, before.shape[0] - 1), part]
+        norms[row] = _subtract_row(now[row, part], below, differences[row])
 
 
 @compiled

@@ -18,39 +18,71 @@ from numpy.typing import NDArray
 from fedobd._schema import ModelSchema, Role, Segment
 
 
-def squared_norm(values: NDArray[np.float32]) -> float:
-    """Return the sum of squares in float64, added in a fixed order.
+def subtract(
+    now: torch.Tensor, before: torch.Tensor, start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a part of each client's values has changed by, and the sum of squares of that.
 
-    Eight sums run over every eighth value (what is left over goes to the first) and are added in
-    pairs: the same bits on every machine, which a library's reduction does not promise.
+    On the CPU eight float64 sums run over every eighth difference (what is left over goes to the
+    first) and are added in pairs: the same bits on every machine, which a library's reduction does
+    not promise. On another device they are added up there, in its own order.
 
     Args:
-        values: float32, shape (n,).
+        now: shape (clients, m), floating, on any device.
+        before: shape (clients, m), floating; or (1, m), the same for all.
+        start: where the part begins.
+        stop: where it ends.
+
+    Returns:
+        now - before, float32, shape (clients, stop - start); and float64, shape (clients,); where
+        `now` lies.
     """
+    part = slice(start, stop)
+    if now.device.type != "cpu":
+        below = before[:, part].to(now.device, torch.float32)
+        differences = now[:, part].to(torch.float32) - below
+        return differences, differences.to(torch.float64).square().sum(dim=1)
     import fedobd._kernels as kernels  # when first needed: importing numba takes its time
 
-    return float(kernels.squared_norm(values))
+    if now.dtype != torch.float32 or before.dtype != torch.float32:
+        now, before = now[:, part].to(torch.float32), before[:, part].to(torch.float32)
+        start = 0
+    differences = torch.empty(len(now), stop - part.start)
+    norms = torch.empty(len(now), dtype=torch.float64)
+    kernels.subtract(
+        now.contiguous().numpy(),
+        before.contiguous().numpy(),
+        start,
+        differences.numpy(),
+        norms.numpy(),
+    )
+    return differences, norms
+
+
+def squared_norm(values: NDArray[np.float32]) -> float:
+    """Return the sum of squares of values, shape (n,), in float64, as `subtract` adds them up."""
+    rows = torch.from_numpy(values).unsqueeze(0)
+    return float(subtract(rows, torch.zeros_like(rows), 0, values.size)[1])
 
 
 def mean_block_differences(
-    schema: ModelSchema, difference: Callable[[Segment], torch.Tensor]
+    schema: ModelSchema, squared_norms: Callable[[Segment], torch.Tensor]
 ) -> list[tuple[float, ...]]:
     """Return each client's mean block difference ‖vec(Ŵ[b]) - vec(W_k[b])‖₂ / |b| of each block.
 
     Args:
         schema: the model's schema.
-        difference: gives the float32 differences of a segment of a parameter, shape (clients,
-            elements).
+        squared_norms: gives the sums of squares of the differences of a segment of a parameter,
+            float64, shape (clients,).
 
     Returns:
-        For each client one number for each block, 0 for a block of buffers alone. Where the
-        differences lie on another device, they are added up there, in its own order.
+        For each client one number for each block, 0 for a block of buffers alone.
     """
     totals = []
     for block in schema.blocks:
         if block.num_parameters:
             norms = [
-                _squared_norms(difference(segment))
+                squared_norms(segment)
                 for segment in block.segments
                 if schema.tensors[segment.tensor].role is Role.PARAMETER
             ]
@@ -65,17 +97,6 @@ def mean_block_differences(
             )
         )
     return means
-
-
-def _squared_norms(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares of each row, float64, where the rows lie."""
-    if values.device.type != "cpu":
-        return values.to(torch.float64).square().sum(dim=1)
-    import fedobd._kernels as kernels  # when first needed: importing numba takes its time
-
-    norms = torch.empty(len(values), dtype=torch.float64)
-    kernels.squared_norms(values.contiguous().numpy(), norms.numpy())
-    return norms
 
 
 def parameter_budget(num_parameters: int, dropout_rate: float) -> int:

@@ -62,7 +62,7 @@ def rows(peers: list[str]) -> list[Row]:
         Row("w1 fedobd FedOBD", "run_fedobd.py",
             (*w1, *two, "--channels-last", "--method", "fedobd")),
         Row("w1 fedobd FedAvg, 40 a round", "run_fedobd.py",
-            (*w1, *two, "--channels-last", "--cohort", "40", "--rounds", "4")),
+            (*w1, *two, "--channels-last", "--cohort", "40", "--rounds", "12")),
         Row("w1 fedobd FedAvg, 1000 a round", "run_fedobd.py",
             (*w1, *two, "--channels-last", "--clients", "1000", "--cohort", "1000",
              "--rounds", "1")),

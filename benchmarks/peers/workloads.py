@@ -50,11 +50,11 @@ class Workload:
 WORKLOADS = {
     "w1": Workload(
         name="w1", shape=(3, 32, 32), signal=0.3, num_clients=100, cohort=10, examples=100,
-        batch_size=20, learning_rate=0.1, threads=2, warmup_rounds=2, rounds=10,
+        batch_size=20, learning_rate=0.1, threads=2, warmup_rounds=2, rounds=30,
     ),
     "w2": Workload(
         name="w2", shape=(784,), signal=0.1, num_clients=1000, cohort=100, examples=20,
-        batch_size=20, learning_rate=0.1, threads=1, warmup_rounds=5, rounds=30,
+        batch_size=20, learning_rate=0.1, threads=1, warmup_rounds=5, rounds=100,
     ),
 }  # fmt: skip
 
@@ -76,7 +76,7 @@ def make_data(workload: Workload) -> list[tuple[Tensor, Tensor]]:
     """Return the inputs (examples × shape) and targets (examples) of each client.
 
     Noise around the mean of the example's class, so that the loss falls, and slowly: in W1 from
-    2.37 in the first round to 2.25 in the twelfth.
+    2.37 in the first round to 1.30 in the last of thirty-two.
     """
     generator = torch.Generator().manual_seed(SEED)
     means = workload.signal * torch.randn(NUM_CLASSES, *workload.shape, generator=generator)

@@ -216,19 +216,23 @@ def _sweeps(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
     base = found.get((SWEPT, "fedobd"))
     if base is None:
         return
-    sweeps: tuple[tuple[str, str, Callable[[Record], float]], ...] = (
-        ("dropout-", "λ, the dropout rate", lambda codec: codec["dropout_rate"]),
+    sweeps: tuple[tuple[tuple[str, ...], str, Callable[[Record], float]], ...] = (
         (
-            "weight-",
+            ("dropout-", "no-dropout"),
+            "λ, the dropout rate",
+            lambda codec: 0 if codec["selection"] == "none" else codec["dropout_rate"],
+        ),
+        (
+            ("weight-",),
             "β, the weight of bits, both directions",
             lambda codec: codec["uplink_weight"],
         ),
     )
-    for prefix, title, value in sweeps:
+    for prefixes, title, value in sweeps:
         some = [
             rs[0]
             for (preset, variant), rs in found.items()
-            if preset == SWEPT and variant.startswith(prefix)
+            if preset == SWEPT and variant.startswith(prefixes)
         ]
         if not some:
             continue

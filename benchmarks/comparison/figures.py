@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from records import ROOT
@@ -82,5 +83,6 @@ def _shares(record: Record) -> list[list[float]]:
 
 def _save(figure: Figure, name: str, title: str) -> str:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": name}):  # the same file for the same records
+        figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
     return f"![{title}](figures/{name}.svg)"

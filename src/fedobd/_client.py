@@ -342,7 +342,7 @@ class _Changes:
         self._trained = trained
         self._before = cache(self._start_of)
         self._now = cache(self._trained_of)
-        self._known: dict[Segment, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kept: dict[Segment, tuple[torch.Tensor, torch.Tensor]] = {}
         self._room = _KEPT_BYTES
 
     def _start_of(self, number: int) -> torch.Tensor:
@@ -372,14 +372,14 @@ class _Changes:
         return self._subtracted(segment)[1]
 
     def _subtracted(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
-        known = self._known.get(segment)
-        if known is None:
+        found = self._kept.get(segment)
+        if found is None:
             now, before = self._now(segment.tensor), self._before(segment.tensor)
-            known = subtract(now, before, segment.start, segment.stop)
-            if known[0].nbytes <= self._room:
-                self._room -= known[0].nbytes
-                self._known[segment] = known
-        return known
+            found = subtract(now, before, segment.start, segment.stop)
+            if found[0].nbytes <= self._room:
+                self._room -= found[0].nbytes
+                self._kept[segment] = found
+        return found
 
     def difference_or_value(self, segment: Segment) -> torch.Tensor:
         """Return the difference of a parameter, the value of a buffer."""

@@ -168,7 +168,7 @@ class _Encoding:
         extremes: Float32 | None = None
         if None in plain:
             extremes = _extremes(values.to(torch.float32))
-        # what holds NaN or an infinity has such an extreme; other types have less range
+        # NaN and infinities show in the extremes; a type of less range can have more of them
         if extremes is None or dtype != torch.float32 or not np.isfinite(extremes).all():
             check_finite(spec.name, values.to(dtype))
         codes = []

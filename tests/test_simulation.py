@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
+from torch import nn
 
 from fedobd import EmptyRoundError, RoundRecord, ServerSession, UsageError
 from fedobd._intake import Intake
 from fedobd._rounds import RoundPlan
+from fedobd._seeds import derive_seed
 from fedobd._wire import Bytes
+from fedobd.data import ClientData
 from fedobd.experiments._build import Experiment, build_experiment
 from fedobd.simulation import (
     ClientPool,
     ClientResult,
+    ClientSetup,
     ClientTask,
+    ProcessPool,
     SequentialPool,
     Watcher,
     open_pool,
     simulate,
 )
+from fedobd.training import LocalResult
+from tests import toy
 from tests.toy import config
 
 
@@ -81,6 +89,19 @@ class ReversedPool(SequentialPool):
         return super().run(reversed(list(tasks)))
 
 
+class _Kept:
+    """A pool that stays open."""
+
+    def __init__(self, pool: ClientPool) -> None:
+        self.run = pool.run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class DamagingPool(SequentialPool):
     """Damages the uploads of one client, or of all."""
 
@@ -117,6 +138,44 @@ def test_a_bad_upload_is_recorded_and_the_round_goes_on() -> None:
         assert record.uplink_bytes == sum(u.uplink.total for u in record.uploads) + (
             refusal.uplink_bytes
         )
+
+
+@pytest.mark.parametrize("pool", [SequentialPool, partial(ProcessPool, workers=1)])
+def test_a_client_whose_upload_is_refused_keeps_what_it_received(
+    pool: Callable[[ClientSetup], ClientPool],
+) -> None:
+    """SMAFD needs what a client kept, in its next round."""
+    experiment = build_experiment(config("smafd", methods={"smafd": {"rounds": 3, "cohort": 4}}))
+    setup = replace(experiment.setup, train=overshoot_first)
+    counts: list[tuple[int, int]] = []
+    watcher = Watcher(on_client=lambda plan, done: counts.append((plan.round, done)))
+    records, _ = play(experiment, pool(setup), watcher)
+    assert [len(record.refusals) for record in records] == [1, 0, 0]
+    assert counts == [(number, done) for number in (1, 2, 3) for done in (1, 2, 3, 4)]
+
+
+def overshoot_first(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int) -> LocalResult:
+    """Train; one client's values are too large in the first round."""
+    result = toy.train(model, data, plan, seed)
+    if plan.round == 1 and seed == derive_seed(1, "train", 1, 2):
+        with torch.no_grad():
+            next(model.parameters()).mul_(1e9)
+    return result
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pool_plays_one_run_after_another(workers: int) -> None:
+    """A round has the number of one before it, and other values."""
+    experiment = build_experiment(config("fedavg", methods={"fedavg": {"rounds": 1}}))
+    moved = replace(
+        experiment, initial={name: value + 1 for name, value in experiment.initial.items()}
+    )
+    with open_pool(experiment.setup, workers) as pool:
+        for one in (experiment, moved, experiment):
+            wanted = play(one, SequentialPool(one.setup))
+            found = play(one, _Kept(pool))
+            assert found[0] == wanted[0]
+            assert same(found[1], wanted[1])
 
 
 def test_without_any_upload_the_simulation_stops() -> None:

@@ -315,6 +315,41 @@ def test_what_training_raises_comes_through_and_ends_the_run(
     assert not folder.exists()
 
 
+def test_a_pool_goes_on_after_a_round_that_was_broken_off() -> None:
+    experiment = build_experiment(config("fedavg"))
+    setup = replace(experiment.setup, train=fail_in_two)
+    with ProcessPool(setup, 2) as pool:
+        server = ServerSession(
+            experiment.method, experiment.schema, experiment.initial, num_clients=4, seed=1
+        )
+        rounds = simulate(server, pool)
+        next(rounds)
+        with pytest.raises(UsageError, match=r"round 2: no such loss"):
+            next(rounds)
+        results = pool.run(tasks_of(experiment, range(4)))
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+        found = {one.client: one.upload for one in pool.run(tasks_of(experiment, (0, 3)))}
+    with SequentialPool(setup) as here:
+        wanted = {
+            result.client: result.upload for result in here.run(tasks_of(experiment, (0, 3)))
+        }
+    assert found == wanted
+
+
+def fail_in_two(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int) -> LocalResult:
+    if plan.round == 2:
+        raise UsageError("no such loss")
+    return toy.train(model, data, plan, seed)
+
+
+def test_a_tensor_without_elements_goes_through_workers() -> None:
+    experiment = build_experiment(config("fedavg", model={"options": {"width": 2, "empty": True}}))
+    wanted = play_unseen(experiment, SequentialPool(experiment.setup))
+    assert wanted[1]["empty"].shape == (0, 3)
+    assert_same_runs(play_unseen(experiment, NoUploads(experiment.setup, 1)), wanted)
+
+
 # Uploads that workers take in
 
 

@@ -41,7 +41,9 @@ class Narrow(nn.Module):
         return outputs.float()
 
 
-def make_model(width: int = 4, frozen: bool = False, dtype: str = "float32") -> nn.Module:
+def make_model(
+    width: int = 4, frozen: bool = False, dtype: str = "float32", empty: bool = False
+) -> nn.Module:
     model = nn.Sequential(
         nn.Conv2d(1, width, 3),
         nn.BatchNorm2d(width),
@@ -53,6 +55,8 @@ def make_model(width: int = 4, frozen: bool = False, dtype: str = "float32") -> 
     )
     if frozen:
         model[4].weight.requires_grad_(False)
+    if empty:
+        model.register_parameter("empty", nn.Parameter(torch.zeros(0, 3)))
     return model if dtype == "float32" else Narrow(model.to(getattr(torch, dtype)))
 
 

@@ -130,8 +130,12 @@ class LocalClient:
         self._setup = setup
         self._join = join
         self._model = setup.make_model().to(setup.device)
-        self._decoded: dict[Kind, tuple[int, Broadcast]] = {}
+        self._decoded: dict[Kind, Broadcast] = {}
         self._frozen = {setup.schema.tensors[n].name for n in setup.schema.frozen()}
+
+    def begin(self) -> None:
+        """Forget the payloads of the last round."""
+        self._decoded = {}
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         """Play some clients' parts in a round; together where clients are stacked.
@@ -151,10 +155,10 @@ class LocalClient:
 
     def _run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         setup, plan = self._setup, tasks[0].plan
-        clock = _Stopwatch()
+        clock = _Clock()
         sessions = [self._session(task) for task in tasks]
         starts = [
-            session.receive(self._decode(Kind.BROADCAST, plan.round, task.broadcast))
+            session.receive(self._decode(Kind.BROADCAST, task.broadcast))
             for session, task in zip(sessions, tasks, strict=True)
         ]
         clock.lap("decode")
@@ -189,7 +193,7 @@ class LocalClient:
             start=setup.start,
         )
         if task.opening is not None:
-            session.open(self._decode(Kind.OPENING, task.plan.round, task.opening))
+            session.open(self._decode(Kind.OPENING, task.opening))
         return session
 
     def _validate(self, start: ModelState, data: ClientData) -> Evaluation | None:
@@ -215,14 +219,13 @@ class LocalClient:
         result = setup.train(self._model, own, plan, seed)
         return StateStack.of([view_state(self._model)]), [result]
 
-    def _decode(self, kind: Kind, number: int, payload: bytes | Path) -> Broadcast:
+    def _decode(self, kind: Kind, payload: bytes | Path) -> Broadcast:
         """Decode what all clients of a round share once for all of them."""
-        known = self._decoded.get(kind)
-        if known is None or known[0] != number:
+        if kind not in self._decoded:
             whole = map_file(payload) if isinstance(payload, Path) else payload
             decoded = Broadcast.decode(whole, self._setup.method, self._setup.schema, kind)
-            known = self._decoded[kind] = (number, decoded)
-        return known[1]
+            self._decoded[kind] = decoded
+        return self._decoded[kind]
 
 
 def _report(result: LocalResult, validation: Evaluation | None) -> Report:
@@ -235,7 +238,7 @@ def _report(result: LocalResult, validation: Evaluation | None) -> Report:
     )
 
 
-class _Stopwatch:
+class _Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -73,7 +73,7 @@ class Watcher:
     Args:
         on_payload: gets round, a name such as `"broadcast"` or `"upload-3"`, and each payload's
             bytes.
-        on_client: gets the plan and the number of uploads so far, after each upload.
+        on_client: gets the plan and the number of uploads so far, refused ones too, after each.
     """
 
     on_payload: Callable[[int, str, Bytes], None] | None = None
@@ -162,15 +162,13 @@ def _play(
     for done, result in enumerate(pool.run(tasks, None if must_come else server.intake), start=1):
         for phase, spent in result.seconds.items():
             seconds[phase] += spent
+        if result.state:  # it has received the broadcast, whatever becomes of its upload
+            states.store(result.client, plan.round, result.state)
         if result.upload is not None:
             see(plan.round, f"upload-{result.client}", result.upload)
-            with _timed(seconds, "fold"):
-                try:
-                    server.receive(result.client, result.upload)
-                except DecodeError:
-                    continue  # recorded by the session with its reason; the round goes on
-        if result.state:
-            states.store(result.client, plan.round, result.state)
+            # A refusal is recorded by the session with its reason; the round goes on.
+            with _timed(seconds, "fold"), suppress(DecodeError):
+                server.receive(result.client, result.upload)
         if watcher.on_client is not None:
             watcher.on_client(plan, done)
 

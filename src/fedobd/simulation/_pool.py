@@ -125,6 +125,7 @@ class SequentialPool(_SingleThread):
         self, tasks: Iterable[ClientTask], intake: Intake | None = None
     ) -> Iterator[ClientResult]:
         """See `ClientPool.run`; uploads come with the results."""
+        self._client.begin()
         for group in _groups(tasks, self._setup.stack):
             yield from self._client.run(group)
 
@@ -164,15 +165,16 @@ class ProcessPool(_SingleThread):
         files = self._round_files()
         share = None
         if intake is not None:
-            share = ShareTerms.write(intake, next(files), self._round)
+            share = ShareTerms.write(intake, next(files))
         coming = _groups(_with_files(tasks, files), self._setup.stack)
         played: set[int] = set()
         waiting = deque(islice(coming, 1))
         attempts: dict[int, int] = {}
+        self._dismiss_busy()
         while len(self._workers) < self._count:
             self._workers.append(Worker(self._setup_file, next(self._names)))
         for worker in self._workers:
-            worker.begin()
+            worker.begin(self._round)
         while waiting or any(worker.groups for worker in self._workers):
             for ahead in range(_AHEAD):
                 for worker in self._workers:
@@ -212,12 +214,20 @@ class ProcessPool(_SingleThread):
                 )
                 waiting.extendleft(reversed([*lost, *worker.taken]))
                 replacement = Worker(self._setup_file, next(self._names))
+                replacement.begin(self._round)
                 self._workers[self._workers.index(worker)] = replacement
         if intake is not None:
-            count = Intake.num_sums(intake.method, intake.schema)
+            num_sums = Intake.num_sums(intake.method, intake.schema)
             for worker in self._workers:
                 if worker.num_examples:
-                    intake.merge(worker.sums(count), worker.num_examples)
+                    intake.merge(worker.sums(num_sums), worker.num_examples)
+
+    def _dismiss_busy(self) -> None:
+        """End the workers that still have clients of a round that was broken off."""
+        for worker in self._workers:
+            if worker.groups:
+                worker.close()
+        self._workers = [worker for worker in self._workers if not worker.groups]
 
     def _round_files(self) -> Iterator[Path]:
         """Yield files for what workers read in a round: those of the last one first.

@@ -31,17 +31,15 @@ class ShareTerms:
     """What an intake in another process needs to do as the server's.
 
     Args:
-        number: tells rounds apart, even those that are played again.
         terms: those of the server's intake.
         reference: the file with the server's values.
     """
 
-    number: int
     terms: IntakeTerms
     reference: Path
 
     @classmethod
-    def write(cls, intake: Intake, file: Path, number: int) -> ShareTerms:
+    def write(cls, intake: Intake, file: Path) -> ShareTerms:
         """Write the server's values to a file, over what was there."""
         chunks: list[Bytes] = []
         end = 0
@@ -50,7 +48,7 @@ class ShareTerms:
             chunks += bytes(start - end), values.view(np.uint8).data
             end = start + values.nbytes
         write_over(file, chunks)
-        return cls(number, intake.terms, file)
+        return cls(intake.terms, file)
 
     def open(self, method: Method, schema: ModelSchema, memory: Sums) -> Intake:
         """Return an intake whose sums lie in some memory, which is set to 0."""
@@ -59,7 +57,10 @@ class ShareTerms:
             whole = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         reference: ModelState = {}
         for spec, dtype, start in _places(schema):
-            values = torch.frombuffer(whole, dtype=dtype, count=spec.num_elements, offset=start)
+            count = spec.num_elements
+            values = torch.empty(0, dtype=dtype)  # which `frombuffer` refuses to make
+            if count:
+                values = torch.frombuffer(whole, dtype=dtype, count=count, offset=start)
             reference[spec.name] = values.reshape(spec.shape)
         return Intake(method, schema, self.terms, reference, memory=memory)
 

@@ -66,15 +66,16 @@ class Worker:
         self.groups: deque[list[ClientTask]] = deque()
         """What it has been sent and has not answered, in order."""
 
-    def begin(self) -> None:
-        """Forget the last round."""
+    def begin(self, number: int) -> None:
+        """Forget the last round; the number tells rounds apart, even those played again."""
+        self._round = number
         self.taken, self.num_examples = [], 0
 
     def send(self, group: list[ClientTask], share: ShareTerms | None) -> None:
         """Have it play a group of clients, and take their uploads in where it has terms."""
         self.groups.append(group)
         with suppress(OSError):  # it has died, which `receive` says
-            _send(self.connection, (group, share))
+            _send(self.connection, (self._round, group, share))
 
     def sums(self, count: int) -> Sums:
         """Return the sums of what it has taken in, so many numbers."""
@@ -196,9 +197,8 @@ class _Outbox:
         self._stream: BinaryIO | None = None
 
     def begin(self, share: ShareTerms | None) -> None:
-        """From now on take uploads in on these terms; on none they are left in files."""
-        if share != self._share:
-            self._share, self._intake = share, None
+        """In this round take uploads in on these terms; on none they are left in files."""
+        self._share, self._intake = share, None
 
     def _open(self, share: ShareTerms) -> Intake:
         """Return the round's intake, made when the first client has been trained."""
@@ -253,7 +253,8 @@ def _work(connection: Connection, setup: Path, file: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare_process()
     if hasattr(os, "SCHED_BATCH"):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        with suppress(OSError):  # not allowed; it only makes fewer switches
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     shared: ClientSetup = torch.load(setup, mmap=True, weights_only=False)
     outbox = _Outbox(connection, shared, file)
     client = LocalClient(shared, outbox.join)
@@ -262,9 +263,13 @@ def _work(connection: Connection, setup: Path, file: Path) -> None:
 
 
 def _play_groups(connection: Connection, client: LocalClient, outbox: _Outbox) -> None:
+    current = None
     while True:
-        group, share = _receive(connection)
-        outbox.begin(share)
+        number, group, share = _receive(connection)
+        if number != current:
+            current = number
+            client.begin()
+            outbox.begin(share)
         try:
             for done, result in enumerate(client.run(group), start=1):
                 outbox.add(result, is_last=done == len(group))

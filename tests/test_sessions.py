@@ -370,6 +370,21 @@ def test_the_patience_is_five_rounds_without_a_rise_of_a_thousandth() -> None:
     assert len(run_with_metrics(method, flat | {6: 0.5011})) == 11
 
 
+def test_an_early_stop_without_a_least_gain_wants_a_rise_all_the_same() -> None:
+    stop = EarlyStop(source="test", min_gain=0, patience=2)
+    method = FedOBD(stage_one_rounds=20, stage_two_epochs=0, cohort=1.0, stop=stop)
+    assert len(run_with_metrics(method, dict.fromkeys(range(1, 21), 0.5), test_set=True)) == 3
+
+
+def test_a_metric_that_is_no_number_is_no_rise_and_no_best() -> None:
+    stop = EarlyStop(source="test", patience=2)
+    method = FedOBD(stage_one_rounds=6, stage_two_epochs=0, cohort=1.0, stop=stop)
+    rising = {1: math.nan, 2: 0.5, 3: 0.6, 4: 0.7, 5: 0.8, 6: 0.9}
+    assert len(run_with_metrics(method, rising, test_set=True)) == 6
+    lost = dict.fromkeys(range(1, 7), math.nan)
+    assert len(run_with_metrics(method, lost, test_set=True)) == 2
+
+
 def test_early_stop_is_off_unless_it_is_asked_for() -> None:
     assert EarlyStop().source == "off"
     for method in METHODS.values():

@@ -278,7 +278,8 @@ class StopWatch:
         """Take in a round's metric and say whether to leave the stage."""
         if metric is None:
             return False
-        if self.best is None or metric >= self.best + rule.min_gain:
+        least = -math.inf if self.best is None else self.best + rule.min_gain
+        if metric >= least and metric != self.best:  # NaN is no rise
             self.best, self.rounds_since = metric, 0
         else:
             self.rounds_since += 1

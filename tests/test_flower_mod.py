@@ -488,6 +488,14 @@ def test_empty_and_zero_differences_are_not_shrunk() -> None:
         assert shrink_factor(values, NNADQ(1.0), 32) == 1
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("quantizer", [Unquantized(), NNADQ(1.0)])
+def test_differences_that_are_not_finite_are_left_to_the_encoder(
+    value: float, quantizer: Quantizer
+) -> None:
+    assert shrink_factor(np.asarray([1, value, 2], np.float32), quantizer, 32) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("codec", [LOSSLESS, Codec(uplink_weight=1e-9, selection="none")])
 def test_half_precision_differences_keep_their_norm_on_the_wire(

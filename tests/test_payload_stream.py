@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import tracemalloc
 from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
 
 import numpy as np
 import pytest
@@ -128,6 +129,13 @@ def test_added_bytes_are_refused(name: str) -> None:
         assert reason_of([longer], schema) is not None
 
 
+def test_no_more_is_read_of_what_follows() -> None:
+    data, schema = bytes_of("broadcast nnadq"), CASES["broadcast nnadq"].schema
+    carrier = Carrier(data, filler=10**9)
+    assert reason_of(carrier, schema) is DecodeReason.TRAILING
+    assert carrier.given == len(data) + 1000
+
+
 @every_case
 def test_each_altered_byte_is_refused(name: str) -> None:
     data, schema = bytes_of(name), CASES[name].schema
@@ -211,7 +219,7 @@ class Carrier:
         self.given = 0
 
     def __iter__(self) -> Iterator[bytes]:
-        for chunk in (self._head, *[b"\0" * self._size] * (self._filler // self._size)):
+        for chunk in chain([self._head], repeat(b"\0" * self._size, self._filler // self._size)):
             self.given += len(chunk)
             yield chunk
 

@@ -61,6 +61,8 @@ def shrink_factor(values: Float32, quantizer: Quantizer, repr_bits: int) -> floa
         repr_bits: bits of the type that the values have in the model.
     """
     wanted = squared_norm(values)
+    if not math.isfinite(wanted):
+        return 1.0  # the encoder says what is wrong with such values
     factor = 1.0
     while True:
         shrunk = values * np.float32(factor)

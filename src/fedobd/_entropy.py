@@ -29,10 +29,12 @@ The gamma code of a number with n bits is n - 1 bits 0, a bit 1, and its lower n
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,7 @@ _LEAST_CHUNK_BITS = 8 * 64 * 1024
 """Chunks are made no smaller than this, so that their states weigh nothing."""
 
 _MIN_CHUNK_LOG2, _MAX_CHUNK_LOG2 = 12, 40
+_KEPT_SLOTS = 8
 _STATE_BYTES = 6
 _LANES = 4
 
@@ -143,14 +146,20 @@ def _chunk_bounds(total: int, chunk_log2: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _pieces(lengths: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, slice, int]]:
-    """Yield a chunk's parts: number of the segment, its elements, and their start in the chunk."""
-    offset = 0
-    for number, length in enumerate(lengths):
-        first, last = max(start, offset), min(stop, offset + length)
-        if first < last:
-            yield number, slice(first - offset, last - offset), first - start
-        offset += length
+def _pieces(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, slice, int]]:
+    """Yield a chunk's parts: number of the segment, its elements, and their start in the chunk.
+
+    Args:
+        ends: where each segment ends.
+        start: where the chunk begins.
+        stop: where it ends.
+    """
+    number, place = bisect_right(ends, start), start
+    while place < stop:
+        first, last = ends[number - 1] if number else 0, min(stop, ends[number])
+        if place < last:
+            yield number, slice(place - first, last - first), place - start
+        number, place = number + 1, last
 
 
 def _encode_chunk(
@@ -160,8 +169,8 @@ def _encode_chunk(
     states = np.full(_LANES, kernels.LOWEST_STATE, np.uint64)
     words = np.empty(2 * (stop - start) + 2, np.uint16)
     position = words.size
-    lengths = [levels.symbols.size for levels in segments]
-    for number, part, first in reversed(list(_pieces(lengths, start, stop))):
+    ends = list(accumulate(levels.symbols.size for levels in segments))
+    for number, part, first in reversed(list(_pieces(ends, start, stop))):
         levels, table = segments[number], tables[number]
         entries = np.zeros(4 * table.frequencies.size, np.uint64)
         _tables().make_entries(table.frequencies, table.k, entries)
@@ -214,16 +223,17 @@ def decode_levels(
         raise _damaged("has bits set between its tables and its chunks")
     lengths = [count for count, _ in segments]
     values = [np.empty(count, np.float32) for count in lengths]
-    shared = cache(lambda number: _slots(tables[number], segments[number][1]))
+    ends = list(accumulate(lengths))
+    # Half a megabyte each. Chunks share a segment with their neighbours, so the last few do.
+    slots_of = lru_cache(_KEPT_SLOTS)(lambda number: _slots(tables[number], segments[number][1]))
 
     def decode(chunk: tuple[int, int, memoryview]) -> None:
         start, stop, data = chunk
         reader = _ChunkReader(data)
-        for number, part, first in _pieces(lengths, start, stop):
+        for number, part, first in _pieces(ends, start, stop):
             code, table = segments[number][1], tables[number]
-            # half a megabyte each, so those of many small segments are not kept
             is_whole = part.stop - part.start == lengths[number]
-            slots = _slots(table, code) if is_whole else shared(number)
+            slots = _slots(table, code) if is_whole else slots_of(number)
             reader.take(code, table, slots, first, values[number][part])
         reader.close()
 

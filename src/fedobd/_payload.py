@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import cast
 
 import numpy as np
@@ -377,9 +378,9 @@ class _ChunkCursor(Cursor):
         """
         came = self.checksum
         check_checksum(came, self.take(CHECKSUM.size, "the checksum"))
-        left = len(self._buffer) + sum(len(memoryview(chunk).cast("B")) for chunk in self._chunks)
-        if left:
-            raise DecodeError(DecodeReason.TRAILING, f"{left} bytes follow the checksum")
+        for rest in chain([self._buffer], self._chunks):
+            if len(memoryview(rest)):  # no more is read of what may have no end
+                raise DecodeError(DecodeReason.TRAILING, "bytes follow the checksum")
 
 
 class PayloadStream:

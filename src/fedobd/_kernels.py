@@ -1,9 +1,9 @@
 """Compiled loops of the codec: quantize and count, rANS in and out, add into sums.
 
-Everything is integer arithmetic but for the quantization itself, whose float32 operations are
-written one by one (the compiler neither reorders nor fuses them). Every index into a buffer that
-depends on a stream is checked against the buffer's length: a stream can make a loop stop, never
-leave a buffer.
+Coding is integer arithmetic; where values are floating point, their operations are written one by
+one (the compiler neither reorders nor fuses them), so that results are the same everywhere. Every
+index into a buffer that depends on a stream is checked against the buffer's length: a stream can
+make a loop stop, never leave a buffer.
 
 rANS with four interleaved lanes, each a state x in [2^31, 2^47), and 16-bit words. Symbols are put
 in from the last to the first and come out from the first to the last; the symbol at position i of
@@ -144,7 +144,7 @@ def encode_symbols(
     Args:
         symbols: unsigned, shape (n,).
         shift: b, low bits that are put in as they are.
-        entries: uint64, shape (4 · symbols,): for each symbol without its low bits ⌊2^64 / f⌋ + 1
+        entries: uint64, shape (4 · symbols,): for each symbol without its low bits ⌈2^64 / f⌉
             (2^64 - 1 for f = 1), f·2^(47-k), c (c + M - 1 for f = 1), and M - f.
         states: uint64, shape (4,): the lane of symbol i is (first + i) mod 4; changed.
         first: position of the first symbol in its stream.

@@ -139,19 +139,14 @@ class Quantizer(Protocol):
         ...
 
     def quantize(
-        self,
-        values: Float32 | torch.Tensor,
-        code: SegmentCode,
-        generator: torch.Generator | None = None,
-        executor: Executor | None = None,
+        self, values: Float32, code: SegmentCode, generator: torch.Generator | None = None
     ) -> Levels:
         """Return the levels for a code whose coding is LEVELS.
 
         Args:
-            values: float32, shape (n,), n ≥ 1; a tensor where they lie on another device.
+            values: float32, shape (n,), n ≥ 1.
             code: what `measure` chose.
             generator: draws of a stochastic quantizer.
-            executor: spreads the work; the levels are the same with and without.
         """
         ...
 
@@ -168,7 +163,7 @@ class Quantizer(Protocol):
             values: float32, shape (clients, n), n ≥ 1, on any device.
             codes: what `measure` chose for each client.
             generator: gives a client's draws, by its row; asked where they are wanted.
-            executor: see `quantize`.
+            executor: spreads the work; the levels are the same with and without.
         """
         ...
 
@@ -222,16 +217,10 @@ class NNADQ:
         return _code(offset, span, num_levels)
 
     def quantize(
-        self,
-        values: Float32 | torch.Tensor,
-        code: SegmentCode,
-        generator: torch.Generator | None = None,
-        executor: Executor | None = None,
+        self, values: Float32, code: SegmentCode, generator: torch.Generator | None = None
     ) -> Levels:
         """See `Quantizer.quantize`; the generator is not used."""
-        if isinstance(values, torch.Tensor):
-            return _round_there(values.unsqueeze(0), [code])[0]
-        return _round_here(values[np.newaxis], [code], executor)[0]
+        return _round_here(values[np.newaxis], [code], None)[0]
 
     def quantize_all(
         self,
@@ -345,19 +334,13 @@ class Stochastic:
         return _code(np.float32(0), span, self.num_levels)
 
     def quantize(
-        self,
-        values: Float32 | torch.Tensor,
-        code: SegmentCode,
-        generator: torch.Generator | None = None,
-        executor: Executor | None = None,
+        self, values: Float32, code: SegmentCode, generator: torch.Generator | None = None
     ) -> Levels:
-        """See `Quantizer.quantize`; draws are the CPU's, so a tensor is brought here first.
+        """See `Quantizer.quantize`.
 
         Raises:
             UsageError: there is no generator.
         """
-        if isinstance(values, torch.Tensor):
-            values = values.cpu().numpy()
         return _round_at_random(values[np.newaxis], [code], lambda _: generator)[0]
 
     def quantize_all(
@@ -367,7 +350,7 @@ class Stochastic:
         generator: Callable[[int], torch.Generator | None],
         executor: Executor | None = None,
     ) -> list[Levels]:
-        """See `Quantizer.quantize_all` and `quantize`.
+        """See `Quantizer.quantize_all`; draws are the CPU's, so values are brought here first.
 
         Raises:
             UsageError: there is no generator.
@@ -406,11 +389,7 @@ class Unquantized:
         return RAW
 
     def quantize(
-        self,
-        values: Float32 | torch.Tensor,
-        code: SegmentCode,
-        generator: torch.Generator | None = None,
-        executor: Executor | None = None,
+        self, values: Float32, code: SegmentCode, generator: torch.Generator | None = None
     ) -> Levels:
         """Never called by the codec, since no segment is coded in levels.
 
@@ -427,7 +406,7 @@ class Unquantized:
         executor: Executor | None = None,
     ) -> list[Levels]:
         """See `quantize`."""
-        return [self.quantize(row, code) for row, code in zip(values, codes, strict=True)]
+        raise UsageError("values that are not quantized have no levels")
 
 
 def dequantize(levels: Int32, code: SegmentCode) -> Float32:

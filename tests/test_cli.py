@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedobd import cli
 from tests.data_helpers import fedobd
@@ -59,6 +60,38 @@ def test_the_device_of_the_command_goes_before_that_of_the_file(
     done = fedobd(capsys, "compare", "toy.toml", "--device", "gpu", "-o", "all")
     assert done.status == 2
     assert "training.device is 'gpu'" in done.err
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("meta", "training.device is 'meta'; allowed are 'cpu', 'cuda' and 'auto'"),
+        ("cuda:2", "training.device is 'cuda:2'; CUDA devices here: 2, from cuda:0"),
+    ],
+)
+def test_devices_that_are_not_there(
+    device: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    done = fedobd(capsys, "run", "toy.toml", "--device", device)
+    assert (done.status, done.err.strip()) == (2, f"error: {message}")
+
+
+def test_a_gpu_without_memory_is_an_error_that_says_what_to_change(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr("fedobd.cli.run", full)
+    done = fedobd(capsys, "run", "toy.toml")
+    assert done.status == 2
+    assert done.err.startswith("error: CUDA out of memory. Tried to allocate 9 GiB\n")
+    assert "smaller simulation.stack or training.batch_size" in done.err
 
 
 def test_quiet_runs_print_nothing_and_leave_the_same_folder(

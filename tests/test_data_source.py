@@ -851,10 +851,10 @@ def test_a_gpu_holds_data_that_take_a_quarter_of_what_is_free(
     )
     here = build_data(settings).federated
     assert asked == []
-    there = build_data(settings, "cuda:1").federated
+    there = build_data(settings, "cuda:1", workers=3).federated  # each process with a copy
     loaded = load(tmp_path / "set")
     assert loaded.test is not None
-    wanted = [(len(part), torch.device("cuda:1"), 1000) for part in (loaded.test, loaded.train)]
+    wanted = [(len(part), torch.device("cuda:1"), 250) for part in (loaded.test, loaded.train)]
     assert sorted(asked, key=str) == sorted(wanted, key=str)
     for one, other in zip(here.clients, there.clients, strict=True):
         assert torch.equal(gather(one.train).inputs, gather(other.train).inputs)

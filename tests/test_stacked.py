@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -24,8 +25,9 @@ from fedobd import Payload, RoundPlan, ServerSession, UsageError
 from fedobd._intake import Intake
 from fedobd._state import ModelState, get_state, load_state
 from fedobd.data import ClientData, Examples, gather
-from fedobd.experiments import load_config, run
+from fedobd.experiments import _tune, load_config, run
 from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.experiments._tune import measure_stack
 from fedobd.experiments.config import RunConfig
 from fedobd.models import (
     DenseNet40,
@@ -639,6 +641,18 @@ def test_examples_of_unequal_shapes_are_refused() -> None:
         stacked(model, [get_state(model)] * 2, data)
 
 
+def full(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_gpu_without_memory_for_a_stack_is_not_taken_for_a_model_that_cannot_be_stacked() -> (
+    None
+):
+    model = linear().double()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        stacked(model, [get_state(model)] * 2, images([8, 8], 3, 4), loss=full)
+
+
 # What goes in
 
 
@@ -892,6 +906,64 @@ def test_a_training_function_of_ones_own_cannot_be_stacked(tmp_path: Path) -> No
     with pytest.raises(UsageError, match="cannot be stacked: their training function trains one"):
         run(chosen, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# The size of a stack
+
+
+def measured(spent: dict[int, float], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
+    """Return the stack that is found where a client takes so long with others; inf: no memory."""
+
+    def seconds(setup: ClientSetup, tasks: list[ClientTask], stack: int) -> float:
+        assert len(tasks) == stack
+        if math.isinf(spent[stack]):
+            raise torch.cuda.OutOfMemoryError
+        return spent[stack]
+
+    monkeypatch.setattr(_tune, "_seconds_per_client", seconds)
+    experiment = build_experiment(digits("fedavg", 1, **changes))
+    server = ServerSession(
+        experiment.method, experiment.schema, experiment.initial, num_clients=10, seed=0
+    )
+    before = server.save().values
+    found = measure_stack(experiment, server)
+    assert server.save().values == before
+    return found
+
+
+@pytest.mark.parametrize(
+    ("spent", "wanted"),
+    [
+        ({1: 1.0, 2: 0.97}, 1),
+        ({1: 1.0, 2: 0.9, 4: 0.5, 8: 0.49}, 4),
+        ({1: 1.0, 2: 0.9, 4: 0.5, 8: 0.4, 10: 0.3}, 10),
+        ({1: 1.0, 2: 0.5, 4: math.inf}, 2),
+    ],
+)
+def test_the_stack_is_as_large_as_it_pays_and_fits(
+    spent: dict[int, float], wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert measured(spent, monkeypatch) == wanted
+
+
+def test_one_client_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        measured({1: math.inf}, monkeypatch)
+
+
+def test_own_training_is_not_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measured({}, monkeypatch, **{"training.function": "tests.toy:train"}) == 1
+
+
+def test_a_stack_that_was_measured_is_kept_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = digits("fedavg", 1, **{"simulation.stack": "auto", "methods.fedavg.rounds": "1"})
+    monkeypatch.setattr(_tune, "_seconds_per_client", lambda setup, tasks, stack: 1 / stack)
+    run(chosen, tmp_path / "run")
+    assert "stack = 10" in (tmp_path / "run" / "config.toml").read_text()
+    monkeypatch.setattr(_tune, "_seconds_per_client", None)
+    assert run(chosen, tmp_path / "run", resume=True).rounds == 1
 
 
 @pytest.mark.parametrize("stack", [0, -3, 1.5, "many"])

@@ -16,8 +16,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Protocol
+from typing import Annotated, NoReturn, Protocol
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -106,8 +107,17 @@ def main() -> None:
     try:
         app()
     except FedOBDError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
+        _fail(str(error))
+    except torch.cuda.OutOfMemoryError as error:
+        _fail(
+            f"{error}\nWanted a smaller simulation.stack or training.batch_size, or a model or "
+            "data set that takes less memory of the GPU"
+        )
+
+
+def _fail(message: str) -> NoReturn:
+    errors.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise SystemExit(2)
 
 
 @contextmanager

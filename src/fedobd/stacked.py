@@ -326,6 +326,8 @@ class _Trainer:
             gradients, (losses, buffers) = self._gradient(
                 part.trained, part.buffers, inputs, targets
             )
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise UsageError(
                 f"the model or the loss cannot be computed for several clients at once ({error}); "

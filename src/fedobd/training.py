@@ -266,14 +266,15 @@ def train_locally(
 
 
 def seed_device(seed: int, device: torch.device) -> None:
-    """Seed the generator that dropout on a device draws from.
+    """Seed the generators that a model on a device draws from: the CPU's, and a GPU's own.
 
-    `torch.manual_seed` looks for every kind of accelerator, which took 0.3 ms of a client's time.
+    `torch.manual_seed` seeds every GPU, and looks for every kind of accelerator, which took 0.3 ms
+    of a client's time.
     """
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _optimizer(

@@ -33,6 +33,7 @@ from fedobd.training import (
     Metric,
     TrainingOptions,
     evaluate,
+    seed_device,
     train_locally,
 )
 
@@ -58,8 +59,12 @@ class Experiment:
     evaluate_part: Callable[[ModelState], Evaluation] | None
 
 
-def build_experiment(config: RunConfig) -> Experiment:
+def build_experiment(config: RunConfig, workers: int = 0) -> Experiment:
     """Build the objects that a configuration describes.
+
+    Args:
+        config: the configuration.
+        workers: how many processes will train beside this one.
 
     Raises:
         UsageError: something that it names cannot be built.
@@ -67,7 +72,7 @@ def build_experiment(config: RunConfig) -> Experiment:
     seed = config.federation.seed
     method = config.chosen
     device = _device(config.training.device)
-    built = build_data(config, device)
+    built = build_data(config, device, workers)
     data = built.federated
     config_of_model = _with_vocabulary(config.model, built.vocabulary, seed)
     model = initial_model(config.model_copy(update={"model": config_of_model}))
@@ -178,7 +183,7 @@ def initial_model(config: RunConfig, vocabulary: tuple[str, ...] | None = None) 
     seed = config.federation.seed
     complete = _with_vocabulary(config.model, vocabulary, seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "model"))
+        seed_device(derive_seed(seed, "model"), torch.device("cpu"))
         return make_model(complete)
 
 
@@ -216,6 +221,10 @@ def _device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"training.device is {name!r}: {error}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"training.device is {name!r}; allowed are 'cpu', 'cuda' and 'auto'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"training.device is {name!r}, and there is no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
+        raise UsageError(f"training.device is {name!r}; CUDA devices here: {found}, from cuda:0")
     return name

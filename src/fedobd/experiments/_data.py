@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fedobd.data import (
 )
 from fedobd.experiments.config import RunConfig
 
+_Whole = Examples | StoredExamples
 _NO_EXAMPLES = Examples(torch.empty(0), torch.empty(0))
 
 
@@ -71,18 +73,20 @@ class _Pool:
     vocabulary: tuple[str, ...] | None = None
 
 
-def build_data(config: RunConfig, device: str = "cpu") -> BuiltData:
+def build_data(config: RunConfig, device: str = "cpu", workers: int = 0) -> BuiltData:
     """Load the data of a configuration and share it out.
 
     Args:
         config: the configuration.
         device: where the model is trained; on a GPU data that fit lie there too.
+        workers: further processes that will have a copy of what lies on a GPU.
 
     Raises:
         UsageError: it is not there or cannot be used, there are more clients than examples, or the
             user's function gives something else.
     """
     data = config.data
+    place = partial(_place, device=torch.device(device), copies=1 + workers)
     if data.name == "nodes":
         test = load_arrays(data.test_path) if data.test_path else _NO_EXAMPLES
         return BuiltData(federated=FederatedData((), test))
@@ -91,7 +95,7 @@ def build_data(config: RunConfig, device: str = "cpu") -> BuiltData:
     if data.name == "digits":
         digits = load_digits()
         pool = _Pool(
-            train=_place(digits, device),
+            train=place(digits),
             numbers=torch.arange(len(digits)),
             targets=digits.targets,
             test=None,
@@ -112,15 +116,15 @@ def build_data(config: RunConfig, device: str = "cpu") -> BuiltData:
         text=data.text,
         channels_last=config.model.memory_format == "channels_last",
     )
-    return _share(config, _pool_of(loaded, device))
+    return _share(config, _pool_of(loaded, place))
 
 
-def _pool_of(loaded: LoadedData, device: str) -> _Pool:
+def _pool_of(loaded: LoadedData, place: Callable[[_Whole], _Whole]) -> _Pool:
     test = None
     if loaded.test is not None:
-        test = Selection(_place(loaded.test, device), loaded.test_numbers, loaded.prepare)
+        test = Selection(place(loaded.test), loaded.test_numbers, loaded.prepare)
     return _Pool(
-        train=_place(loaded.train, device),
+        train=place(loaded.train),
         numbers=loaded.train_numbers,
         targets=loaded.train.targets,
         test=test,
@@ -131,13 +135,12 @@ def _pool_of(loaded: LoadedData, device: str) -> _Pool:
     )
 
 
-def _place(examples: Examples | StoredExamples, device: str) -> Examples | StoredExamples:
-    """Move a set to a GPU where it takes at most a quarter of what is free there."""
-    place = torch.device(device)
-    if place.type != "cuda":
+def _place(examples: _Whole, device: torch.device, copies: int) -> _Whole:
+    """Move a set to a GPU where its copies take at most a quarter of what is free there."""
+    if device.type != "cuda":
         return examples
-    free_bytes, _ = torch.cuda.mem_get_info(place)
-    return move_to(examples, place, most_bytes=free_bytes // 4)
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return move_to(examples, device, most_bytes=free_bytes // (4 * copies))
 
 
 def _share(config: RunConfig, pool: _Pool) -> BuiltData:

@@ -6,6 +6,8 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
+import torch
+
 from fedobd._server import ServerSession
 from fedobd.experiments._build import Experiment
 from fedobd.simulation import ClientSetup, ClientTask, SequentialPool
@@ -17,7 +19,8 @@ def measure_stack(experiment: Experiment, server: ServerSession) -> int:
     """Return the stack with which a client of the first round takes the least time here.
 
     Plays some clients of the round with 1, 2, 4, ... of them together, twice each, and looks at
-    the second time; stops where a larger stack no longer gains a twentieth.
+    the second time; stops where a larger stack no longer gains a twentieth, or does not fit into
+    the memory of a GPU.
 
     Args:
         experiment: what is run; one that cannot be stacked gives 1.
@@ -38,7 +41,13 @@ def measure_stack(experiment: Experiment, server: ServerSession) -> int:
     server.restore(before)
     best, least, began = 1, float("inf"), time.perf_counter()
     for size in _sizes(len(tasks)):
-        spent = _seconds_per_client(experiment.setup, tasks[:size], size)
+        try:
+            spent = _seconds_per_client(experiment.setup, tasks[:size], size)
+        except torch.cuda.OutOfMemoryError:
+            if size == 1:
+                raise
+            torch.cuda.empty_cache()
+            break
         if spent > 0.95 * least:
             break
         best, least = size, spent

@@ -199,7 +199,7 @@ def run(
     one_at_a_time = engine is None and workers == 0
     engine = engine or partial(_play_here, workers=workers)
     trackers = make_trackers(config.output.trackers, config.output.tracking_uri)
-    experiment = build_experiment(config)
+    experiment = build_experiment(config, workers)
     server = ServerSession(
         experiment.method,
         experiment.schema,
@@ -259,7 +259,7 @@ def _take_up(
         logger.info("goes on after round %d", server.rounds)
     folder.cut_records(server.rounds)
     folder.write_json("schema.json", experiment.schema.to_json())
-    folder.write_json("environment.json", _environment(workers))
+    folder.write_json("environment.json", _environment(workers, experiment.setup.device))
 
 
 def _play(
@@ -435,7 +435,7 @@ def _shares(counts: Iterable[dict[str, int]]) -> dict[str, float]:
     return {part: totals[part] / whole for part in BYTE_PARTS} if whole else {}
 
 
-def _environment(workers: int) -> dict[str, Any]:
+def _environment(workers: int, device: str) -> dict[str, Any]:
     packages = ("fedobd", "torch", "numpy", "zstandard", "safetensors", "pydantic")
     return {
         "python": sys.version.split()[0],
@@ -443,7 +443,7 @@ def _environment(workers: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": platform.machine(),
         "cpus": os.cpu_count(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
         "workers": workers,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -178,6 +180,30 @@ def test_check_takes_grey_images_among_coloured_ones(
     images = [*pictures(3), *pictures(3, channels=1)]
     write_parquet(tmp_path / "set" / "train.parquet", image_rows(images, [0, 1] * 3))
     assert fedobd(capfd, "data", "check", "set").status == 0
+
+
+def test_check_finds_colours_among_grey_images_and_more_than_8_bits(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(buffer, "PNG")
+    rows = image_rows([*pictures(3, channels=1), *pictures(1)], [0, 1] * 2)
+    wide = {"bytes": buffer.getvalue(), "path": None}
+    write_parquet(
+        tmp_path / "set" / "train.parquet",
+        {"img": [*rows["img"], wide], "label": [*rows["label"], 0]},
+    )
+    write_parquet(tmp_path / "set" / "test.parquet", image_rows(pictures(2), [0, 1]))
+    done = fedobd(capfd, "data", "check", "set")
+    assert done.status == 2
+    found = [line for line in done.out.splitlines() if line.startswith("wrong")]
+    assert found == [
+        "wrong: split 'train': an image with colours; the first one to train on is grey: 1 rows "
+        "(3)",
+        "wrong: split 'train': an image of mode 'I;16'; wanted 8 bits a channel: 1 rows (4)",
+        "wrong: split 'test': an image with colours; the first one to train on is grey: 2 rows "
+        "(0, 1)",
+    ]
 
 
 @pytest.mark.parametrize("command", ["check", "partition"])

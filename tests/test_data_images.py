@@ -130,6 +130,8 @@ def test_the_mean_is_that_of_the_training_images_for_the_test_images_too(tmp_pat
     [
         ({"side": 0}, r"side is 0; allowed are numbers from 1"),
         ({"std": (0.2, 0.0, 0.2)}, r"std is \(0.2, 0.0, 0.2\); allowed are numbers above 0"),
+        ({"std": (63.0, 62.0, 67.0)}, r"std is \(63.0, .*; allowed are numbers above 0, up to 1"),
+        ({"mean": (125.0, 0.5)}, r"mean is \(125.0, 0.5\); allowed are numbers from 0 to 1"),
         ({"crop_padding": -1}, r"crop_padding is -1; allowed are numbers from 0"),
     ],
 )
@@ -194,6 +196,41 @@ def test_palettes_and_grey_images_among_coloured_ones_get_three_channels(tmp_pat
     assert np.array_equal(stored[0], colour)
     assert np.array_equal(stored[1], grey.repeat(3, 0))
     assert np.array_equal(stored[2], np.moveaxis(np.asarray(few.convert("RGB")), 2, 0))
+
+
+def test_a_coloured_image_among_grey_ones_is_refused(tmp_path: Path) -> None:
+    images = [*pictures(2, channels=1), *pictures(1)]
+    message = r"the image of row 2 has colours \(mode 'RGB'\), those before it, or to train on"
+    with pytest.raises(UsageError, match=message):
+        stored_images(tmp_path / "a", image_rows(images, [0] * 3)["img"])
+
+
+@pytest.mark.parametrize("train", [1, 3])
+def test_test_images_are_of_the_kind_of_those_to_train_on(train: int, tmp_path: Path) -> None:
+    images = pictures(2, channels=1)
+    both = {"train": pictures(2, channels=train), "test": images}
+    for split, held in both.items():
+        write_parquet(tmp_path / "a" / f"{split}.parquet", image_rows(held, [0, 1]))
+    test = load(tmp_path / "a").test
+    assert test is not None
+    assert np.array_equal(test.inputs.numpy(), images.repeat(train, 1))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused(mode: str, tmp_path: Path) -> None:
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    wide = Image.fromarray(np.full((8, 8), 4000, kind))
+    assert wide.mode == mode
+    buffer = io.BytesIO()
+    wide.save(buffer, "TIFF")
+    with pytest.raises(UsageError, match=rf"row 1 has the mode '{mode}'; wanted 8 bits a channel"):
+        stored_images(
+            tmp_path / "a",
+            [
+                {"bytes": png(pictures(1, channels=1)[0]), "path": None},
+                {"bytes": buffer.getvalue(), "path": None},
+            ],
+        )
 
 
 @pytest.mark.parametrize("marked", [False, True], ids=["binary", "image feature"])

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from fedobd.data import (
     Splits,
     TextOptions,
     _load,
+    _store,
     gather,
     move_to,
     select,
@@ -789,8 +791,8 @@ def test_a_failure_or_ctrl_c_leaves_no_part(
     folder = image_folder(tmp_path / "set")
     inner = decode_images
 
-    def fails(pictures: Any, side: int | None) -> Any:
-        for number, image in enumerate(inner(pictures, side)):
+    def fails(*given: Any) -> Any:
+        for number, image in enumerate(inner(*given)):
             if number == 7:
                 raise error("stop")
             yield image
@@ -915,6 +917,100 @@ def test_two_processes_at_once_both_get_the_data(tmp_path: Path) -> None:
     sums = f"{int(pictures(200).sum())} {int(pictures(10, seed=1).sum())}\n"
     assert outcomes == [(sums, "")] * 2
     assert (len(entries()), parts()) == (2, [])
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of the size of files stands for it; Python ignores the signal that goes with it."""
+    folder = image_folder(tmp_path / "set", train=4000)
+    load(folder / "data" / "test-00000-of-00001.parquet")  # what is read is in the caches
+    monkeypatch.setenv("FEDOBD_CACHE", str(tmp_path / "full"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    inner = _store._write
+
+    def write(*given: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            inner(*given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(_store, "_write", write)
+    with pytest.raises(UsageError, match=r"the cache '.*full' cannot be written: File too large"):
+        load(folder)
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = image_folder(tmp_path / "set")
+    load(folder)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("numpy.load", refuse)
+    with pytest.raises(UsageError, match=r"cache '.*cache' cannot be read: Permission denied"):
+        load(folder)
+
+
+def test_others_may_read_what_is_in_the_cache(tmp_path: Path) -> None:
+    load(image_folder(tmp_path / "set"))
+    usual = tmp_path / "usual"
+    usual.mkdir()
+    assert len(entries()) == 2
+    for name in entries():
+        assert Path("cache", name).stat().st_mode == usual.stat().st_mode
+
+
+def test_the_classes_of_a_split_go_by_their_names(tmp_path: Path) -> None:
+    import datasets
+
+    def made(names: list[str], labels: list[int]) -> Any:
+        features = datasets.Features(
+            text=datasets.Value("string"), label=datasets.ClassLabel(names=names)
+        )
+        rows = {"text": ["a b"] * len(labels), "label": labels}
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    train = made(["cat", "cow", "dog"], [0, 1, 2])
+    for names, wanted in ((["cat", "dog"], [0, 2, 2]), (["dog", "cat"], [2, 0, 0])):
+        split = datasets.DatasetDict({"train": train, "test": made(names, [0, 1, 1])})
+        split.save_to_disk(tmp_path / "-".join(names))
+        test = load(tmp_path / "-".join(names)).test
+        assert test is not None
+        assert test.targets.tolist() == wanted
+    split = datasets.DatasetDict({"train": train, "test": made(["cat", "hen"], [0, 1])})
+    split.save_to_disk(tmp_path / "other")
+    with pytest.raises(UsageError, match=r"row 1 of column 'label' holds 1, which is none"):
+        load(tmp_path / "other")
+
+
+def test_a_set_that_was_saved_with_a_format_is_as_without(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    rows = {"text": ["a b", "c"] * 4, "label": [0, 1] * 4, "who": [0, 0, 1, 1] * 2}
+    datasets.Dataset.from_dict(rows).with_format("torch").save_to_disk(tmp_path / "set")
+    loaded = load(tmp_path / "set", columns=Columns(client="who"))
+    assert loaded.clients == (0, 0, 1, 1) * 2
+    done = fedobd(capfd, "data", "check", "set")
+    assert done.status == 0, done.out
+
+
+def test_options_of_data_are_for_ones_own_function(tmp_path: Path) -> None:
+    for name in ("digits", str(image_folder(tmp_path / "set"))):
+        settings = parse_config({"data": {"name": name, "options": {"size": 3}}})
+        with pytest.raises(UsageError, match=r"data.options is for your own function; data is"):
+            build_data(settings)
+
+
+def test_fewer_of_the_digits(tmp_path: Path) -> None:
+    values = {"name": "digits", "splits": {"max_train": 50, "max_test": 7}}
+    built = build_data(parse_config({"data": values, "federation": {"clients": 2}})).federated
+    assert sum(len(own.train) + len(own.validation) for own in built.clients) == 40
+    assert len(built.test) == 7
 
 
 def test_a_cache_that_cannot_be_written_is_named(

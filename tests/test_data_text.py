@@ -16,7 +16,7 @@ from fedobd.data import LoadedData, Selection, TextOptions, gather
 from fedobd.experiments import run
 from fedobd.experiments._build import build_experiment
 from fedobd.experiments.config import RunConfig, parse_config
-from tests.data_helpers import keep_offline, load, text_folder, write_parquet
+from tests.data_helpers import keep_offline, load, sentences, text_folder, write_parquet
 
 
 @pytest.fixture(autouse=True)
@@ -166,36 +166,28 @@ def test_a_tokenizer_is_taken_as_it_is(by_folder: bool, tmp_path: Path) -> None:
     assert words_of(loaded, 1) == ["<s>", "good", "[UNK]", "[UNK]", "</s>"]
 
 
-def test_a_tokenizer_may_name_its_own_padding(tmp_path: Path) -> None:
-    file = own_tokenizer(tmp_path / "own", {"<pad>": 0, "[UNK]": 1, "good": 2}, padding="<pad>")
-    folder = write(tmp_path / "set", ["good", "good good good"])
-    loaded = load(folder, text=TextOptions(tokenizer=str(file), length=3))
-    assert loaded.train.inputs.tolist() == [[2, 0, 0], [2, 2, 2]]
-
-
 @pytest.mark.parametrize(
-    ("vocabulary", "padding", "message"),
+    ("vocabulary", "padding", "number"),
     [
-        (
-            {"[UNK]": 0, "[PAD]": 1, "good": 2},
-            None,
-            r"the padding token '\[PAD\]' of the tokenizer '.*tokenizer.json' has the number 1; "
-            r"wanted 0, which the models take for padding",
-        ),
-        (
-            {"[UNK]": 0, "<pad>": 7, "good": 2},
-            "<pad>",
-            r"'<pad>' of .* has the number 7; wanted 0",
-        ),
-        ({"[UNK]": 0, "good": 1}, None, r"'\[PAD\]' of .* has the number None; wanted 0"),
+        ({"<pad>": 0, "[UNK]": 1, "good": 2}, "<pad>", 0),
+        ({"[UNK]": 0, "[PAD]": 1, "good": 2}, None, 1),
+        ({"[UNK]": 0, "<pad>": 7, "good": 2}, "<pad>", 7),
     ],
 )
-def test_a_padding_that_is_not_0_is_refused(
-    vocabulary: dict[str, int], padding: str | None, message: str, tmp_path: Path
+def test_a_tokenizer_has_its_own_padding(
+    vocabulary: dict[str, int], padding: str | None, number: int, tmp_path: Path
 ) -> None:
     file = own_tokenizer(tmp_path / "own", vocabulary, padding=padding)
+    folder = write(tmp_path / "set", ["good", "good good good"])
+    loaded = load(folder, text=TextOptions(tokenizer=str(file), length=3))
+    assert loaded.train.inputs.tolist() == [[2, number, number], [2, 2, 2]]
+    assert loaded.padding == number
+
+
+def test_a_tokenizer_without_padding_is_refused(tmp_path: Path) -> None:
+    file = own_tokenizer(tmp_path / "own", {"[UNK]": 0, "good": 1})
     folder = write(tmp_path / "set", ["good", "good"])
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=r"the tokenizer '.*json' has no token '\[PAD\]'"):
         load(folder, text=TextOptions(tokenizer=str(file)))
 
 
@@ -356,6 +348,35 @@ def test_the_tokenizer_of_minilm(by_folder: bool, tmp_path: Path) -> None:
     assert words_of(loaded, 1)[0] == "[CLS]"
     assert words_of(loaded, 1)[-1] == "[SEP]"
     assert "[UNK]" not in words_of(loaded, 1)
+
+
+ROBERTA = {**BERT, "model_type": "roberta", "max_position_embeddings": 18}
+
+
+def test_a_model_that_takes_another_token_for_padding_is_refused(tmp_path: Path) -> None:
+    """RoBERTa's is 1 unless it is told otherwise, which the words' own numbers give to [UNK]."""
+    pytest.importorskip("transformers")
+    folder = text_folder(tmp_path / "set")
+    message = (
+        r"model 'hf-text' takes token 1 for padding, and the texts of data '.*' are padded with "
+        r"token 0; set data.text.tokenizer to the model's own, or pad_token_id in "
+    )
+    with pytest.raises(UsageError, match=message):
+        build_experiment(small(folder, {"config": ROBERTA}, "hf-text"))
+    build_experiment(small(folder, {"config": {**ROBERTA, "pad_token_id": 0}}, "hf-text"))
+
+
+def test_a_roberta_trains_on_the_tokens_of_its_own_tokenizer(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    words = sorted({word for text in sentences(40) for word in text.split()})
+    tokens = ["<s>", "<pad>", "[UNK]", *words]
+    numbers = {token: number for number, token in enumerate(tokens)}
+    file = own_tokenizer(tmp_path / "own", numbers, padding="<pad>")
+    folder = text_folder(tmp_path / "set")
+    build_experiment(small(folder, {"config": ROBERTA}, "hf-text", tokenizer=str(file)))
+    message = r"model 'transformer' takes token 0 for padding, .* padded with token 1"
+    with pytest.raises(UsageError, match=message):
+        build_experiment(small(folder, ENCODER, tokenizer=str(file)))
 
 
 def test_a_small_bert_with_lora_trains_on_the_tokens_of_minilm(tmp_path: Path) -> None:

@@ -282,6 +282,54 @@ def test_compare_runs_all_and_tabulates(tmp_path: Path) -> None:
     assert [r.final_metric for r in resumed.rows] == [r.final_metric for r in comparison.rows]
 
 
+def test_a_comparison_does_not_go_on_with_a_single_run_or_another_configuration(
+    tmp_path: Path,
+) -> None:
+    values = config("fedavg", methods={"fedavg": {"rounds": 1}})
+    run(values, tmp_path / "run")
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    with pytest.raises(UsageError, match=r"holds a single run; wanted a comparison"):
+        compare(values, tmp_path / "run", seeds=[1], methods=["fedavg"], resume=True)
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+    compare(values, tmp_path / "all", seeds=[1], methods=["fedavg"])
+    before = (tmp_path / "all" / "config.toml").read_bytes()
+    with pytest.raises(UsageError, match=r"training.batch_size was 8, is 4"):
+        compare(
+            config("fedavg", methods={"fedavg": {"rounds": 1}}, training={"batch_size": 4}),
+            tmp_path / "all",
+            seeds=[1],
+            methods=["fedavg"],
+            resume=True,
+        )
+    assert (tmp_path / "all" / "config.toml").read_bytes() == before
+    (tmp_path / "all" / "config.toml").write_text("=")
+    with pytest.raises(UsageError, match=r"config.toml' is damaged: "):
+        compare(values, tmp_path / "all", seeds=[1], methods=["fedavg"], resume=True)
+
+
+@pytest.mark.parametrize("stack", [1, "auto"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('method = "fedavg"\n', "another configuration"),
+        ("method = \n", "config.toml' is damaged: "),
+    ],
+)
+def test_a_folder_with_a_configuration_of_ones_own_is_no_run(
+    stack: Any, text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "config.toml"
+    file.write_text(text)
+    values = config("fedavg", simulation={"stack": stack})
+    with pytest.raises(UsageError, match="holds another run"):
+        run(values, tmp_path / "run")
+    with pytest.raises(UsageError, match=message):
+        run(values, tmp_path / "run", resume=True)
+    assert list(file.parent.iterdir()) == [file]
+    assert file.read_text() == text
+
+
 @pytest.mark.parametrize("seeds", [[], [1, 1]])
 def test_seeds_must_be_given_once(seeds: list[int], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="wanted at least one, each once"):
@@ -294,6 +342,14 @@ def test_seeds_must_be_given_once(seeds: list[int], tmp_path: Path) -> None:
     [
         ({"federation": {"clients": 97}}, r"96 examples cannot be shared among 97 clients"),
         ({"data": {"name": "tests.toy:not_data"}}, r"gave int; wanted FederatedData"),
+        (
+            {"data": {"options": {"fold": 1}}},
+            r"set 'tests.toy:make_data' has no option 'fold'",
+        ),
+        (
+            {"data": {"name": "tests.toy:no_data"}},
+            r"data set 'tests.toy:no_data' cannot be built: OSError: gone",
+        ),
         ({"data": {"name": "tests.toy:nothing"}}, r"module 'tests.toy' has no 'nothing'"),
         ({"data": {"name": "mnist"}}, r"data set 'mnist' is unknown; wanted one of digits, nodes"),
         ({"training": {"loss": "hinge"}}, r"loss 'hinge' is unknown; wanted one of cross-entropy"),

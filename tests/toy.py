@@ -81,6 +81,10 @@ def train_to_nan(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int)
     return LocalResult(len(data.train), 1.0)
 
 
+def no_data(num_clients: int, seed: int) -> FederatedData:
+    raise OSError("gone")
+
+
 def not_data(num_clients: int, seed: int) -> int:
     return num_clients + seed
 

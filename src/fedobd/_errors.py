@@ -24,6 +24,12 @@ class EmptyRoundError(FedOBDError):
     """A round ended without a single accepted upload; the engine stops or repeats it."""
 
 
+def describe(error: BaseException) -> str:
+    """Return the kind and the first line of what a library says; further ones are often lists."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}"
+
+
 class DecodeReason(StrEnum):
     """Why bytes from a peer were refused."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -62,3 +63,70 @@ def find_object(name: str, what: str, known: Mapping[str, Any]) -> Callable[...,
             "wanted a class or function"
         )
     return found  # type: ignore[no-any-return]
+
+
+def build_object(
+    name: str, what: str, known: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]
+) -> Any:
+    """Call a known factory, or a user's own, with options by name.
+
+    Args:
+        name: see `find_object`.
+        what: see `find_object`.
+        known: see `find_object`.
+        options: its arguments.
+
+    Raises:
+        UsageError: it is not there, has no such option or lacks one, or does not take their
+            values, or fails.
+    """
+    factory = find_object(name, what, known)
+    _check_options(factory, what, name, options)
+    try:
+        return factory(**options)
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"{what} {name!r} refused its options {dict(options)!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    except Exception as error:  # the user's own code
+        raise UsageError(
+            f"{what} {name!r} cannot be built: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_options(
+    factory: Callable[..., Any], what: str, name: str, options: Mapping[str, Any]
+) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # some callables written in C have none
+        return
+    takes = signature.parameters.values()
+    named = [p.name for p in takes if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not any(p.kind is p.VAR_KEYWORD for p in takes):
+        for option in options:
+            if option not in named:
+                raise UsageError(
+                    f"{what} {name!r} has no option {option!r}; it has "
+                    f"{', '.join(named) or 'none'}{nearest(option, named)}"
+                )
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise UsageError(f"{what} {name!r}: {error}") from error
+
+
+def not_installed(what: str, error: ModuleNotFoundError, extra: str) -> UsageError:
+    """Return the error for a package of an extra that is not there.
+
+    Args:
+        what: what needs it.
+        error: names the package.
+        extra: the extra that brings it.
+    """
+    return UsageError(
+        f"{what} needs {error.name!r}, which is not installed; pip install 'fedobd[{extra}]'"
+    )

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedobd._errors import UsageError
+from fedobd._imports import not_installed
 from fedobd.data import Columns, SplitReport, Splits, check_split, open_source
 from fedobd.experiments import build_data, load_config
 
@@ -38,9 +39,7 @@ def check_command(
             name, columns=Columns(input=input_column, target=target_column), splits=splits
         )
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"this needs {error.name!r}, which is not installed; pip install 'fedobd[data]'"
-        ) from error
+        raise not_installed("this", error, "data") from error
     console.print(
         f"{name}: {source.kind}s in column {source.input!r}, {len(source.classes)} classes in "
         f"column {source.target!r}",
@@ -139,9 +138,7 @@ def _draw(counts: torch.Tensor, classes: tuple[str, ...], file: Path, title: str
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"a picture needs {error.name!r}, which is not installed; pip install 'fedobd[data]'"
-        ) from error
+        raise not_installed("a picture", error, "data") from error
     clients = len(counts)
     width = min(16.0, 3 + 0.45 * max(len(classes), 10))
     figure = Figure(figsize=(width, min(16.0, 2 + 0.3 * clients)), layout="constrained")

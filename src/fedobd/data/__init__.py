@@ -17,7 +17,7 @@ from fedobd.data._examples import (
     take_together,
 )
 from fedobd.data._images import Augmentation, ImageOptions, Normalization
-from fedobd.data._load import LoadedData, load_data
+from fedobd.data._load import LoadedData, draw_numbers, load_data
 from fedobd.data._partition import (
     PartitionOptions,
     federate,
@@ -51,6 +51,7 @@ __all__ = [
     "StoredExamples",
     "TextOptions",
     "check_split",
+    "draw_numbers",
     "federate",
     "gather",
     "hold_out",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedobd._errors import UsageError
+from fedobd.data._images import GREY_MODES, WIDE_MODES
 from fedobd.data._source import Source
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class SplitReport:
         examples_by_class: how many examples each class has, in the order of the classes.
         inputs: the sizes of its images, the most common first, or how many words its texts have.
         sides: the widths and heights of its images.
+        is_grey: whether its images are grey; None where there are none.
         faults: what is wrong, with the rows.
     """
 
@@ -36,6 +38,7 @@ class SplitReport:
     examples_by_class: tuple[int, ...]
     inputs: str
     sides: frozenset[tuple[int, int]]
+    is_grey: bool | None
     faults: tuple[str, ...]
 
 
@@ -48,9 +51,9 @@ def check_split(
         source: the data set.
         split: one of its splits.
         name: the split's name.
-        like: the report of another split, whose images must be of the same size.
+        like: the report of the split to train on, whose images must be of the same kind and size.
     """
-    seen = _Seen(source)
+    seen = _Seen(source, source.class_numbers(split), like.is_grey if like else None)
     for batch in split.select_columns([source.input, source.target]).iter(_BATCH):
         for value, target in zip(batch[source.input], batch[source.target], strict=True):
             seen.add(value, target)
@@ -62,6 +65,7 @@ def check_split(
         examples_by_class=tuple(seen.by_class[i] for i in range(len(source.classes))),
         inputs=_list_of(seen.images) if source.kind == "image" else _range_of(seen.lengths),
         sides=frozenset(seen.sides),
+        is_grey=seen.is_grey,
         faults=tuple(_text_of(what, where) for what, where in seen.faults.items()),
     )
 
@@ -71,12 +75,14 @@ class _Seen:
 
     Args:
         source: the data set.
+        numbers: the number of the class that each value is.
+        is_grey: whether images must be grey; None to take it from the first.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, numbers: dict[Any, int], is_grey: bool | None) -> None:
         self._source = source
-        self._numbers: dict[Any, int] = {i: i for i in range(len(source.classes))}
-        self._numbers |= {text: i for i, text in enumerate(source.classes)}
+        self._numbers = numbers
+        self.is_grey = is_grey
         self.rows = 0
         self.by_class: Counter[int] = Counter()
         self.images: Counter[str] = Counter()
@@ -108,6 +114,12 @@ class _Seen:
         if picture is None:
             self._note("no image")
             return
+        if self.is_grey is None:
+            self.is_grey = picture.mode in GREY_MODES
+        if picture.mode.startswith(WIDE_MODES):
+            self._note(f"an image of mode {picture.mode!r}; wanted 8 bits a channel")
+        elif self.is_grey and picture.mode not in GREY_MODES:
+            self._note("an image with colours; the first one to train on is grey")
         self.images[f"{picture.width}x{picture.height} {picture.mode}"] += 1
         self.sides.add(picture.size)
 

@@ -20,6 +20,12 @@ from fedobd._errors import UsageError
 Picture = Any
 """A `PIL.Image.Image`."""
 
+GREY_MODES = ("1", "L")
+WIDE_MODES = ("I", "F")
+"""How the modes of pictures begin that have more than 8 bits a channel."""
+
+_VALUES_AT_ONCE = 4096 * 3 * 32 * 32  # that mean and deviation are added up of
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageOptions:
@@ -28,8 +34,8 @@ class ImageOptions:
     Args:
         side: pixels that height and width are brought to; None leaves images as they are, and
             all must then have one size.
-        mean: of each channel, in [0, 1]; None for that of the training images.
-        std: standard deviation of each channel, above 0; None for that of the training images.
+        mean: of each channel, where 1 is the brightest; None for that of the training split.
+        std: standard deviation of each channel, in (0, 1]; None for that of the training split.
         flip: whether training images are mirrored left to right, each with probability 1/2.
         crop_padding: pixels by which training images are moved at most, up or down and left or
             right; what comes in has the mean colour.
@@ -47,32 +53,46 @@ class ImageOptions:
     def __post_init__(self) -> None:
         if self.side is not None and self.side < 1:
             raise UsageError(f"side is {self.side}; allowed are numbers from 1")
-        if self.std is not None and not all(value > 0 for value in self.std):
-            raise UsageError(f"std is {self.std}; allowed are numbers above 0")
+        if self.mean is not None and not all(0 <= value <= 1 for value in self.mean):
+            raise UsageError(f"mean is {self.mean}; allowed are numbers from 0 to 1")
+        if self.std is not None and not all(0 < value <= 1 for value in self.std):
+            raise UsageError(f"std is {self.std}; allowed are numbers above 0, up to 1")
         if self.crop_padding < 0:
             raise UsageError(f"crop_padding is {self.crop_padding}; allowed are numbers from 0")
 
 
 def decode_images(
-    pictures: Iterable[Picture], side: int | None, first_row: int = 0
+    pictures: Iterable[Picture], side: int | None, channels: int | None = None
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield images as uint8 arrays of one shape (channels, height, width).
 
     Args:
         pictures: what the data set holds.
         side: height and width to bring them to; None leaves them as they are.
-        first_row: the first one's row, for messages.
+        channels: 1 for grey images, 3 for coloured ones; None for what the first one is. Grey ones
+            among coloured ones become coloured.
 
     Raises:
-        UsageError: an image has another size than the first, or is no image.
+        UsageError: an image has another size than the first, has colours where others are grey, or
+            more than 8 bits a channel, or is no image.
     """
-    mode, size = None, None
-    for row, picture in enumerate(pictures, start=first_row):
+    size = None
+    for row, picture in enumerate(pictures):
         if picture is None:
             raise UsageError(f"row {row} has no image")
-        if mode is None:
-            mode = "L" if picture.mode in ("1", "L", "I", "I;16", "F") else "RGB"
+        if picture.mode.startswith(WIDE_MODES):
+            raise UsageError(
+                f"the image of row {row} has the mode {picture.mode!r}; wanted 8 bits a channel"
+            )
+        is_grey = picture.mode in GREY_MODES
+        if size is None:
             size = (side, side) if side is not None else picture.size
+            channels = channels or (1 if is_grey else 3)
+        if channels == 1 and not is_grey:
+            raise UsageError(
+                f"the image of row {row} has colours (mode {picture.mode!r}), those before it, or "
+                "to train on, are grey; wanted images that all have colours, or none of them"
+            )
         if side is not None and picture.size != size:
             picture = picture.resize(size)
         if picture.size != size:
@@ -81,8 +101,8 @@ def decode_images(
                 f"the image of row {row} is {picture.size[0]} by {picture.size[1]} pixels, the "
                 f"first one {size[0]} by {size[1]}; set data.image.side to bring all to one size"
             )
-        pixels = np.asarray(picture.convert(mode), np.uint8)
-        yield pixels[None] if mode == "L" else np.moveaxis(pixels, 2, 0)
+        pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
+        yield pixels[None] if channels == 1 else np.moveaxis(pixels, 2, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +138,7 @@ class Normalization:
         """
         count, channels = images.shape[0] * images.shape[2] * images.shape[3], images.shape[1]
         totals = torch.zeros(2, channels, dtype=torch.float64)
-        for part in torch.split(images, 4096):
+        for part in torch.split(images, max(1, _VALUES_AT_ONCE // images[0].numel())):
             values = part.to(torch.float64) / 255
             totals += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
         mean = totals[0] / count

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedobd._errors import UsageError
+from fedobd._imports import not_installed
 from fedobd._seeds import make_generator
 from fedobd.data._examples import Prepare
 from fedobd.data._images import ImageOptions, Normalization, decode_images
@@ -27,7 +28,7 @@ from fedobd.data._text import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_VERSION = 2  # of what is stored; other versions are made anew
+_VERSION = 3  # of what is stored; other versions are made anew
 _BATCH = 1000
 _MOST_MEASURED = 10_000  # images that mean and deviation are taken from
 
@@ -44,6 +45,7 @@ class LoadedData:
         prepare: turns stored inputs into what a model takes.
         classes: their names.
         vocabulary: the tokens of texts, in the order of their numbers; None for images.
+        padding: the number of the token that texts are padded with; None for images.
         clients: whose each training example is, where a column says so.
     """
 
@@ -54,6 +56,7 @@ class LoadedData:
     prepare: Prepare
     classes: tuple[str, ...]
     vocabulary: tuple[str, ...] | None
+    padding: int | None
     clients: tuple[Any, ...] | None
 
 
@@ -83,20 +86,17 @@ def load_data(
     try:
         source = open_source(name, columns=columns, splits=splits)
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"data {name!r} needs {error.name!r}, which is not installed; "
-            "pip install 'fedobd[data]'"
-        ) from error
+        raise not_installed(f"data {name!r}", error, "data") from error
     clients = None if columns.client is None else _owners(source.train, columns.client)
     key = _key(source, image, text)
     if source.kind == "image":
         train, test = _store_images(source, key, image)
         prepare: Prepare = _normalization(train, image, channels_last)
-        words = None
+        words = padding = None
     else:
         train, test = _store_texts(source, key, text)
         prepare = to_token_ids
-        words = tuple(train.facts["vocabulary"])
+        words, padding = tuple(train.facts["vocabulary"]), train.facts["padding"]
     if test is not None and test.inputs.shape[1:] != train.inputs.shape[1:]:
         raise UsageError(
             f"data {name!r}: the test images have shape {tuple(test.inputs.shape[1:])}, those to "
@@ -106,11 +106,12 @@ def load_data(
     return LoadedData(
         train=train,
         test=test,
-        train_numbers=_some(len(train), splits.max_train, "train"),
-        test_numbers=_some(0 if test is None else len(test), splits.max_test, "test"),
+        train_numbers=draw_numbers(len(train), splits.max_train),
+        test_numbers=draw_numbers(0 if test is None else len(test), splits.max_test),
         prepare=prepare,
         classes=source.classes,
         vocabulary=words,
+        padding=padding,
         clients=clients,
     )
 
@@ -130,8 +131,8 @@ def _owners(train: Dataset, column: str) -> tuple[Any, ...]:
     return owners
 
 
-def _some(total: int, most: int | None, split: str) -> torch.Tensor:
-    """Draw so many of all examples, the same in every run."""
+def draw_numbers(total: int, most: int | None) -> torch.Tensor:
+    """Draw so many of all examples, the same in every run; None for all. Return their numbers."""
     if most is None or most >= total:
         return torch.arange(total)
     order = torch.randperm(total, generator=make_generator(0, "subset", total))
@@ -157,18 +158,20 @@ def _key(source: Source, image: ImageOptions, text: TextOptions) -> str:
 def _store_images(
     source: Source, key: str, options: ImageOptions
 ) -> tuple[StoredExamples, StoredExamples | None]:
-    def store(split: Dataset, name: str) -> StoredExamples:
+    def store(split: Dataset, name: str, channels: int | None = None) -> StoredExamples:
         def make(write: Write) -> None:
             targets = source.targets(split)
             rows = enumerate(p for batch in _batches(split, source.input) for p in batch)
             pictures = (source.picture(encoded, row) for row, encoded in rows)
-            images = (image[None] for image in decode_images(pictures, options.side))
+            images = (image[None] for image in decode_images(pictures, options.side, channels))
             write(images, targets, {})
 
         return stored(f"{key}-{name}", make)
 
-    test = None if source.test is None else store(source.test, "test")
-    return store(source.train, "train"), test
+    train = store(source.train, "train")
+    if source.test is None:
+        return train, None
+    return train, store(source.test, "test", channels=train.inputs.shape[1])
 
 
 def _store_texts(
@@ -179,7 +182,12 @@ def _store_texts(
         texts = (t for batch in _batches(source.train, source.input) for t in batch if t)
         tokenizer = make_tokenizer(options, texts)
         tokens = encode_texts(_batches(source.train, source.input), tokenizer)
-        facts = {"tokenizer": tokenizer.to_str(), "vocabulary": vocabulary(tokenizer)}
+        assert tokenizer.padding is not None
+        facts = {
+            "tokenizer": tokenizer.to_str(),
+            "vocabulary": vocabulary(tokenizer),
+            "padding": tokenizer.padding["pad_id"],
+        }
         write(tokens, targets, facts)
 
     train = stored(f"{key}-train", make_train)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fedobd._errors import UsageError
+from fedobd._imports import not_installed
 from fedobd._seeds import derive_seed, make_generator
 from fedobd.data._examples import (
     ClientData,
@@ -100,10 +101,7 @@ def partition(
     try:
         shares = _shares(targets, num_clients, options, owners, seed)
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"the partition {options.name!r} needs {error.name!r}, which is not installed; "
-            "pip install 'fedobd[data]'"
-        ) from error
+        raise not_installed(f"the partition {options.name!r}", error, "data") from error
     except ValueError as error:
         raise UsageError(
             f"{len(targets)} examples cannot be shared among {num_clients} clients by "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedobd._errors import UsageError
+from fedobd._errors import UsageError, describe
 from fedobd._imports import nearest
 from fedobd.data._images import Picture
 
@@ -99,17 +99,24 @@ class Source:
         """What the inputs are."""
         return "text" if self.decoder is None else "image"
 
+    def class_numbers(self, split: Dataset) -> dict[Any, int]:
+        """Return the number of the class that each value of a split's column of classes is."""
+        import datasets
+
+        by_name: dict[Any, int] = {name: number for number, name in enumerate(self.classes)}
+        feature = split.features[self.target]
+        if isinstance(feature, datasets.ClassLabel):  # each split may number the names anew
+            return {n: by_name[name] for n, name in enumerate(feature.names) if name in by_name}
+        return by_name | {number: number for number in range(len(self.classes))}
+
     def targets(self, split: Dataset) -> NDArray[np.int64]:
         """Return the class numbers of a split, shape (n,).
 
         Raises:
             UsageError: a row has no class, or one that is not among the classes.
         """
-        values = split.with_format(None)[self.target][:]
-        if values and isinstance(values[0], str):
-            numbers: dict[Any, int] = {name: i for i, name in enumerate(self.classes)}
-        else:
-            numbers = {i: i for i in range(len(self.classes))}
+        values = split[self.target][:]
+        numbers = self.class_numbers(split)
         found = np.empty(len(values), np.int64)
         for row, value in enumerate(values):
             number = numbers.get(value)
@@ -138,7 +145,7 @@ class Source:
             return self.decoder.decode_example(encoded)
         except Exception as error:  # any that a decoder of one of many formats may raise
             raise UsageError(
-                f"the image of row {row} cannot be decoded: {_reason(error)}"
+                f"the image of row {row} cannot be decoded: {describe(error)}"
             ) from error
 
 
@@ -154,7 +161,10 @@ def open_source(name: str, *, columns: Columns, splits: Splits) -> Source:
     Raises:
         UsageError: it is not there, or lacks a split or column that is wanted.
     """
-    train, test = _open(name, splits)
+    train, test = (
+        None if split is None else split.with_format(None) for split in _open(name, splits)
+    )
+    assert train is not None
     columns_of = train.column_names
     where = f"data {name!r}"
     input_ = _column(columns.input, INPUT_COLUMNS, columns_of, "input", where)
@@ -199,7 +209,7 @@ def _open(name: str, splits: Splits) -> tuple[Dataset, Dataset | None]:
     except Exception as error:  # a hub that cannot be reached, files that are none: many kinds
         hint = "" if path.exists() else "; without a network, give the path of local files"
         says_nothing = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        reason = _reason(error.__cause__ if says_nothing and error.__cause__ else error)
+        reason = describe(error.__cause__ if says_nothing and error.__cause__ else error)
         raise UsageError(f"data {name!r} cannot be opened: {reason}{hint}") from error
     if isinstance(found, datasets.Dataset):
         return found, None
@@ -222,12 +232,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of what a library says."""
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}"
 
 
 def _open_files(path: Path, splits: Splits) -> Any:
@@ -305,7 +309,7 @@ def _classes(train: Dataset, target: str, where: str) -> tuple[str, ...]:
     feature = train.features[target]
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
-    values = train.with_format(None).unique(target)
+    values = train.unique(target)
     if None in values:
         raise UsageError(f"{where}: a row of column {target!r} is empty")
     if all(isinstance(value, str) for value in values):

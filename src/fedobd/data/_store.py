@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,29 +86,32 @@ def stored(name: str, make: Callable[[Write], None]) -> StoredExamples:
             (m, ...), their targets, shape (n,), and facts to keep beside them, as JSON values.
 
     Raises:
-        UsageError: the cache cannot be written.
+        UsageError: the cache cannot be read or written.
     """
     folder = cache_folder() / name
-    if not (folder / _FACTS).exists():
-        with _writing(folder.parent):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder.parent))
+    with _using(folder.parent, "read"):
+        is_there = (folder / _FACTS).exists()
+    if not is_there:
+        partial = folder.with_name(f"{name}-{uuid.uuid4().hex}")
+        with _using(folder.parent, "written"):
+            partial.mkdir(parents=True)
         try:
             make(lambda batches, targets, facts: _write(partial, batches, targets, facts))
-            with _writing(folder.parent):
+            with _using(folder.parent, "written"):
                 _move(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return StoredExamples(folder)
+    with _using(folder.parent, "read"):
+        return StoredExamples(folder)
 
 
 @contextmanager
-def _writing(cache: Path) -> Iterator[None]:
+def _using(cache: Path, how: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UsageError(
-            f"the cache {str(cache)!r} cannot be written: {error.strerror or error}; "
+            f"the cache {str(cache)!r} cannot be {how}: {error.strerror or error}; "
             "FEDOBD_CACHE names another folder"
         ) from error
 
@@ -119,21 +122,25 @@ def _write(
     targets: NDArray[np.int64],
     facts: dict[str, Any],
 ) -> None:
-    whole: NDArray[Any] | None = None
+    with _using(folder.parent, "written"):
+        stream = (folder / _INPUTS).open("wb")
     row = 0
-    for batch in batches:
-        if whole is None:
-            shape = (len(targets), *batch.shape[1:])
-            with _writing(folder.parent):
-                whole = np.lib.format.open_memmap(
-                    folder / _INPUTS, mode="w+", dtype=batch.dtype, shape=shape
-                )
-        whole[row : row + len(batch)] = batch
-        row += len(batch)
-    assert whole is not None
+    try:  # not in a mapped file, where a full disk is no error but a signal
+        for batch in batches:
+            with _using(folder.parent, "written"):
+                if row == 0:
+                    header = np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(batch))
+                    header["shape"] = (len(targets), *batch.shape[1:])
+                    np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(batch.tobytes())
+            row += len(batch)
+        with _using(folder.parent, "written"):
+            stream.flush()
+    finally:
+        with suppress(OSError):  # of what could not be written, which was said
+            stream.close()
     assert row == len(targets)
-    with _writing(folder.parent):
-        whole.flush()  # type: ignore[attr-defined]
+    with _using(folder.parent, "written"):
         np.save(folder / _TARGETS, targets)
         (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
 

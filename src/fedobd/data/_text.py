@@ -28,7 +28,7 @@ class TextOptions:
         length: tokens a text, from 1: longer ones are cut, shorter ones padded.
         tokenizer: a `tokenizer.json` of Hugging Face's `tokenizers`, or a folder with one, or
             `package:name` for that of a pretrained model in an installed package; None for the
-            words of the training texts, in lower case.
+            words of the training split, in lower case.
         min_count: how often a word must occur there to get a token of its own, from 1.
         max_words: the most words that get one, the most frequent; None for all.
 
@@ -56,7 +56,7 @@ def make_tokenizer(options: TextOptions, texts: Iterable[str]) -> Tokenizer:
         texts: the training texts.
 
     Raises:
-        UsageError: the tokenizer's file is not there or is none.
+        UsageError: the tokenizer's file is not there or is none, or it has no padding.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -77,13 +77,12 @@ def make_tokenizer(options: TextOptions, texts: Iterable[str]) -> Tokenizer:
         tokenizer.train_from_iterator(texts, trainer)
     padding = (tokenizer.padding or {}).get("pad_token", PADDING)
     number = tokenizer.token_to_id(padding)
-    if number != 0:
+    if number is None:
         raise UsageError(
-            f"the padding token {padding!r} of the tokenizer {options.tokenizer!r} has the number "
-            f"{number}; wanted 0, which the models take for padding"
+            f"the tokenizer {options.tokenizer!r} has no token {padding!r} to pad texts with"
         )
     tokenizer.enable_truncation(options.length)
-    tokenizer.enable_padding(length=options.length, pad_id=0, pad_token=padding)
+    tokenizer.enable_padding(length=options.length, pad_id=number, pad_token=padding)
     return tokenizer
 
 
@@ -129,15 +128,13 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(tokens)
 
 
-def encode_texts(
-    texts: Iterable[list[str]], tokenizer: Tokenizer, first_row: int = 0
-) -> Iterator[NDArray[np.int32]]:
+def encode_texts(texts: Iterable[list[str]], tokenizer: Tokenizer) -> Iterator[NDArray[np.int32]]:
     """Yield batches of texts as token ids, int32, shape (texts of the batch, length).
 
     Raises:
         UsageError: a text is missing or empty.
     """
-    row = first_row
+    row = 0
     for batch in texts:
         for number, text in enumerate(batch):
             if not isinstance(text, str) or not text.strip():

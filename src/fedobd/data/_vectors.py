@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedobd._errors import UsageError
+from fedobd._imports import not_installed
 from fedobd._seeds import make_generator
 
 
@@ -101,10 +102,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     try:
         from pyarrow import parquet, types
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"word vectors {str(path)!r} need {error.name!r}, which is not installed; "
-            "pip install 'fedobd[data]'"
-        ) from error
+        raise not_installed(f"word vectors: {str(path)!r}", error, "data") from error
     table: Any = parquet.read_table(path, columns=["word", "vector"])
     vectors = table["vector"]
     lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)

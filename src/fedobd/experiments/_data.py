@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedobd._errors import UsageError
-from fedobd._imports import find_object
+from fedobd._imports import build_object, find_object
 from fedobd.data import (
     Examples,
     ExampleSet,
@@ -20,6 +20,7 @@ from fedobd.data import (
     Prepare,
     Selection,
     StoredExamples,
+    draw_numbers,
     load_arrays,
     load_data,
     load_digits,
@@ -42,11 +43,13 @@ class BuiltData:
         federated: who has which examples.
         classes: the names of the classes; None where they are not known.
         vocabulary: the tokens of texts in the order of their numbers; None where there are none.
+        padding: the number of the token that texts are padded with.
     """
 
     federated: FederatedData
     classes: tuple[str, ...] | None = None
     vocabulary: tuple[str, ...] | None = None
+    padding: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +63,7 @@ class _Pool:
         test: what is tested on; None to set a part aside.
         prepare: what is done to inputs when they are taken.
         owners: whose each training example is.
-        classes, vocabulary: see `BuiltData`.
+        classes, vocabulary, padding: see `BuiltData`.
     """
 
     train: ExampleSet
@@ -71,6 +74,7 @@ class _Pool:
     owners: tuple[Any, ...] | None = None
     classes: tuple[str, ...] | None = None
     vocabulary: tuple[str, ...] | None = None
+    padding: int | None = None
 
 
 def build_data(config: RunConfig, device: str = "cpu", workers: int = 0) -> BuiltData:
@@ -92,11 +96,13 @@ def build_data(config: RunConfig, device: str = "cpu", workers: int = 0) -> Buil
         return BuiltData(federated=FederatedData((), test))
     if data.test_path is not None:
         raise UsageError(f"data.test_path is for data 'nodes'; data is {data.name!r}")
+    if data.options and ":" not in data.name:
+        raise UsageError(f"data.options is for your own function; data is {data.name!r}")
     if data.name == "digits":
         digits = load_digits()
         pool = _Pool(
             train=place(digits),
-            numbers=torch.arange(len(digits)),
+            numbers=draw_numbers(len(digits), data.splits.max_train),
             targets=digits.targets,
             test=None,
             classes=tuple(map(str, range(10))),
@@ -132,6 +138,7 @@ def _pool_of(loaded: LoadedData, place: Callable[[_Whole], _Whole]) -> _Pool:
         owners=loaded.clients,
         classes=loaded.classes,
         vocabulary=loaded.vocabulary,
+        padding=loaded.padding,
     )
 
 
@@ -165,15 +172,18 @@ def _share(config: RunConfig, pool: _Pool) -> BuiltData:
         prepare=pool.prepare,
     )
     return BuiltData(
-        federated=FederatedData(clients, test), classes=pool.classes, vocabulary=pool.vocabulary
+        federated=FederatedData(clients, test),
+        classes=pool.classes,
+        vocabulary=pool.vocabulary,
+        padding=pool.padding,
     )
 
 
 def _from_function(config: RunConfig) -> FederatedData:
     """Call the user's own function."""
     data, federation = config.data, config.federation
-    factory: Callable[..., Any] = find_object(data.name, "data set", {})
-    made = factory(num_clients=federation.clients, seed=federation.seed, **data.options)
+    wanted = {"num_clients": federation.clients, "seed": federation.seed}
+    made = build_object(data.name, "data set", {}, {**data.options, **wanted})
     if not isinstance(made, FederatedData):
         raise UsageError(f"data {data.name!r} gave {type(made).__name__}; wanted FederatedData")
     if len(made.clients) != federation.clients:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fedobd._errors import UsageError
+from fedobd._errors import UsageError, describe
 from fedobd.experiments._data import BuiltData
 from fedobd.experiments.config import RunConfig
 from fedobd.training import Loss, binary_cross_entropy, cross_entropy
@@ -24,6 +24,7 @@ def check_fit(config: RunConfig, built: BuiltData, model: nn.Module, loss: Loss)
     if built.vocabulary is not None:
         kind = f"texts of {inputs.shape[1]} tokens"
         _check_vocabulary(config, len(built.vocabulary), model)
+        _check_padding(config, built, model)
         inputs = inputs.clone()
         inputs[0, 0] = len(built.vocabulary) - 1
     if (config.data.image.flip or config.data.image.crop_padding) and inputs.ndim != 4:
@@ -41,10 +42,9 @@ def check_fit(config: RunConfig, built: BuiltData, model: nn.Module, loss: Loss)
     except UsageError:
         raise
     except Exception as error:  # of any kind, since models and losses may be the user's own
-        reason = str(error).strip().partition("\n")[0]
         raise UsageError(
             f"model {config.model.name!r} does not fit data {config.data.name!r}, {kind}: "
-            f"{type(error).__name__}: {reason}"
+            f"{describe(error)}"
         ) from error
 
 
@@ -55,6 +55,16 @@ def _check_vocabulary(config: RunConfig, num_tokens: int, model: nn.Module) -> N
             f"model {config.model.name!r} has a vocab_size of {known}, and the texts of data "
             f"{config.data.name!r} have {num_tokens} different tokens; set vocab_size in "
             "model.options, or data.text.tokenizer to the model's own"
+        )
+
+
+def _check_padding(config: RunConfig, built: BuiltData, model: nn.Module) -> None:
+    known = getattr(model, "padding", built.padding)
+    if known != built.padding:
+        raise UsageError(
+            f"model {config.model.name!r} takes token {known} for padding, and the texts of data "
+            f"{config.data.name!r} are padded with token {built.padding}; set data.text.tokenizer "
+            "to the model's own, or pad_token_id in model.options.config"
         )
 
 

@@ -10,7 +10,14 @@ from typing import Any
 
 from fedobd._errors import UsageError
 from fedobd.experiments.config import RunConfig
-from fedobd.experiments.folder import claim_folder, write_atomically, write_json
+from fedobd.experiments.folder import (
+    CONFIG,
+    SCHEMA,
+    claim_folder,
+    read_config,
+    settle_config,
+    write_json,
+)
 from fedobd.experiments.runner import Observer, Summary, run
 
 COMPARISON = "comparison.json"
@@ -95,14 +102,17 @@ def compare(
         observer: sees each run as it goes.
 
     Raises:
-        UsageError: there is nothing to compare, or the folder holds something else.
+        UsageError: there is nothing to compare, or the folder holds something else, or a
+            comparison of another configuration.
     """
     chosen = list(methods) or list(config.methods)
     if not seeds or len(set(seeds)) != len(seeds):
         raise UsageError(f"seeds are {list(seeds)}; wanted at least one, each once")
     singles = {(name, seed): config.for_method(name, seed) for seed in seeds for name in chosen}
-    claim_folder(path, "config.toml", resume=resume)
-    write_atomically(path / "config.toml", config.to_toml().encode())
+    if (path / SCHEMA).exists():
+        raise UsageError(f"output folder {str(path)!r} holds a single run; wanted a comparison")
+    claim_folder(path, CONFIG, resume=resume)
+    settle_config(path, config.to_resume(read_config(path)))
     summaries: dict[str, list[Summary]] = {name: [] for name in chosen}
     for (name, seed), single in singles.items():
         folder = path / f"{name}-seed{seed}"

@@ -236,7 +236,7 @@ class RunConfig(_Section):
         if started is not None:
             for key in ("trackers", "tracking_uri"):
                 plain["output"].pop(key, None)
-                if key in started["output"]:
+                if key in started.get("output", {}):
                     plain["output"][key] = started["output"][key]
         return plain
 

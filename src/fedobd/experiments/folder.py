@@ -37,6 +37,7 @@ from fedobd._state import ModelState
 from fedobd._wire import Bytes
 
 CONFIG = "config.toml"
+SCHEMA = "schema.json"
 SUMMARY = "summary.json"
 ROUNDS = "rounds.jsonl"
 MODEL = "model.safetensors"
@@ -85,6 +86,37 @@ def claim_folder(path: Path, marker: str, *, resume: bool) -> None:
         raise UsageError(f"output folder {str(path)!r} cannot be made: {error}") from error
 
 
+def settle_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Write a folder's configuration, or compare it with the one that is there.
+
+    Raises:
+        UsageError: another one is there.
+    """
+    before = read_config(path)
+    if before is None:
+        write_atomically(path / CONFIG, tomli_w.dumps(config).encode())
+    elif changed := sorted(_differences(before, config)):
+        raise UsageError(
+            f"the run in {str(path)!r} has another configuration and cannot be resumed: "
+            + "; ".join(changed)
+        )
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Return the configuration of what is in a folder, None before it has started.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    file = path / CONFIG
+    if not file.exists():
+        return None
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no text, or no TOML
+        raise UsageError(f"{str(file)!r} is damaged: {error}") from error
+
+
 class RunFolder:
     """A run's folder.
 
@@ -108,25 +140,12 @@ class RunFolder:
             UsageError: the folder cannot be had, or holds a run of another configuration.
         """
         claim_folder(self.path, CONFIG, resume=resume)
-        before = self.config()
-        if before is not None:
-            changed = sorted(_differences(before, config))
-            if changed:
-                raise UsageError(
-                    f"the run in {str(self.path)!r} has another configuration and cannot be "
-                    f"resumed: " + "; ".join(changed)
-                )
-        else:
-            write_atomically(self.path / CONFIG, tomli_w.dumps(config).encode())
+        settle_config(self.path, config)
         self._states.mkdir(parents=True, exist_ok=True)
 
     def config(self) -> dict[str, Any] | None:
-        """Return the configuration of the run that is there, None before one has started."""
-        file = self.path / CONFIG
-        if not file.exists():
-            return None
-        with file.open("rb") as stream:
-            return tomllib.load(stream)
+        """See `read_config`."""
+        return read_config(self.path)
 
     @property
     def is_finished(self) -> bool:

@@ -27,7 +27,7 @@ from fedobd._wire import Kind
 from fedobd.experiments._build import Experiment, build_experiment
 from fedobd.experiments._tune import measure_stack
 from fedobd.experiments.config import RunConfig
-from fedobd.experiments.folder import SUMMARY, RunFolder
+from fedobd.experiments.folder import CONFIG, SCHEMA, SUMMARY, RunFolder, claim_folder
 from fedobd.simulation import (
     ClientStates,
     PlayedRound,
@@ -210,9 +210,10 @@ def run(
         shared_start=config.federation.shared_start,
     )
     folder = RunFolder(path)
+    claim_folder(path, CONFIG, resume=resume)
     if config.simulation.stack == "auto":
-        known = folder.config()
-        found = known["simulation"]["stack"] if known else measure_stack(experiment, server)
+        known = (folder.config() or {}).get("simulation", {})
+        found = known.get("stack") or measure_stack(experiment, server)
         config = config.with_stack(found)
         setup = dataclasses.replace(experiment.setup, stack=found)
         experiment = dataclasses.replace(experiment, setup=setup)
@@ -258,7 +259,7 @@ def _take_up(
         server.restore(saved)
         logger.info("goes on after round %d", server.rounds)
     folder.cut_records(server.rounds)
-    folder.write_json("schema.json", experiment.schema.to_json())
+    folder.write_json(SCHEMA, experiment.schema.to_json())
     folder.write_json("environment.json", _environment(workers, experiment.setup.device))
 
 

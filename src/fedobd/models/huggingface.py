@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from fedobd._checkpoint import checkpoint_folder
-from fedobd._errors import UsageError
+from fedobd._errors import UsageError, describe
 from fedobd._imports import nearest
 from fedobd.models._checks import check_counts
 
@@ -273,12 +273,6 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _reason(error: Exception) -> str:
-    """Return the first line of what a library says; the others are lists of all its classes."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
-
-
 def _configured(transformers: Any, kind: _Kind, config: Mapping[str, Any]) -> Any:
     """Make a configuration of plain values; transformers itself takes any key in silence."""
     if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
@@ -309,7 +303,7 @@ def _configured(transformers: Any, kind: _Kind, config: Mapping[str, Any]) -> An
     try:
         return known[model_type](**sizes)
     except Exception as error:  # whatever the library checks its values with
-        raise UsageError(f"{kind.model}: config was refused: {_reason(error)}") from error
+        raise UsageError(f"{kind.model}: config was refused: {describe(error)}") from error
 
 
 def _finish_config(config: Any, kind: _Kind, num_labels: int) -> None:
@@ -340,7 +334,7 @@ def _refused(transformers: Any, kind: _Kind, config: Any, error: Exception) -> U
             f"{kind.model}: transformers {transformers.__version__} has no classifier of "
             f"{kind.inputs} with model_type {config.model_type!r}"
         )
-    return UsageError(f"{kind.model}: {config.model_type} was refused: {_reason(error)}")
+    return UsageError(f"{kind.model}: {config.model_type} was refused: {describe(error)}")
 
 
 def _pretrained(
@@ -354,7 +348,7 @@ def _pretrained(
     except Exception as error:
         raise UsageError(
             f"{kind.model}: checkpoint {checkpoint!r} has a config.json that was refused: "
-            f"{_reason(error)}"
+            f"{describe(error)}"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UsageError(
@@ -410,7 +404,7 @@ def _add_lora(kind: _Kind, network: Any, lora: Mapping[str, Any], fresh: set[str
     try:
         peft.inject_adapter_in_model(peft.LoraConfig(**lora), body)
     except Exception as error:
-        raise UsageError(f"{kind.model}: lora was refused: {_reason(error)}") from error
+        raise UsageError(f"{kind.model}: lora was refused: {describe(error)}") from error
     for parameter in untaught:  # such as a pooler's
         parameter.requires_grad_(True)
 

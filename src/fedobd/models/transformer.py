@@ -87,7 +87,7 @@ class TransformerClassifier(nn.Module):
                 f"TransformerClassifier: d_model is {d_model} and nhead {nhead}; d_model must be "
                 "a multiple of nhead"
             )
-        self.vocab_size = vocab_size
+        self.vocab_size, self.padding = vocab_size, PADDING
         self.embedding = nn.Embedding(vocab_size, d_model, padding_idx=PADDING)
         if vectors is not None:
             self._set_vectors(vectors)

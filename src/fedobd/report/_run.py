@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedobd._errors import UsageError
 from fedobd._schema import ModelSchema
 from fedobd.experiments import RunConfig, RunFolder, load_config
-from fedobd.experiments.folder import CONFIG, MODEL, ROUNDS, SUMMARY
+from fedobd.experiments.folder import CONFIG, MODEL, ROUNDS, SCHEMA, SUMMARY
 from fedobd.experiments.runner import BYTE_PARTS
 from fedobd.tracking import StarvedBlock, starved_blocks
 
@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 Values = NDArray[np.float64]
 
-SCHEMA, ENVIRONMENT = "schema.json", "environment.json"
+ENVIRONMENT = "environment.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

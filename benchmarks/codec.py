@@ -196,7 +196,10 @@ def speeds(results: dict[str, Any], executor: Executor) -> None:
 def _encoder(quantizer: NNADQ, values: Float32, executor: Executor | None) -> Callable[[], bytes]:
     def encode() -> bytes:
         code = quantizer.measure(values, 32)
-        return encode_levels([quantizer.quantize(values, code, None, executor)], executor)
+        rows = torch.from_numpy(values).unsqueeze(0)
+        return encode_levels(
+            quantizer.quantize_all(rows, [code], lambda _: None, executor), executor
+        )
 
     return encode
 

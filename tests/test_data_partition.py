@@ -191,13 +191,14 @@ def test_dirichlet_gives_no_client_less_than_is_wanted() -> None:
         assert min(map(len, shares_of(options, seed=seed, clients=10))) >= 25
 
 
-def test_natural_gives_each_its_own() -> None:
+def test_natural_gives_each_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     targets = targets_of(60)
     owners = [("a", "b", "c")[n % 3] if n < 50 else "c" for n in range(60)]
     shares = partition(targets, 3, OPTIONS["natural"], owners=owners)
     held = [{owners[n] for n in share.tolist()} for share in shares]
     assert sorted(map(sorted, held)) == [["a"], ["b"], ["c"]]
     assert sorted(map(len, shares)) == [17, 17, 26]
+    assert capfd.readouterr() == ("", "")  # no progress bar of the library's
 
 
 # What is wrong

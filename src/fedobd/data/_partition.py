@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -206,10 +208,11 @@ def _partition_by_library(
             f"the examples are of {partitioner.num_partitions} clients; federation.clients is "
             f"{num_clients}"
         )
-    return [
-        torch.tensor(partitioner.load_partition(client)["number"][:], dtype=torch.int64)
-        for client in range(num_clients)
-    ]
+    with redirect_stderr(StringIO()):  # to which it draws a progress bar, whatever is asked for
+        return [
+            torch.tensor(partitioner.load_partition(client)["number"][:], dtype=torch.int64)
+            for client in range(num_clients)
+        ]
 
 
 def _partitioner(options: PartitionOptions, num_clients: int, seed: int) -> Partitioner:

@@ -94,6 +94,27 @@ def test_a_gpu_without_memory_is_an_error_that_says_what_to_change(
     assert "smaller simulation.stack or training.batch_size" in done.err
 
 
+def test_names_with_brackets_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedobd.cli.run", interrupt)
+    done = fedobd(capsys, "run", "toy.toml", "-o", "runs[/a]")
+    assert done.status == 130
+    assert "--output runs[/a] --resume" in done.err
+    Path("bracketed.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.ModuleDict({'layer[/x]': nn.Linear(4, 4), 'b': nn.Linear(1, 1)})\n"
+    )
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    done = fedobd(capsys, "blocks", "bracketed:make", "--dropout-rate", "0.7")
+    assert done.status == 0, done.err
+    assert done.out.count("layer[/x]") == 2  # in the table, and in the warning
+
+
 def test_quiet_runs_print_nothing_and_leave_the_same_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

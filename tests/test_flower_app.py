@@ -17,6 +17,7 @@ import uuid
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from flwr.serverapp import ServerApp
 
 from fedobd import EmptyRoundError, FedOBDError, Payload, UsageError, __version__
 from fedobd.data import ClientData, Examples, ExampleSet, gather, load_arrays
-from fedobd.experiments import build_experiment, load_config, run
+from fedobd.experiments import RunFolder, build_experiment, load_config, run
 from fedobd.experiments.config import RunConfig, parse_config
 from fedobd.flower import make_client_app, make_server_app, write_app
 from fedobd.flower._carrier import IDENTIFY, UPLOAD, carried
@@ -587,6 +588,73 @@ def test_the_simulation_refuses_data_that_lies_on_nodes_before_it_starts(
     monkeypatch.setattr(_launch, "_super_link", start)
     with pytest.raises(UsageError, match="nodes"):
         run_in_simulation(toy_config("fedavg", data={"name": "nodes"}), tmp_path / "run")
+
+
+def link_that_answers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *answers: str | Exception
+) -> Any:
+    """Return a SuperLink, which runs, with what `flwr` will answer; the last one ever after."""
+    from fedobd.flower import _launch
+
+    left = list(answers)
+
+    def answer(*_: object, timeout: float, **__: object) -> Any:
+        given = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(given, Exception):
+            raise given
+        return subprocess.CompletedProcess([], 0, given, "")
+
+    monkeypatch.setattr("subprocess.run", answer)
+    running = SimpleNamespace(poll=lambda: None)
+    return _launch._SuperLink(folder, running, {})  # type: ignore[arg-type]
+
+
+RUNNING = '{"success": true, "runs": [{"status": "running"}]}'
+FAILED = '{"success": false, "error-message": "the link is busy"}'
+
+
+def test_what_flower_answers_is_read_and_a_failure_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert link_that_answers(tmp_path, monkeypatch, RUNNING).status() == "running"
+    with pytest.raises(FedOBDError, match=r"^flwr list failed: the link is busy$"):
+        link_that_answers(tmp_path, monkeypatch, FAILED).status()
+    with pytest.raises(FedOBDError, match=r"flwr list answered 'no'"):
+        link_that_answers(tmp_path, monkeypatch, "no").status()
+    late = subprocess.TimeoutExpired("flwr", 120)
+    with pytest.raises(FedOBDError, match=r"flwr list has not answered within 120 s"):
+        link_that_answers(tmp_path, monkeypatch, late).status()
+    with pytest.raises(FedOBDError, match=r"flwr run failed: the link is busy"):
+        link_that_answers(tmp_path, monkeypatch, FAILED).start_run(
+            tmp_path, {}, clients=1, workers=1
+        )
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_two_looks_at_a_run_may_fail_and_no_more(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedobd.flower import _launch
+
+    monkeypatch.setattr(_launch, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(_launch, "STATUS_SECONDS", 0.0)
+    run(toy_config("fedavg"), tmp_path / "run")
+    ended = RUNNING.replace("running", "finished:completed")
+    link = link_that_answers(tmp_path, monkeypatch, *[FAILED] * failures, RUNNING, ended)
+    folder = RunFolder(tmp_path / "run")
+    if failures == 2:
+        _launch._follow(folder, link, None, 3)
+    else:
+        with pytest.raises(FedOBDError, match="the link is busy"):
+            _launch._follow(folder, link, None, 3)
+
+
+def test_a_negative_number_of_workers_is_refused_before_flower_starts(tmp_path: Path) -> None:
+    from fedobd.flower import run_in_simulation
+
+    with pytest.raises(UsageError, match=r"workers is -1; allowed are whole numbers from 0"):
+        run_in_simulation(toy_config("fedavg"), tmp_path / "run", workers=-1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_test_file_is_for_data_on_nodes_alone_and_a_bad_one_is_refused(tmp_path: Path) -> None:

@@ -423,6 +423,22 @@ def test_tensors_of_0_dimensions_come_back_trained() -> None:
 # --- models whose factory the grid is given ------------------------------------------------------
 
 
+class WithExtraState(nn.Linear):
+    """Keeps something in its state_dict that is neither parameter nor buffer."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.ones(1)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        pass
+
+
+def test_extra_state_cannot_travel() -> None:
+    model = WithExtraState(2, 2)
+    with pytest.raises(UsageError, match=r"entry '_extra_state' of the model's state_dict is"):
+        describe(record_of(model), lambda: WithExtraState(2, 2))
+
+
 def test_tied_tensors_travel_once_and_come_back_under_both_names() -> None:
     model = seeded(Tied)
     sizes = []

@@ -56,6 +56,7 @@ from fedobd.flower._carrier import (
 )
 from fedobd.flower._identity import Identity, client_id
 from fedobd.flower._layout import Layout, describe
+from fedobd.flower._mod import _report
 from fedobd.flower._opening import Opening
 from fedobd.methods import FedOBD
 from tests.flower_grid import FIRST_NODE_ID, RUN_ID, InProcessGrid, become_server_app
@@ -536,6 +537,15 @@ def send_up(
 
 
 # --- openings ------------------------------------------------------------------------------------
+
+
+def test_a_metric_that_is_no_number_is_named() -> None:
+    keys = MetricKeys()
+    for key in (keys.train_loss, keys.num_eval_examples):
+        metrics: dict[str, Any] = {keys.num_examples: 3, key: [0.1, 0.2]}
+        content = RecordDict({"metrics": MetricRecord(metrics)})
+        with pytest.raises(UsageError, match=rf"reports '{key}' as \[0.1, 0.2\]; wanted a number"):
+            _report(content, keys)
 
 
 def make_opening(**changes: Any) -> Opening:

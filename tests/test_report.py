@@ -46,7 +46,7 @@ from fedobd.report._tables import (
     run_table,
     summary_table,
 )
-from fedobd.report._uploads import upload_map, upload_shares, warning
+from fedobd.report._uploads import drops_blocks, upload_map, upload_shares, warning
 from tests.toy import CONFIG
 
 METHODS = ("fedobd", "fedavg", "fedpaq")
@@ -217,6 +217,11 @@ def test_what_is_no_run_is_refused(made: Path, tmp_path: Path) -> None:
         ("summary.json", "[1]", "summary.json is damaged: TypeError"),
         ("environment.json", "3", "environment.json is damaged: TypeError"),
         ("environment.json", "[]", "environment.json is damaged: TypeError: wanted an object"),
+        (
+            "environment.json",
+            '{"packages": null}',
+            "is damaged: TypeError: packages: wanted",
+        ),
         ("config.toml", "method = 3", "method"),
         ("config.toml", "lambda = 3", "key 'lambda' is unknown"),
     ],
@@ -415,6 +420,10 @@ def test_time_over_a_link_is_transfers_and_training(made: Path) -> None:
     assert train_seconds(untimed) is None
     without = replace(section.variants[0], runs=(untimed,))
     assert link_table(replace(section, variants=(without,))).rows[0][9].text == "not measured"
+    both = link_table(replace(section, variants=(without, replace(section.variants[0], number=1))))
+    best = [[cell.is_best for cell in row[2:9:2]] for row in both.rows]
+    assert best == [[False] * 4, [True] * 4]  # though the first, without its training, is shorter
+    assert "times are those of the transfers alone" in both.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -634,6 +643,25 @@ def test_many_rounds_are_drawn_as_areas(made: Path, monkeypatch: pytest.MonkeyPa
     areas = _traffic.traffic_plot(section, 1).views[0, 0]["data"]
     assert {trace["type"] for trace in areas} == {"scatter"}
     assert [array(t["y"]).tolist() for t in areas] == [array(t["y"]).tolist() for t in bars]
+
+
+@pytest.mark.parametrize(
+    ("uploads", "drops"),
+    [
+        (
+            [[5, 5, 5], [5, 5, 5], [10, 10, 10]],
+            False,
+        ),  # a larger cohort, and all blocks
+        ([[5, 0, 5], [5, 0, 5]], True),  # a block that nobody sends
+        ([[5, 5, 5], [5, 4, 5]], True),
+    ],
+)
+def test_blocks_are_dropped_where_a_round_has_more_of_one_than_of_another(
+    uploads: list[list[int]], drops: bool, made: Path
+) -> None:
+    variant = only(gather([made / "fedobd-seed0"])).variants[0]
+    run = replace(variant.runs[0], uploads=np.array(uploads))
+    assert drops_blocks(replace(variant, runs=(run,))) is drops
 
 
 def test_the_map_shows_who_uploaded_what(made: Path) -> None:

@@ -319,13 +319,17 @@ def test_errors_and_refusals_are_logged(tmp_path: Path, caplog: pytest.LogCaptur
     with pytest.raises(UsageError, match="NaN"):
         run(config(training={"function": "tests.toy:train_to_nan"}), tmp_path / "a")
     assert messages(tmp_path / "a")[-1].startswith("INFO stopped: UsageError(")
-    refusal = {"client": 3, "reason": "late", "message": "it came too late", "uplink_bytes": 0}
+    late = {"client": 3, "reason": "late", "message": "it came too late", "uplink_bytes": 0}
+    damaged = {"client": 4, "reason": "limit", "message": "too long", "uplink_bytes": 9}
     record = {
         "round": 1, "stage": 1, "test_metric": None, "train_loss": 1.0, "uplink_bytes": 1,
-        "downlink_bytes": 1, "seconds": {"round": 1.0}, "refusals": [refusal],
+        "downlink_bytes": 1, "seconds": {"round": 1.0}, "refusals": [late, damaged],
     }  # fmt: skip
     log_round(record, 5)
-    assert caplog.messages == ["round 1: the upload of client 3 is refused: it came too late"]
+    assert caplog.messages == [
+        "round 1: the upload of client 3 is missing: it came too late",
+        "round 1: the upload of client 4 is refused: too long",
+    ]
 
 
 def test_a_run_leaves_logging_as_it_was(

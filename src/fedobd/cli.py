@@ -50,7 +50,7 @@ from fedobd.experiments import (
     run,
 )
 from fedobd.models import build_model
-from fedobd.plan_commands import plan_command
+from fedobd.plan_commands import parse_options, plan_command
 from fedobd.report import write_report
 from fedobd.report_commands import report_command
 from fedobd.tracking import log_to_terminal
@@ -79,7 +79,11 @@ Overrides = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="The run folder.")]
 Workers = Annotated[
-    int, typer.Option(help="Worker processes; 0 for none. Results do not depend on it.")
+    int,
+    typer.Option(
+        help="Worker processes; 0 for none (with --engine flower: one a CPU). "
+        "Results do not depend on it."
+    ),
 ]
 Device = Annotated[
     str | None,
@@ -132,6 +136,7 @@ def _interruptible(folder: Path) -> Iterator[None]:
         errors.print(
             f"interrupted; the same command with --output {folder} --resume goes on from the "
             "last round",
+            markup=False,
             soft_wrap=True,
         )
         raise typer.Exit(130) from None
@@ -291,7 +296,7 @@ def flower_new_command(
     """Write a Flower App that runs one method with one seed."""
     single = _single(source, overrides, method, seed)
     _flower().write_app(folder, single)
-    console.print(f"wrote {folder}; its README.md says how to run it", soft_wrap=True)
+    console.print(f"wrote {folder}; its README.md says how to run it", markup=False, soft_wrap=True)
 
 
 @app.command("compare")
@@ -371,12 +376,7 @@ def blocks_command(
 ) -> None:
     """Show the semantic blocks of a model."""
     check_dropout_rate(dropout_rate)
-    try:
-        keywords = json.loads(options)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"--options {options!r} is not JSON: {error}") from error
-    if not isinstance(keywords, dict):
-        raise UsageError(f"--options {options!r}: wanted a JSON object of keyword arguments")
+    keywords = parse_options(options)
     rules = BlockRules(
         style=_style(style),
         unit_classes=tuple(unit_class or ()),
@@ -391,6 +391,7 @@ def blocks_command(
             f"warning: {', '.join(never)}: larger than (1 - λ) of the parameters, so never "
             "uploaded in stage 1; split with --max-block-fraction, or lower λ",
             style="yellow",
+            markup=False,
             soft_wrap=True,
         )
 

@@ -123,7 +123,7 @@ def plan_command(
     _put(values["federation"], {"clients": clients})
     for name, own in values["methods"].items():
         _put(own, shared if name == FedAvg.name else {**shared, "cohort": _parse_cohort(cohort)})
-    values["model"]["options"] |= _parse_options(options)
+    values["model"]["options"] |= parse_options(options)
     if max_block_fraction is not None:
         values["model"]["blocks"]["max_block_fraction"] = max_block_fraction
     with _one_thread():
@@ -157,7 +157,12 @@ def _put(section: dict[str, Any], changes: Mapping[str, Any]) -> None:
         _put(section["codec"], changes)
 
 
-def _parse_options(text: str) -> dict[str, Any]:
+def parse_options(text: str) -> dict[str, Any]:
+    """Return the keyword arguments that `--options` gives as a JSON object.
+
+    Raises:
+        UsageError: it is none.
+    """
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from fedobd._payload import Payload
 from fedobd._quantization import Coding
@@ -48,7 +49,7 @@ def summary_table(summary: Summary) -> Table:
         ),
         "headers, of the uplink": format_share(summary.shares["uplink"].get("header")),
         "buffers, of the uplink": format_share(summary.shares["uplink"].get("buffers")),
-        "refused uploads": str(summary.refusals),
+        "refused or missing uploads": str(summary.refusals),
         "seconds": f"{summary.seconds['round']:.1f}",
         "the core's share of the time": format_share(summary.overhead),
     }
@@ -133,8 +134,8 @@ def block_table(schema: ModelSchema, dropout_rate: float) -> Table:
         fits = block.num_parameters <= budget
         table.add_row(
             str(number),
-            block.name,
-            block.kind,
+            Text(block.name),
+            Text(block.kind),
             str(len(block.layers)),
             f"{block.num_parameters:,}",
             format_share(block.num_parameters / schema.num_parameters),
@@ -202,7 +203,7 @@ def payload_tables(payload: Payload) -> list[Table]:
         kinds = dict.fromkeys(coding.name.lower() for coding in codings.get(number, []))
         blocks.add_row(
             str(number),
-            block.name,
+            Text(block.name),
             f"{block.num_parameters:,}",
             "+".join(kinds) or "buffers",
             f"{min(own)}–{max(own)}" if own else "–",

@@ -137,7 +137,7 @@ class Summary:
         delivery_bytes: the trained model's delivery to all clients, counted in no total.
         never_uploaded: blocks that no client uploaded in stage 1: name, parameters, share of the
             parameters.
-        refusals: refused uploads.
+        refusals: refused uploads, and clients that a deployment went on without.
         stops_on_test: whether the test set decided when to stop, which flatters the result.
         seconds: wall-clock seconds by phase over all rounds; clients' phases overlap where there
             are workers.

@@ -36,11 +36,14 @@ from fedobd.experiments import (
 )
 from fedobd.flower._app import check_stack
 from fedobd.flower._scaffold import write_app
+from fedobd.simulation import check_workers
 from fedobd.tracking import log_round, log_summary
 
 START_SECONDS = 60.0
 STOP_SECONDS = 5.0
 LOOK_SECONDS = 0.5
+ANSWER_SECONDS = 120.0
+MOST_MISSED = 3  # questions for the run's status without an answer, one after another
 STATUS_SECONDS = 10.0  # between two questions for the run's status, each a process of its own
 
 _CONNECTION = "fedobd"
@@ -80,6 +83,7 @@ def run_in_simulation(
         UsageError: the configuration cannot be run, or the folder holds another run.
         FedOBDError: the run failed; the message ends with Flower's log.
     """
+    check_workers(workers)
     path = path.absolute()
     build_experiment(config)  # so that what cannot be run is said here, and not in Flower's log
     check_stack(config)
@@ -117,7 +121,7 @@ def _follow(
     folder: RunFolder, link: _SuperLink, observer: Observer | None, planned_rounds: int
 ) -> None:
     """Show a run's rounds as they come, until Flower says that it has ended."""
-    seen, looked, status = 0, time.monotonic(), "running"
+    seen, looked, missed, status = 0, time.monotonic(), 0, "running"
     while True:
         records = folder.records()
         for record in records[seen:]:
@@ -127,11 +131,21 @@ def _follow(
         if status.startswith("finished"):
             break
         if folder.is_finished or time.monotonic() - looked > STATUS_SECONDS:
-            status, looked = link.status(), time.monotonic()
+            try:
+                status, missed = link.status(), 0
+            except _NoAnswerError:
+                missed += 1
+                if missed == MOST_MISSED:
+                    raise
+            looked = time.monotonic()
         time.sleep(LOOK_SECONDS)
     if status != "finished:completed" or not folder.is_finished:
         raise FedOBDError(f"Flower ended the run as {status!r}; its log ends with:\n{link.log()}")
     log_summary(folder.read_json("summary.json"))
+
+
+class _NoAnswerError(FedOBDError):
+    """`flwr` has failed, or has not answered."""
 
 
 class _SuperLink:
@@ -165,8 +179,6 @@ class _SuperLink:
             "run", str(app), _CONNECTION, "--run-config", str(settings),
             "--federation-config", pairs, "--format", "json",
         )  # fmt: skip
-        if not answer.get("success"):
-            raise FedOBDError(f"Flower did not start the run: {answer}")
         self._run = str(answer["run-id"])
 
     def status(self) -> str:
@@ -183,20 +195,29 @@ class _SuperLink:
         try:
             answer = json.loads(output[output.index("{") :])
         except ValueError as error:
-            raise FedOBDError(f"flwr {arguments[0]} answered {output!r}") from error
+            raise _NoAnswerError(f"flwr {arguments[0]} answered {output!r}") from error
         assert isinstance(answer, dict)
+        if not answer.get("success"):
+            reason = answer.get("error-message", answer)
+            raise _NoAnswerError(f"flwr {arguments[0]} failed: {reason}")
         return answer
 
     def _call(self, *arguments: str) -> str:
         if self._process.poll() is not None:
             raise FedOBDError(f"Flower's SuperLink has ended:\n{_tail(self._folder)}")
-        done = subprocess.run(  # noqa: S603 - our own arguments
-            [_command("flwr"), *arguments],
-            env=self._env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(  # noqa: S603 - our own arguments
+                [_command("flwr"), *arguments],
+                env=self._env,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=ANSWER_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise _NoAnswerError(
+                f"flwr {arguments[0]} has not answered within {ANSWER_SECONDS:.0f} s"
+            ) from error
         return done.stdout or done.stderr
 
 
@@ -214,6 +235,8 @@ def _super_link(folder: Path) -> Iterator[_SuperLink]:
     own = os.environ.get("PYTHONPATH")
     path = os.pathsep.join(filter(None, [str(Path.cwd()), own]))  # a user's own modules
     env = {**os.environ, **_QUIET, "FLWR_HOME": str(home), "PYTHONPATH": path}
+    for name in ("no_proxy", "NO_PROXY"):  # a proxy is for what lies outside
+        env[name] = ",".join(filter(None, [env.get(name), "127.0.0.1", "localhost"]))
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     with (folder / "superlink.log").open("wb") as log:
         process = subprocess.Popen(  # noqa: S603 - our own arguments
@@ -248,10 +271,11 @@ def _leave(number: int, _: object) -> NoReturn:
 
 
 def _wait_until_up(folder: Path, process: subprocess.Popen[bytes], port: int) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            with direct.open(f"http://127.0.0.1:{port}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)

@@ -114,9 +114,14 @@ def describe(
         model = model_factory()
         schema = decompose(model, rules)
         names = {id(tensor): name for name, tensor, _ in named_tensors(model)}
-        layout = Layout(
-            tuple((key, names[id(t)]) for key, t in model.state_dict(keep_vars=True).items())
-        )
+        entries = model.state_dict(keep_vars=True)
+        for key, value in entries.items():
+            if id(value) not in names:
+                raise UsageError(
+                    f"entry {key!r} of the model's state_dict is neither a parameter nor a "
+                    "buffer, so it cannot travel; wanted a model without extra state"
+                )
+        layout = Layout(tuple((key, names[id(value)]) for key, value in entries.items()))
     layout.to_state(record, schema)
     return schema, layout
 

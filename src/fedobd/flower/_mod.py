@@ -203,13 +203,20 @@ def _report(content: RecordDict, keys: MetricKeys | None) -> Report:
             f"the train function reports no whole number {keys.num_examples!r} in its "
             f"MetricRecord; it has {', '.join(sorted(found)) or 'none'}"
         )
+
+    def number(key: str) -> float:
+        value = found.get(key, 0.0)
+        if not isinstance(value, int | float):
+            raise UsageError(f"the train function reports {key!r} as {value!r}; wanted a number")
+        return float(value)
+
     evaluated = keys.num_eval_examples in found
     return Report(
         num_examples=found[keys.num_examples],
-        train_loss=float(found.get(keys.train_loss, 0.0)),
-        num_validation_examples=int(found[keys.num_eval_examples]) if evaluated else 0,
-        validation_loss=float(found.get(keys.eval_loss, 0.0)) if evaluated else 0.0,
-        validation_metric=float(found.get(keys.eval_metric, 0.0)) if evaluated else 0.0,
+        train_loss=number(keys.train_loss),
+        num_validation_examples=int(number(keys.num_eval_examples)) if evaluated else 0,
+        validation_loss=number(keys.eval_loss) if evaluated else 0.0,
+        validation_metric=number(keys.eval_metric) if evaluated else 0.0,
     )
 
 

@@ -226,7 +226,7 @@ def _lines(
                 "dash": dash,
             },
             "marker": {
-                "symbol": variant.number % 8 + opened,
+                "symbol": (variant.number + variant.number // len(COLORS)) % 8 + opened,
                 "size": typed(np.where(part.stage == stage, 7, 0), "u1"),  # the joint has its mark
             },
             "hovertemplate": f"{hover}<br>round %{{customdata[0]}}, stage %{{customdata[1]}}"

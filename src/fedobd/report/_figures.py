@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedobd._errors import UsageError
+from fedobd._imports import not_installed
 from fedobd.report._content import read_deliveries
 from fedobd.report._curves import MEASURES, Curve, Measure, common_rounds, curves_of, mean_curve
 from fedobd.report._gather import Section, Variant
@@ -67,9 +66,7 @@ def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
     try:
         from matplotlib import rc_context
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"this needs {error.name!r}, which is not installed; pip install 'fedobd[report]'"
-        ) from error
+        raise not_installed("this", error, "report") from error
     files = []
     with rc_context(_STYLE):
         for number, section in enumerate(sections, start=1):
@@ -81,6 +78,13 @@ def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
                     figure.savefig(file, dpi=300, **dated)
                     files.append(file)
     return tuple(files)
+
+
+def _looks() -> Iterator[tuple[Any, Any, str]]:
+    """Yield color, dash and marker of one variant after another; no two are the same."""
+    for shift in range(len(_LOOKS)):
+        for number, (color, dash, _) in enumerate(_LOOKS):
+            yield color, dash, _LOOKS[(number + shift) % len(_LOOKS)][2]
 
 
 def _figures(section: Section) -> Iterator[tuple[str, Any]]:
@@ -103,7 +107,7 @@ def _accuracy(section: Section, measure: Measure) -> Any:
     """Draw means over the seeds, with a band of one standard deviation on each side."""
     figure = new_figure(_WIDTH, _HEIGHT)
     axes = figure.subplots()
-    for variant, look in zip(section.variants, cycle(_LOOKS)):
+    for variant, look in zip(section.variants, _looks(), strict=False):
         tested = curves_of(variant.counted, measure)
         if not tested:
             continue
@@ -142,7 +146,7 @@ def _traffic(section: Section) -> Any:
         ("MB down", lambda r: r.downlink_bytes),
     )
     for axes, (title, num_bytes) in zip(panels, ways, strict=True):
-        for variant, look in zip(section.variants, cycle(_LOOKS)):
+        for variant, look in zip(section.variants, _looks(), strict=False):
             rounds = variant.shown.rounds
             curve = Curve(
                 x=np.array([played.number for played in rounds], np.float64),

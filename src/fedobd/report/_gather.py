@@ -17,6 +17,7 @@ from typing import Any
 from fedobd._errors import UsageError
 from fedobd.methods import METHODS
 from fedobd.report._run import Run, is_run, read_run
+from fedobd.tracking import flatten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,21 +181,12 @@ def _settings(run: Run) -> dict[str, Any]:
     for key in ("method", "methods", "simulation", "output"):
         del plain[key]
     del plain["federation"]["seed"]
-    return dict(_flat(plain))
+    return flatten(plain, ".")
 
 
 def _options(run: Run) -> dict[str, Any]:
     """Return the options of the run's method, by dotted key."""
-    return dict(_flat(run.config.to_dict()["methods"][run.method]))
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        place = f"{path}.{key}" if path else key
-        if isinstance(value, Mapping):
-            yield from _flat(value, place)
-        else:
-            yield place, value
+    return flatten(run.config.to_dict()["methods"][run.method], ".")
 
 
 def _grouped(runs: Iterable[Run], key: Any) -> list[list[Run]]:

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from fedobd import __version__
-from fedobd._errors import UsageError
+from fedobd._imports import not_installed
 from fedobd.report._content import (
     drawing_step,
     lead,
@@ -103,9 +103,7 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"this needs {error.name!r}, which is not installed; pip install 'fedobd[report]'"
-        ) from error
+        raise not_installed("this", error, "report") from error
     source: str = get_plotlyjs()
     return source
 

@@ -119,7 +119,7 @@ class Results:
         best_metric: the best of all rounds.
         uplink_bytes: all uploads.
         downlink_bytes: all broadcasts and openings.
-        refusals: refused uploads.
+        refusals: clients that were left out, and refused uploads.
         round_s: wall-clock seconds of all rounds.
         stops_on_test: whether the test set decided when to stop.
     """
@@ -256,6 +256,8 @@ def _read(stored: RunFolder) -> Run | None:
         environment = stored.read_json(ENVIRONMENT)
         if not isinstance(environment, dict):
             raise TypeError(f"wanted an object, not {type(environment).__name__}")
+        if not isinstance(environment.get("packages", {}), dict):
+            raise TypeError("packages: wanted an object")
     with _reading(SUMMARY if summary else ROUNDS):
         results = _results(records, summary)
     with _reading(ROUNDS):

@@ -236,7 +236,7 @@ def run_table(section: Section) -> Table:
     head = ("method", "seed", "rounds", *(column.name for column in columns))
     return Table(
         caption="Every run; a run that leaves a stage early has fewer rounds than planned",
-        head=(*head, "refused uploads", "finished", "folder"),
+        head=(*head, "refused or missing", "finished", "folder"),
         rows=tuple(rows),
     )
 
@@ -244,15 +244,20 @@ def run_table(section: Section) -> Table:
 def link_table(section: Section) -> Table:
     """Return how long a round and the whole run would take over links of several speeds."""
     whole = [_mean_seconds(variant) for variant in section.variants]
-    finished = [own for v, own in zip(section.variants, whole, strict=True) if v.is_finished]
+    timed = [_is_timed(variant) for variant in section.variants]
+    rivals = [
+        variant.is_finished and (is_timed or not any(timed))
+        for variant, is_timed in zip(section.variants, timed, strict=True)
+    ]
+    finished = [own for own, is_rival in zip(whole, rivals, strict=True) if is_rival]
     bests = [min(times) for times in zip(*finished, strict=True)] if len(whole) > 1 else []
     rows = []
-    for variant, times in zip(section.variants, whole, strict=True):
+    for variant, times, is_rival in zip(section.variants, whole, rivals, strict=True):
         cells = [Cell(variant.label)]
         for number, bits_per_s in enumerate(LINKS.values()):
             runs = variant.counted
             one = fmean([run_seconds(run, bits_per_s) / len(run.rounds) for run in runs])
-            is_best = bool(bests) and variant.is_finished and times[number] == bests[number]
+            is_best = bool(bests) and is_rival and times[number] == bests[number]
             cells += [Cell(_duration(one)), Cell(_duration(times[number]), is_best)]
         rows.append((*cells, *_of_a_round(variant)))
     names = [name.replace(" ", NO_BREAK) for name in LINKS]
@@ -262,8 +267,19 @@ def link_table(section: Section) -> Table:
         caption=caption + ("; the shortest run is marked" if bests else ""),
         head=("method", *links, "training\na round", "down\na round", "up\na round"),
         rows=tuple(rows),
-        notes=(ASSUMPTION,),
+        notes=(ASSUMPTION, *([] if all(timed) else [_UNTIMED])),
     )
+
+
+_UNTIMED = (
+    "Where training was not measured, as by Flower, times are those of the transfers alone, and "
+    "are not compared with others."
+)
+
+
+def _is_timed(variant: Variant) -> bool:
+    """Whether training was measured in all runs."""
+    return all(train_seconds(run) is not None for run in variant.counted)
 
 
 def _mean_seconds(variant: Variant) -> list[float]:

@@ -85,7 +85,8 @@ def upload_map(section: Section, step: int) -> Plot | None:
 
 def drops_blocks(variant: Variant) -> bool:
     """Whether clients of a variant choose blocks, so that its picture says something."""
-    return bool((variant.shown.uploads.min(axis=0) < variant.shown.uploads.max(axis=0)).any())
+    uploads = variant.shown.uploads  # of each block in each round
+    return bool((uploads.min(axis=1) < uploads.max(axis=1)).any())
 
 
 def _view(run: Run, step: int) -> dict[str, Any]:

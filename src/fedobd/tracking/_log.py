@@ -111,10 +111,12 @@ def log_round(record: Mapping[str, Any], planned_rounds: int) -> None:
         record["seconds"]["round"],
     )
     for refusal in record["refusals"]:
+        came = refusal["uplink_bytes"] > 0
         logger.warning(
-            "round %d: the upload of client %d is refused: %s",
+            "round %d: the upload of client %d %s: %s",
             record["round"],
             refusal["client"],
+            "is refused" if came else "is missing",
             refusal["message"],
         )
 

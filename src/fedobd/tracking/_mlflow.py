@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, ClassVar, final
 
 from fedobd._errors import UsageError
+from fedobd._imports import not_installed
 from fedobd.tracking._tracker import Tracker
 
 EXPERIMENT = "fedobd"
@@ -134,6 +135,4 @@ def _import_mlflow() -> ModuleType:
     try:
         return import_module("mlflow")
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"this needs {error.name!r}, which is not installed; pip install 'fedobd[mlflow]'"
-        ) from error
+        raise not_installed("this", error, "mlflow") from error

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from fedobd._errors import UsageError
+from fedobd._imports import not_installed
 from fedobd.tracking._tracker import Tracker
 
 if TYPE_CHECKING:
@@ -34,10 +34,7 @@ class TensorBoardTracker(Tracker):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
-            raise UsageError(
-                f"this needs {error.name!r}, which is not installed; "
-                "pip install 'fedobd[tensorboard]'"
-            ) from error
+            raise not_installed("this", error, "tensorboard") from error
         self._make_writer = SummaryWriter
         self._parameters: dict[str, int | float | str] = {}
 

@@ -296,7 +296,9 @@ def flower_new_command(
     """Write a Flower App that runs one method with one seed."""
     single = _single(source, overrides, method, seed)
     _flower().write_app(folder, single)
-    console.print(f"wrote {folder}; its README.md says how to run it", markup=False, soft_wrap=True)
+    console.print(
+        f"wrote {folder}; its README.md says how to run it", markup=False, soft_wrap=True
+    )
 
 
 @app.command("compare")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedobd._errors import UsageError
-from fedobd.display import block_table, format_bytes, format_share, plain_table
+from fedobd.display import block_table, format_bytes, format_duration, format_share, plain_table
 from fedobd.experiments import RunConfig, list_presets, load_config
 from fedobd.experiments.config import parse_config
 from fedobd.methods import METHODS, FedAvg
@@ -242,7 +242,7 @@ def _traffic_table(plan: Plan, pace: _Pace) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for method in plan.methods:
         less = "–" if method.method == FedAvg.name else format_share(plan.reduction(method))
-        whole = (format_bytes(method.total_bytes), less, format_seconds(pace.of(method)))
+        whole = (format_bytes(method.total_bytes), less, format_duration(pace.of(method)))
         if len(method.stages) == 1:
             table.add_row(method.method, *_stage_cells(method.stages[0]), *whole)
         else:
@@ -258,14 +258,6 @@ def _stage_cells(stage: StagePlan) -> tuple[str, str, str]:
         format_bytes(stage.uplink_bytes),
         format_bytes(stage.downlink_bytes),
     )
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration for people."""
-    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def _notes(plan: Plan, pace: _Pace) -> Iterator[str]:

@@ -12,7 +12,7 @@ from fedobd.display._tables import (
     plain_table,
     summary_table,
 )
-from fedobd.display._text import format_bytes, format_metric, format_share
+from fedobd.display._text import format_bytes, format_duration, format_metric, format_share
 
 __all__ = [
     "Display",
@@ -20,6 +20,7 @@ __all__ = [
     "block_table",
     "comparison_table",
     "format_bytes",
+    "format_duration",
     "format_metric",
     "format_share",
     "never_fitting",

@@ -11,6 +11,14 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def format_duration(seconds: float) -> str:
+    """Return a duration for people."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+
+
 def format_share(share: float | None, digits: int = 1) -> str:
     """Return a share in per cent, or a dash."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from fedobd.display import format_bytes, format_share
+from fedobd.display import format_bytes, format_duration, format_share
 from fedobd.methods import FedAvg
 from fedobd.report._delivery import LevelBits
 from fedobd.report._gather import Section, Variant
@@ -258,7 +258,7 @@ def link_table(section: Section) -> Table:
             runs = variant.counted
             one = fmean([run_seconds(run, bits_per_s) / len(run.rounds) for run in runs])
             is_best = bool(bests) and is_rival and times[number] == bests[number]
-            cells += [Cell(_duration(one)), Cell(_duration(times[number]), is_best)]
+            cells += [Cell(format_duration(one)), Cell(format_duration(times[number]), is_best)]
         rows.append((*cells, *_of_a_round(variant)))
     names = [name.replace(" ", NO_BREAK) for name in LINKS]
     links = [f"{name}\n{what}" for name in names for what in ("a round", "the run")]
@@ -293,7 +293,7 @@ def _of_a_round(variant: Variant) -> Iterator[Cell]:
     """Yield training time and bytes of a client in a mean round."""
     trained = [train_seconds(run) for run in variant.counted]
     known = [spent for spent in trained if spent is not None]
-    yield Cell(_duration(fmean(known)) if len(known) == len(trained) else "not measured")
+    yield Cell(format_duration(fmean(known)) if len(known) == len(trained) else "not measured")
     for direction in ("downlink", "uplink"):
         yield Cell(format_bytes(fmean([_client_bytes(run, direction) for run in variant.counted])))
 
@@ -301,13 +301,6 @@ def _of_a_round(variant: Variant) -> Iterator[Cell]:
 def _client_bytes(run: Run, direction: str) -> float:
     """Return the mean bytes of a client in a round."""
     return fmean([getattr(played, f"{direction}_bytes") / played.cohort for played in run.rounds])
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
 
 
 def block_table(variant: Variant, delivery: LevelBits | None) -> Table:

@@ -1000,7 +1000,7 @@ def test_a_set_that_was_saved_with_a_format_is_as_without(
 
 
 def test_options_of_data_are_for_ones_own_function(tmp_path: Path) -> None:
-    for name in ("digits", str(image_folder(tmp_path / "set"))):
+    for name in ("digits", "nodes", str(image_folder(tmp_path / "set"))):
         settings = parse_config({"data": {"name": name, "options": {"size": 3}}})
         with pytest.raises(UsageError, match=r"data.options is for your own function; data is"):
             build_data(settings)

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -31,6 +32,7 @@ from fedobd.report._content import (
 )
 from fedobd.report._curves import MEASURES, Curve, accuracy_plot, curve_of, mean_curve
 from fedobd.report._delivery import delivery_bits
+from fedobd.report._figures import _looks
 from fedobd.report._gather import Section, gather
 from fedobd.report._headline import headline
 from fedobd.report._links import round_seconds, run_seconds, train_seconds
@@ -808,3 +810,9 @@ def test_colors_stand_out_on_both_pages(page: str) -> None:
     for color in colors():
         high, low = sorted((luminance(color), luminance(page)), reverse=True)
         assert (high + 0.05) / (low + 0.05) >= 3, color
+
+
+def test_no_two_of_36_lines_look_alike_and_there_is_one_for_each() -> None:
+    looks = list(islice(_looks(), 40))
+    assert len(set(looks[:36])) == 36
+    assert looks[36:] == looks[:4]

@@ -49,7 +49,7 @@ _LEAST_CHUNK_BITS = 8 * 64 * 1024
 """Chunks are made no smaller than this, so that their states weigh nothing."""
 
 _MIN_CHUNK_LOG2, _MAX_CHUNK_LOG2 = 12, 40
-_KEPT_SLOTS = 8
+_KEPT_TABLES = 8  # of half a megabyte at most, to look symbols up in
 _STATE_BYTES = 6
 _LANES = 4
 
@@ -224,8 +224,8 @@ def decode_levels(
     lengths = [count for count, _ in segments]
     values = [np.empty(count, np.float32) for count in lengths]
     ends = list(accumulate(lengths))
-    # Half a megabyte each. Chunks share a segment with their neighbours, so the last few do.
-    slots_of = lru_cache(_KEPT_SLOTS)(lambda number: _slots(tables[number], segments[number][1]))
+    # Chunks share a segment with their neighbours, so the tables of the last few will do.
+    slots_of = lru_cache(_KEPT_TABLES)(lambda number: _slots(tables[number], segments[number][1]))
 
     def decode(chunk: tuple[int, int, memoryview]) -> None:
         start, stop, data = chunk

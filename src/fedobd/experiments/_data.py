@@ -91,13 +91,13 @@ def build_data(config: RunConfig, device: str = "cpu", workers: int = 0) -> Buil
     """
     data = config.data
     place = partial(_place, device=torch.device(device), copies=1 + workers)
+    if data.options and ":" not in data.name:
+        raise UsageError(f"data.options is for your own function; data is {data.name!r}")
     if data.name == "nodes":
         test = load_arrays(data.test_path) if data.test_path else _NO_EXAMPLES
         return BuiltData(federated=FederatedData((), test))
     if data.test_path is not None:
         raise UsageError(f"data.test_path is for data 'nodes'; data is {data.name!r}")
-    if data.options and ":" not in data.name:
-        raise UsageError(f"data.options is for your own function; data is {data.name!r}")
     if data.name == "digits":
         digits = load_digits()
         pool = _Pool(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
 
 
 def _looks() -> Iterator[tuple[Any, Any, str]]:
-    """Yield color, dash and marker of one variant after another; no two are the same."""
-    for shift in range(len(_LOOKS)):
+    """Yield color, dash and marker of one variant after another; the first 36 all differ."""
+    for shift in count():
         for number, (color, dash, _) in enumerate(_LOOKS):
             yield color, dash, _LOOKS[(number + shift) % len(_LOOKS)][2]
 

@@ -174,7 +174,7 @@ class ProcessPool(_SingleThread):
         while len(self._workers) < self._count:
             self._workers.append(Worker(self._setup_file, next(self._names)))
         for worker in self._workers:
-            worker.begin(self._round)
+            worker.begin()
         while waiting or any(worker.groups for worker in self._workers):
             for ahead in range(_AHEAD):
                 for worker in self._workers:
@@ -183,7 +183,7 @@ class ProcessPool(_SingleThread):
                         and len(worker.groups) <= ahead
                         and (ahead == 0 or all(task.state is None for task in waiting[0]))
                     ):
-                        worker.send(waiting.popleft(), share)
+                        worker.send(self._round, waiting.popleft(), share)
                         waiting.extend(islice(coming, 0 if waiting else 1))
             ready = wait([worker.connection for worker in self._workers if worker.groups])
             for worker in [w for w in self._workers if w.connection in ready]:
@@ -214,7 +214,6 @@ class ProcessPool(_SingleThread):
                 )
                 waiting.extendleft(reversed([*lost, *worker.taken]))
                 replacement = Worker(self._setup_file, next(self._names))
-                replacement.begin(self._round)
                 self._workers[self._workers.index(worker)] = replacement
         if intake is not None:
             num_sums = Intake.num_sums(intake.method, intake.schema)

@@ -66,16 +66,18 @@ class Worker:
         self.groups: deque[list[ClientTask]] = deque()
         """What it has been sent and has not answered, in order."""
 
-    def begin(self, number: int) -> None:
-        """Forget the last round; the number tells rounds apart, even those played again."""
-        self._round = number
+    def begin(self) -> None:
+        """Forget the last round."""
         self.taken, self.num_examples = [], 0
 
-    def send(self, group: list[ClientTask], share: ShareTerms | None) -> None:
-        """Have it play a group of clients, and take their uploads in where it has terms."""
+    def send(self, number: int, group: list[ClientTask], share: ShareTerms | None) -> None:
+        """Have it play a group of clients, and take their uploads in where it has terms.
+
+        The number tells rounds apart, even those that are played again.
+        """
         self.groups.append(group)
         with suppress(OSError):  # it has died, which `receive` says
-            _send(self.connection, (self._round, group, share))
+            _send(self.connection, (number, group, share))
 
     def sums(self, count: int) -> Sums:
         """Return the sums of what it has taken in, so many numbers."""

@@ -47,6 +47,8 @@ def test_records_are_of_the_runs_that_are_planned_now() -> None:
             named = (record["preset"], record["variant"], record["method"], record["seed"])
             assert named == (run.preset, run.variant, run.method, run.seed)
             assert record["changes"] == list(run.changes)
+            numbers = [played["round"] for played in record["rounds"]]
+            assert numbers == list(range(1, record["summary"]["rounds"] + 1))
     assert found > 0
 
 

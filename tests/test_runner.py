@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedobd import FedOBDError, ModelSchema, Payload, UsageError
+from fedobd import FedOBDError, ModelSchema, Payload, RoundPlan, UsageError
 from fedobd._state import load_state
-from fedobd.experiments import RunFolder, compare, run
+from fedobd.experiments import RunFolder, Summary, compare, run
 from fedobd.experiments.config import RunConfig, parse_config
 from fedobd.models import build_model
 from tests.toy import CONFIG, config
@@ -307,11 +307,37 @@ def test_a_comparison_does_not_go_on_with_a_single_run_or_another_configuration(
         compare(values, tmp_path / "all", seeds=[1], methods=["fedavg"], resume=True)
 
 
+def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
+    """Both would add their rounds to the records."""
+    folder = tmp_path / "run"
+    values = config("fedavg", methods={"fedavg": {"rounds": 2}})
+    tried: list[str] = []
+
+    class Second:
+        def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
+            pass
+
+        def client_done(self, plan: RoundPlan, done: int) -> None:
+            pass
+
+        def end_round(self, record: dict[str, Any]) -> None:
+            with pytest.raises(UsageError, match=r"another process works on the run in '.*run'"):
+                run(values, folder, resume=True)
+            tried.append((folder / "rounds.jsonl").read_text())
+
+        def end_run(self, summary: Summary) -> None:
+            pass
+
+    run(values, folder, observer=Second())
+    assert [text.count("\n") for text in tried] == [1, 2]
+    assert run(values, folder, resume=True).rounds == 2
+
+
 @pytest.mark.parametrize("stack", [1, "auto"])
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('method = "fedavg"\n', "another configuration"),
+        ('method = "fedavg"\n', "data was nothing, is a table"),
         ("method = \n", "config.toml' is damaged: "),
     ],
 )

@@ -24,6 +24,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,23 @@ class RunFolder:
     def config(self) -> dict[str, Any] | None:
         """See `read_config`."""
         return read_config(self.path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes of this machine from working on the run; ends with the process.
+
+        Raises:
+            UsageError: another one does.
+        """
+        with (self.path / CONFIG).open("rb") as stream:
+            try:
+                _lock(stream.fileno())
+            except BlockingIOError:
+                raise UsageError(
+                    f"another process works on the run in {str(self.path)!r}; wait until it has "
+                    "ended, or choose another folder"
+                ) from None
+            yield
 
     @property
     def is_finished(self) -> bool:
@@ -284,10 +302,28 @@ def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
                     ) from error
 
 
+def _lock(file: int) -> None:
+    """Lock a file until it is closed; raises BlockingIOError where another process has."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        return
+
+
 def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         for key in before.keys() | after.keys():
             place = f"{path}.{key}" if path else str(key)
             yield from _differences(before.get(key), after.get(key), place)
     elif before != after:
-        yield f"{path} was {before!r}, is {after!r}"
+        yield f"{path} was {_shown(before)}, is {_shown(after)}"
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else "a table" if isinstance(value, dict) else repr(value)

@@ -191,8 +191,8 @@ def run(
         engine: plays the rounds; None for the clients on this machine.
 
     Raises:
-        UsageError: the configuration cannot be run, the folder holds another run, or a tracker
-            cannot be used.
+        UsageError: the configuration cannot be run, the folder holds another run, or another
+            process works on it, or a tracker cannot be used.
         EmptyRoundError: no upload of a round was accepted.
     """
     check_workers(workers)
@@ -219,6 +219,7 @@ def run(
         experiment = dataclasses.replace(experiment, setup=setup)
     folder.start(config.to_resume(folder.config()), resume=resume)
     with ExitStack() as stack:
+        stack.enter_context(folder.locked())
         stack.enter_context(log_to_file(path / LOG))
         for tracker in trackers:
             stack.enter_context(closing(tracker))

@@ -24,6 +24,9 @@ FOLDERS = {
 }
 """The folder of each preset's data."""
 
+COARSE = "weight-0.1"
+"""Of the sweep, the variant with the fewest bytes that lost no accuracy; run with all seeds."""
+
 BASELINES = ("fedavg", "fedpaq", "feddropoutavg", "smafd")
 
 
@@ -84,6 +87,8 @@ def plan() -> Iterator[Run]:
         yield Run(SWEPT, f"dropout-{rate}", "fedobd", 0, _dropout(rate))
     for weight in (1e-4, 1e-3, 1e-1, 1.0):
         yield Run(SWEPT, f"weight-{weight:g}", "fedobd", 0, _weight(weight))
+    for seed in SEEDS[1:]:
+        yield Run(SWEPT, COARSE, "fedobd", seed, _weight(1e-1))
 
 
 def _dropout(rate: float) -> tuple[str, ...]:

@@ -605,6 +605,7 @@ def link_that_answers(
         return subprocess.CompletedProcess([], 0, given, "")
 
     monkeypatch.setattr("subprocess.run", answer)
+    monkeypatch.setattr(_launch, "_command", str)  # `flwr` may lie in another environment
     running = SimpleNamespace(poll=lambda: None)
     return _launch._SuperLink(folder, running, {})  # type: ignore[arg-type]
 

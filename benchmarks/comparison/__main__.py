@@ -14,12 +14,10 @@ import time
 from pathlib import Path
 
 import page
-from plan import FOLDERS, PRESETS, SEEDS, Run, plan
+from plan import PRESETS, SEEDS, Run, plan
 from records import commit_of_code, read_record, write_record
 
-from fedobd.experiments import load_config, run
-
-VECTORS = {"imdb-small": "glove/glove.6B.50d.imdb-vocabulary.parquet"}
+from fedobd.experiments import run
 
 
 def main() -> None:
@@ -52,12 +50,8 @@ def main() -> None:
 def make(entry: Run, data: Path, workers: int) -> None:
     """Make a run and its record."""
     folder = Path("runs") / "comparison" / entry.name
-    changes = [f"data.name={data / FOLDERS[entry.preset]}", *entry.changes]
-    if entry.preset in VECTORS:
-        changes.append(f"model.options.vectors={data / VECTORS[entry.preset]}")
-    config = load_config(entry.preset, overrides=changes).for_method(entry.method, entry.seed)
     print(f"{time.strftime('%H:%M:%S')} {entry.name}", flush=True)
-    summary = run(config, folder, workers=workers, resume=folder.exists())
+    summary = run(entry.configure(data), folder, workers=workers, resume=folder.exists())
     write_record(entry, folder, summary, commit_of_code())
     (folder / "model.safetensors").unlink()
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import figures
-from plan import ABLATIONS, COARSE, LARGE_MODEL, SEEDS, SMALL, SWEPT, plan
+from plan import ABLATIONS, COARSE, LARGE_MODEL, SEEDS, SMALL, SWEPT, plan, weight_variant
 from records import ROOT, read_record
 
 PAGE = ROOT / "docs" / "results.md"
@@ -216,8 +216,7 @@ def _large_model(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
 
 def _ablations(found: dict[tuple[str, str], list[Record]]) -> Iterator[str]:
     for preset in SMALL:
-        weights = (COARSE,) if preset == SWEPT else ("weight-0.001",)
-        rows = _rows(found, preset, ("fedobd", *ABLATIONS, *weights))
+        rows = _rows(found, preset, ("fedobd", *ABLATIONS, weight_variant(COARSE[preset])))
         if len(rows) > 1:
             yield f"## Ablations of FedOBD on `{preset}`"
             yield table(rows, rows[0], None)

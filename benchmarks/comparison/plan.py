@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedobd import FedOBD
 from fedobd.experiments import RunConfig, load_config
@@ -24,8 +25,11 @@ FOLDERS = {
 }
 """The folder of each preset's data."""
 
-COARSE = "weight-0.1"
-"""Of the sweep, the variant with the fewest bytes that lost no accuracy; run with all seeds."""
+VECTORS = {"imdb-small": "glove/glove.6B.50d.imdb-vocabulary.parquet"}
+"""The file of each preset's pretrained vectors."""
+
+COARSE = {"cifar10-small": 1e-1, "cifar100-small": 1e-1, "imdb-small": 1e-2}
+"""Ten times each preset's β: on the swept preset the fewest bytes that lost no accuracy."""
 
 BASELINES = ("fedavg", "fedpaq", "feddropoutavg", "smafd")
 
@@ -52,6 +56,18 @@ class Run:
     def name(self) -> str:
         """Its name in folders and files."""
         return f"{self.preset}/{self.variant}-seed{self.seed}"
+
+    def configure(self, data: Path, *more: str) -> RunConfig:
+        """Return its configuration.
+
+        Args:
+            data: the folder with the data sets.
+            more: further changes.
+        """
+        changes = [f"data.name={data / FOLDERS[self.preset]}", *self.changes, *more]
+        if self.preset in VECTORS:
+            changes.append(f"model.options.vectors={data / VECTORS[self.preset]}")
+        return load_config(self.preset, overrides=changes).for_method(self.method, self.seed)
 
 
 def plan() -> Iterator[Run]:
@@ -85,14 +101,20 @@ def plan() -> Iterator[Run]:
         yield Run("cifar100-small", variant, "fedobd", 0, (*_dropout(0.3), *changes))
     for rate in (0.5, 0.7, 0.9):  # 0 is no-dropout
         yield Run(SWEPT, f"dropout-{rate}", "fedobd", 0, _dropout(rate))
-    for weight in (1e-4, 1e-3, 1e-1, 1.0):
-        yield Run(SWEPT, f"weight-{weight:g}", "fedobd", 0, _weight(weight))
-    for seed in SEEDS[1:]:
-        yield Run(SWEPT, COARSE, "fedobd", seed, _weight(1e-1))
+    for weight in (1e-4, 1e-3, 1.0):
+        yield Run(SWEPT, weight_variant(weight), "fedobd", 0, _weight(weight))
+    for seed in SEEDS:
+        for preset, weight in COARSE.items():
+            yield Run(preset, weight_variant(weight), "fedobd", seed, _weight(weight))
 
 
 def _dropout(rate: float) -> tuple[str, ...]:
     return (f"{_CODEC}.dropout_rate={rate}",)
+
+
+def weight_variant(weight: float) -> str:
+    """Return the name of the variants with this β in both directions."""
+    return f"weight-{weight:g}"
 
 
 def _weight(weight: float) -> tuple[str, ...]:

@@ -225,7 +225,7 @@ def test_plain_lines_say_that_a_first_round_goes_on(folder: Path) -> None:
 @pytest.mark.parametrize(("best", "columns"), [("fedavg", 8), ("fedpaq", 9)])
 def test_a_comparison_shows_a_baseline_once(best: str, columns: int, tmp_path: Path) -> None:
     methods = ["fedobd", "fedavg", "fedpaq"]
-    made = compare(config("fedobd"), tmp_path, seeds=[0], methods=methods)
+    made = compare(parse_config(tomllib.loads(CONFIG)), tmp_path, seeds=[0], methods=methods)
     table = comparison_table(dataclasses.replace(made, best_baseline=best))
     assert len(table.columns) == columns
     assert (table.caption is None) == (best == "fedavg")

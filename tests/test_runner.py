@@ -83,7 +83,7 @@ def test_the_same_configuration_gives_the_same_results_with_workers_too(tmp_path
     [("fedobd", 2, True), ("fedobd", 5, False), ("smafd", 4, False)],
 )
 def test_a_killed_run_goes_on_to_the_same_end(
-    method: str, round_number: int, frozen: bool, tmp_path: Path
+    method: str, round_number: int, frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = config(
         method,
@@ -106,19 +106,15 @@ def test_a_killed_run_goes_on_to_the_same_end(
         stream.write(json.dumps({"round": round_number, "stale": True}) + '\n{"round": ')
     (tmp_path / "a" / "checkpoint" / "clients" / "0@99.safetensors").write_bytes(b"stale")
     (tmp_path / "a" / "checkpoint" / "server.safetensors.part").write_bytes(b"half")
-    refused = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert refused.returncode == 2
-    assert "holds another run" in refused.stderr
+    monkeypatch.setenv("TOY_KILL", str(tmp_path / "never"))
+    with pytest.raises(UsageError, match="holds another run"):
+        run(changes, tmp_path / "a")
     resumed = subprocess.run(
         [*command, "--resume"],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
-    environment["TOY_KILL"] = str(tmp_path / "never")
-    command[-1] = str(tmp_path / "b")
-    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    run(changes, tmp_path / "b")
     assert results(tmp_path / "a") == results(tmp_path / "b")
     assert not (tmp_path / "a" / "checkpoint" / "clients" / "0@99.safetensors").exists()
 

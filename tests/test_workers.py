@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,6 +85,40 @@ def _no_process_is_left() -> Iterator[None]:
     with at_most(120):
         yield
     assert multiprocessing.active_children() == []
+
+
+# How they start
+
+
+def name_start(
+    model: nn.Module, data: ClientData, plan: RoundPlan, seed: int, *, folder: Path
+) -> LocalResult:
+    """Train, and leave how this worker was started as a file's name."""
+    is_forked = "fedobd.simulation._preload" in sys.modules
+    (folder / ("forked" if is_forked else "spawned")).touch()
+    return toy.train(model, data, plan, seed)
+
+
+@pytest.mark.parametrize(
+    ("folder", "wanted"),
+    [
+        pytest.param("short", "forked", marks=pytest.mark.skipif("sys.platform != 'linux'")),
+        ("long" * 20, "spawned"),  # a socket's path in it would be too long
+    ],
+)
+def test_workers_are_forked_from_a_process_that_has_imported_all_where_that_can_be(
+    folder: str, wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if folder != "short":
+        (tmp_path / folder).mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / folder))
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    experiment = build_experiment(config("fedavg"))
+    setup = replace(experiment.setup, train=partial(name_start, folder=seen))
+    played = play(experiment, ProcessPool(setup, 1))
+    assert [file.name for file in seen.iterdir()] == [wanted]
+    assert played[0] == play(experiment, SequentialPool(experiment.setup))[0]
 
 
 # Training functions that misbehave in a worker

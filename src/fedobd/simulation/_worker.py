@@ -22,6 +22,7 @@ from itertools import accumulate
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, BinaryIO
 
 import torch
@@ -42,6 +43,7 @@ from fedobd.simulation._process import prepare_process
 from fedobd.simulation._share import ShareTerms
 
 _STOP_SECONDS = 5.0
+_LONGEST_FOLDER = 64  # of temporary files; a socket's path in it has at most 107 characters
 _PORTION_BYTES = 2**20  # of uploads that go back at once
 
 
@@ -135,7 +137,7 @@ def _context() -> ForkServerContext | SpawnContext:
     Where it can be done, they are forked from a process that has imported all they need and has
     no threads; elsewhere each imports it anew, which takes seconds.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or len(gettempdir()) > _LONGEST_FOLDER:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fedobd.simulation._preload"])

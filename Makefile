@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Modules are compiled when they are first imported: of all that is installed few ever are.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: demo demo-deployment test test-all check docs bench-digits bench-codec bench-deployment bench-simulation \
-	bench-report bench-estimates results fuzz build clean
+	bench-report bench-estimates bench-presets results fuzz build clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fedobd compare digits
@@ -41,7 +43,7 @@ bench-digits: $(VENV)/.installed
 
 # Size, speed and memory of the codec; NVIDIA FLARE is installed in an environment of its own under a cache folder.
 bench-codec: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --quiet pcodec
+	$(INSTALL) pcodec
 	$(BIN)/python benchmarks/codec.py
 
 # FedAvg against FedOBD over a link of 10 Mbit/s between two network namespaces; needs root and
@@ -65,6 +67,10 @@ bench-report: $(VENV)/.installed-dev
 bench-estimates: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/estimates.py --records benchmarks/comparison/records --data $(DATA)
 
+# How long a run of each small preset takes, method by method.
+bench-presets: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/presets.py --data $(DATA)
+
 # The comparison on real data, docs/results.md: hours; a run that has a record is not made again.
 DATA ?= ../shared/data
 results: $(VENV)/.installed-dev
@@ -73,7 +79,7 @@ results: $(VENV)/.installed-dev
 # Coverage-guided fuzzing of the decoder; SECONDS=1800 make fuzz for half an hour.
 SECONDS ?= 60
 fuzz: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --quiet atheris
+	$(INSTALL) atheris
 	mkdir -p .fuzz
 	$(BIN)/python tests/fuzz_payload.py -max_total_time=$(SECONDS) .fuzz
 
@@ -84,15 +90,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fast]'
+	$(INSTALL) --constraint constraints.txt --editable '.[fast]'
 	touch $@
 
 $(VENV)/.installed-flower: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fast,flower]'
+	$(INSTALL) --constraint constraints.txt --editable '.[fast,flower]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path.home() / ".cache" / "fedobd-test"
 
 TESTS = "tests/test_flower_*.py"
-PYTEST_OPTIONS = ("-m", "not deployment", "-p", "no:cacheprovider")
+PYTEST_OPTIONS = ("-m", "not deployment", "-p", "no:cacheprovider", "-n", "auto")
 
 NEWEST = "newest"
 NUM_LINES_SHOWN = 60

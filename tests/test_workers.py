@@ -100,18 +100,21 @@ def name_start(
 
 
 @pytest.mark.parametrize(
-    ("folder", "wanted"),
+    ("obstacle", "wanted"),
     [
-        pytest.param("short", "forked", marks=pytest.mark.skipif("sys.platform != 'linux'")),
-        ("long" * 20, "spawned"),  # a socket's path in it would be too long
+        pytest.param(None, "forked", marks=pytest.mark.skipif("sys.platform != 'linux'")),
+        ("long path", "spawned"),
+        ("GPU", "spawned"),
     ],
 )
 def test_workers_are_forked_from_a_process_that_has_imported_all_where_that_can_be(
-    folder: str, wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    obstacle: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if folder != "short":
-        (tmp_path / folder).mkdir()
-        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / folder))
+    if obstacle == "long path":  # of a socket among temporary files
+        folder = tmp_path / ("x" * 80)
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: obstacle == "GPU")
     seen = tmp_path / "seen"
     seen.mkdir()
     experiment = build_experiment(config("fedavg"))

@@ -135,9 +135,11 @@ def _context() -> ForkServerContext | SpawnContext:
     """Return how workers are started.
 
     Where it can be done, they are forked from a process that has imported all they need and has
-    no threads; elsewhere each imports it anew, which takes seconds.
+    no threads; elsewhere each imports it anew, which takes seconds. With a GPU they are not, since
+    a process that is forked cannot use CUDA if anything has asked for devices before.
     """
-    if sys.platform != "linux" or len(gettempdir()) > _LONGEST_FOLDER:
+    has_room = len(gettempdir()) <= _LONGEST_FOLDER
+    if sys.platform != "linux" or not has_room or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fedobd.simulation._preload"])

@@ -107,6 +107,14 @@ def parameter_budget(num_parameters: int, dropout_rate: float) -> int:
     return math.floor((1 - Fraction(str(dropout_rate))) * num_parameters)
 
 
+def oversized_blocks(schema: ModelSchema, dropout_rate: float) -> tuple[int, ...]:
+    """Return the numbers of the blocks that are larger than the (1 - λ) budget."""
+    budget = parameter_budget(schema.num_parameters, dropout_rate)
+    return tuple(
+        number for number, block in enumerate(schema.blocks) if block.num_parameters > budget
+    )
+
+
 def fill_budget(schema: ModelSchema, order: Sequence[int], budget: int) -> tuple[int, ...]:
     """Keep blocks in the given order while they fit.
 

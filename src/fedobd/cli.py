@@ -30,13 +30,13 @@ from fedobd._codec import check_dropout_rate
 from fedobd._errors import FedOBDError, UsageError
 from fedobd._payload import Payload
 from fedobd._schema import ModelSchema
+from fedobd._selection import oversized_blocks
 from fedobd.data_commands import data_app
 from fedobd.display import (
     Display,
     JsonLines,
     block_table,
     comparison_table,
-    never_fitting,
     payload_tables,
     summary_table,
 )
@@ -387,7 +387,7 @@ def blocks_command(
     )
     schema = decompose(build_model(model, **keywords), rules)
     console.print(block_table(schema, dropout_rate))
-    never = never_fitting(schema, dropout_rate)
+    never = [schema.blocks[number].name for number in oversized_blocks(schema, dropout_rate)]
     if never:
         console.print(
             f"warning: {', '.join(never)}: larger than (1 - λ) of the parameters, so never "

@@ -7,7 +7,6 @@ from fedobd.display._live import Display
 from fedobd.display._tables import (
     block_table,
     comparison_table,
-    never_fitting,
     payload_tables,
     plain_table,
     summary_table,
@@ -23,7 +22,6 @@ __all__ = [
     "format_duration",
     "format_metric",
     "format_share",
-    "never_fitting",
     "payload_tables",
     "plain_table",
     "summary_table",

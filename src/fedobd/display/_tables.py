@@ -11,7 +11,7 @@ from rich.text import Text
 from fedobd._payload import Payload
 from fedobd._quantization import Coding
 from fedobd._schema import ModelSchema, Role
-from fedobd._selection import parameter_budget
+from fedobd._selection import oversized_blocks, parameter_budget
 from fedobd._wire import Header
 from fedobd.display._text import format_bytes, format_metric, format_share
 from fedobd.experiments.compare import Comparison, Row
@@ -130,8 +130,8 @@ def block_table(schema: ModelSchema, dropout_rate: float) -> Table:
         table.add_column(
             name, justify="left" if name in ("block", "kind") else "right", overflow="fold"
         )
+    oversized = oversized_blocks(schema, dropout_rate)
     for number, block in enumerate(schema.blocks):
-        fits = block.num_parameters <= budget
         table.add_row(
             str(number),
             Text(block.name),
@@ -139,15 +139,9 @@ def block_table(schema: ModelSchema, dropout_rate: float) -> Table:
             str(len(block.layers)),
             f"{block.num_parameters:,}",
             format_share(block.num_parameters / schema.num_parameters),
-            "yes" if fits else "[red]never[/red]",
+            "[red]never[/red]" if number in oversized else "yes",
         )
     return table
-
-
-def never_fitting(schema: ModelSchema, dropout_rate: float) -> list[str]:
-    """Return the names of the blocks that are larger than the (1 - λ) budget."""
-    budget = parameter_budget(schema.num_parameters, dropout_rate)
-    return [block.name for block in schema.blocks if block.num_parameters > budget]
 
 
 def _content(header: Header) -> str:

@@ -12,7 +12,7 @@ from fedobd._blocks import BlockRules, decompose
 from fedobd._imports import find_object
 from fedobd._method import Method
 from fedobd._schema import ModelSchema
-from fedobd._selection import parameter_budget
+from fedobd._selection import oversized_blocks
 from fedobd._state import get_state
 from fedobd.experiments import RunConfig, build_data, initial_model
 from fedobd.methods import FedAvg, FedOBD
@@ -49,9 +49,7 @@ class Plan:
         """Return the numbers of the blocks that are too large for any upload of stage 1."""
         if self.dropout_rate is None:
             return ()
-        budget = parameter_budget(self.schema.num_parameters, self.dropout_rate)
-        sizes = (block.num_parameters for block in self.schema.blocks)
-        return tuple(number for number, size in enumerate(sizes) if size > budget)
+        return oversized_blocks(self.schema, self.dropout_rate)
 
 
 def make_plan(

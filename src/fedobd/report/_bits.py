@@ -41,7 +41,8 @@ MEANING = (
 """What the numbers of bits are."""
 
 _COLORS = {"up": "#d9480f", "down": "#1c7ed6", "delivery": "#2b9348"}
-_HEIGHTS = {"up": 0.22, "down": 0.0, "delivery": -0.22}  # beside a block's own, so that none hides
+MARK_HEIGHTS = {"up": 0.22, "down": 0.0, "delivery": -0.22}
+"""Where marks stand beside a block's place, so that none hides another."""
 
 
 def bits_plot(section: Section, deliveries: Deliveries) -> Plot | None:
@@ -89,7 +90,7 @@ def _bits_view(run: Run, delivery: LevelBits | None) -> dict[str, Any]:
             "type": "scatter",
             "mode": "markers",
             "x": typed(values),
-            "y": typed(numbers + _HEIGHTS[way]),
+            "y": typed(numbers + MARK_HEIGHTS[way]),
             "text": labels,
             "name": f"{way}, {kind}",
             "marker": {

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedobd.report._gather import Section, Variant
 from fedobd.report._plot import (
     COLORS,
+    MOST_NAMED,
     Layout,
     Plot,
     Switch,
@@ -21,8 +22,6 @@ from fedobd.report._plot import (
     typed,
 )
 from fedobd.report._run import Round, Run, Values
-
-_MOST_NAMED = 12  # variants that a legend names
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +130,7 @@ def accuracy_plot(section: Section) -> Plot | None:
         caption += "; thick lines are means over the seeds, thin ones single runs"
     if stages:
         caption += "; solid lines and filled markers are stage 1, dotted and open ones stage 2"
-    named = len(section.variants) <= _MOST_NAMED
+    named = len(section.variants) <= MOST_NAMED
     if not named:
         caption += "; hovering names a line"
     scales = ("linear", "log")

@@ -36,6 +36,10 @@ DEPTH = ((28, 126, 214), (12, 133, 153), (43, 147, 72), (166, 124, 0), (217, 72,
 """Colors of blocks from input, blue, to output, red; with the same contrast."""
 
 
+MOST_NAMED = 12
+"""Names that a legend holds at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class Switch:
     """A choice between views.

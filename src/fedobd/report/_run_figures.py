@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from fedobd.report._bits import bits_series
+from fedobd.report._bits import MARK_HEIGHTS, bits_series
 from fedobd.report._delivery import LevelBits
-from fedobd.report._plot import block_color, shorten
+from fedobd.report._plot import MOST_NAMED, block_color, shorten
 from fedobd.report._run import Run, Traffic
 from fedobd.report._traffic import Stack, stack_by_block, stack_by_part
 from fedobd.report._uploads import block_labels
 
 _WIDTH, _HEIGHT = 5.0, 2.6  # inches
-_MOST_NAMED = 12  # names that a legend holds
 _COLORS = {"up": "#d55e00", "down": "#0072b2", "delivery": "#009e73"}
-_HEIGHTS = {"up": 0.22, "down": 0.0, "delivery": -0.22}  # beside a block's own, so that none hides
 _MARKERS = {"nominal": ("o", "none"), "real": ("o", "full"), "entropy": ("|", "full")}
 
 
@@ -70,7 +68,7 @@ def _stacked(run: Run, stacks: tuple[Stack, Stack]) -> Any:
         axes.set_ylim(bottom=0)
         axes.grid(visible=False, axis="x")
     count_rounds(panels[1])
-    if len(names) <= _MOST_NAMED:
+    if len(names) <= MOST_NAMED:
         figure.legend(names.values(), names, ncols=3, loc="outside upper center")
     return figure
 
@@ -85,7 +83,7 @@ def _bits(run: Run, delivery: LevelBits | None) -> Any:
         marker, fill = _MARKERS[kind]
         axes.plot(
             values,
-            places + _HEIGHTS[way],
+            places + MARK_HEIGHTS[way],
             linestyle="",
             marker=marker,
             fillstyle=fill,
@@ -113,6 +111,6 @@ def _levels(run: Run, traffic: Traffic) -> Any:
     axes.set(ylabel="levels s")
     axes.set_ylim(bottom=0)
     count_rounds(axes)
-    if len(blocks) <= _MOST_NAMED:
+    if len(blocks) <= MOST_NAMED:
         figure.legend(ncols=3, loc="outside upper center")
     return figure

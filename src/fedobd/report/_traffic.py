@@ -10,6 +10,7 @@ import numpy as np
 from fedobd.experiments.runner import BYTE_PARTS
 from fedobd.report._gather import Section
 from fedobd.report._plot import (
+    MOST_NAMED,
     Plot,
     Switch,
     Trace,
@@ -32,9 +33,6 @@ PART_COLORS = ("#7a7f87", "#1c7ed6", "#a67c00", "#2b9348", "#ae3ec9", "#d9480f")
 
 _MOST_BARS = 1500
 """Bars that are drawn at most; areas above, which are drawn faster."""
-
-_MOST_NAMED = 12
-"""Blocks that a legend names."""
 
 Stack = list[tuple[str, str, Values]]
 """Name, color and bytes of each round, bottom first."""
@@ -119,7 +117,7 @@ def traffic_plot(section: Section, step: int) -> Plot:
 
 def _view(run: Run, stacks: tuple[Stack, Stack], step: int) -> dict[str, Any]:
     rounds = thin(len(run.rounds), step)
-    few = len(stacks[0]) <= _MOST_NAMED
+    few = len(stacks[0]) <= MOST_NAMED
     return {
         "data": [t for way, stack in enumerate(stacks) for t in _traces(run, stack, way, rounds)],
         "layout": {

@@ -16,9 +16,6 @@ import time
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
-from rich.table import Table
-
 from fedobd.experiments import RunFolder, run
 
 sys.path.insert(0, str(Path(__file__).parent / "comparison"))
@@ -56,18 +53,16 @@ def measure(preset: str, method: str, data: Path, rounds: int) -> tuple[str, flo
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a line for each method."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the folder with the data sets")
     parser.add_argument("--only", default="", help=f"presets, of {', '.join(SMALL)}")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each stage")
     options = parser.parse_args()
-    table = Table("preset", "method", "rounds and seconds", "minutes a run")
     for preset in [name for name in options.only.split(",") if name] or SMALL:
         for method in ("fedobd", *BASELINES):
             parts, seconds = measure(preset, method, options.data, options.rounds)
-            table.add_row(preset, method, parts, f"{seconds / 60:.1f}")
-    Console().print(table)
+            print(f"{preset} {method}: {parts}: {seconds / 60:.1f} minutes a run", flush=True)
 
 
 if __name__ == "__main__":

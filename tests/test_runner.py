@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,10 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 from fedobd import FedOBDError, ModelSchema, Payload, RoundPlan, UsageError
-from fedobd._state import load_state
-from fedobd.experiments import RunFolder, Summary, compare, run
+from fedobd._state import ModelState, load_state
+from fedobd.experiments import RunFolder, Summary, compare, run, runner
+from fedobd.experiments._build import build_experiment
 from fedobd.experiments.config import RunConfig, parse_config
 from fedobd.models import build_model
+from fedobd.training import Evaluation
 from tests.toy import CONFIG, config
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +120,26 @@ def test_a_killed_run_goes_on_to_the_same_end(
     run(changes, tmp_path / "b")
     assert results(tmp_path / "a") == results(tmp_path / "b")
     assert not (tmp_path / "a" / "checkpoint" / "clients" / "0@99.safetensors").exists()
+
+
+@pytest.mark.parametrize(("method", "tests"), [("fedavg", 1), ("fedobd", 2)])
+def test_what_clients_hold_in_the_end_is_tested_where_it_is_not_what_the_server_has(
+    method: str, tests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = build_experiment(config(method))
+    evaluate = experiment.evaluate
+    assert evaluate is not None
+    seen = []
+
+    def count(state: ModelState) -> Evaluation:
+        seen.append(evaluate(state))
+        return seen[-1]
+
+    counted = dataclasses.replace(experiment, evaluate=count)
+    monkeypatch.setattr(runner, "build_experiment", lambda *_: counted)
+    summary = run(config(method), tmp_path / "run")
+    assert [seen[0].metric, seen[-1].metric] == [summary.final_metric, summary.broadcast_metric]
+    assert len(seen) == tests
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error, a stand-in for Ctrl-C

@@ -23,6 +23,7 @@ from fedobd._client import Broadcast
 from fedobd._errors import UsageError
 from fedobd._rounds import RoundPlan
 from fedobd._server import ServerSession
+from fedobd._state import ModelState
 from fedobd._wire import Kind
 from fedobd.experiments._build import Experiment, build_experiment
 from fedobd.experiments._tune import measure_stack
@@ -380,7 +381,9 @@ def _finish(
     received = Broadcast.decode(delivery, experiment.method, experiment.schema, Kind.DELIVERY)
     held = {**server.state, **received.values}
     test = experiment.evaluate
-    final = _finite(test(server.state).metric) if test else None
+    final = of_held = _finite(test(server.state).metric) if test else None
+    if test and not _are_equal(held, server.state):
+        of_held = _finite(test(held).metric)
     records = folder.records()
     starved = starved_blocks(records, experiment.schema)
     metrics = [m for m in (*(r["test_metric"] for r in records), final) if m is not None]
@@ -397,7 +400,7 @@ def _finish(
         rounds=server.rounds,
         final_metric=final,
         best_metric=max(metrics, default=None),
-        broadcast_metric=_finite(test(held).metric) if test else None,
+        broadcast_metric=of_held,
         uplink_bytes=uplink_bytes,
         downlink_bytes=downlink_bytes,
         total_bytes=uplink_bytes + downlink_bytes,
@@ -426,6 +429,14 @@ def _finish(
         logger.warning(warning)
     log_summary(dataclasses.asdict(summary))
     return summary
+
+
+def _are_equal(one: ModelState, other: ModelState) -> bool:
+    """Whether two states of the same model have the same types and values."""
+    return all(
+        value.dtype == other[name].dtype and torch.equal(value.cpu(), other[name].cpu())
+        for name, value in one.items()
+    )
 
 
 def _shares(counts: Iterable[dict[str, int]]) -> dict[str, float]:

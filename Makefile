@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Modules are compiled when they are first imported: of all that is installed few ever are.
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+INSTALL := $(BIN)/python -m pip install --quiet
 
 .PHONY: demo demo-deployment test test-all check docs bench-digits bench-codec bench-deployment bench-simulation \
 	bench-report bench-estimates bench-presets results fuzz build clean

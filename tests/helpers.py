@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import signal
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,12 @@ Piece = int | tuple[int, int, int]
 def law(max_examples: int) -> settings:
     """Settings of a Hypothesis test: the same examples on every run, no clock."""
     return settings(max_examples=max_examples, deadline=None, derandomize=True)
+
+
+def heed_ctrl_c() -> None:
+    """Take Ctrl-C as a terminal's child does: a shell's background jobs start by ignoring it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def with_checksum(data: bytes) -> bytes:

@@ -49,6 +49,7 @@ from fedobd.simulation import (
 )
 from fedobd.training import LocalResult
 from tests import toy
+from tests.helpers import heed_ctrl_c
 from tests.toy import config
 
 ROOT = Path(__file__).parent.parent
@@ -603,12 +604,6 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     run(LONG, folder)
     return folder
-
-
-def heed_ctrl_c() -> None:
-    """Take Ctrl-C as a terminal's child does: a shell's background jobs start by ignoring it."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_worker_that_dies_after_some_results_of_its_group() -> None:

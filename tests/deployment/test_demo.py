@@ -15,6 +15,7 @@ import pytest
 from fedobd.experiments import RunFolder, read_summary
 from tests.deployment.conftest import EXAMPLES
 from tests.deployment.scene import processes_of
+from tests.helpers import heed_ctrl_c
 
 pytestmark = pytest.mark.deployment
 
@@ -30,6 +31,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=heed_ctrl_c,
     )
 
 

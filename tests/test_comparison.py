@@ -13,7 +13,7 @@ from fedobd.experiments import load_config
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "comparison"))
 
 from page import collect, table
-from plan import SMALL, equal_participation, plan
+from plan import COARSE, SMALL, equal_participation, plan
 from records import read_record
 
 
@@ -24,6 +24,17 @@ def test_each_planned_run_has_a_name_of_its_own_and_a_configuration() -> None:
         changes = [change for change in run.changes if not change.startswith("data.")]
         config = load_config(run.preset, overrides=changes).for_method(run.method, run.seed)
         assert config.method == run.method
+
+
+@pytest.mark.parametrize("preset", SMALL)
+def test_coarse_is_ten_times_the_weight_of_the_preset_in_both_directions(preset: str) -> None:
+    codec = load_config(preset).to_dict()["methods"]["fedobd"]["codec"]
+    (run, *_) = (
+        r for r in plan() if r.preset == preset and r.variant == f"weight-{COARSE[preset]:g}"
+    )
+    changed = load_config(preset, overrides=run.changes).to_dict()["methods"]["fedobd"]["codec"]
+    for key in ("uplink_weight", "downlink_weight"):
+        assert changed[key] == pytest.approx(10 * codec[key])
 
 
 @pytest.mark.parametrize("preset", SMALL)

@@ -57,14 +57,9 @@ class Run:
         """Its name in folders and files."""
         return f"{self.preset}/{self.variant}-seed{self.seed}"
 
-    def configure(self, data: Path, *more: str) -> RunConfig:
-        """Return its configuration.
-
-        Args:
-            data: the folder with the data sets.
-            more: further changes.
-        """
-        changes = [f"data.name={data / FOLDERS[self.preset]}", *self.changes, *more]
+    def configure(self, data: Path) -> RunConfig:
+        """Return its configuration, with data from the folder of all data sets."""
+        changes = [f"data.name={data / FOLDERS[self.preset]}", *self.changes]
         if self.preset in VECTORS:
             changes.append(f"model.options.vectors={data / VECTORS[self.preset]}")
         return load_config(self.preset, overrides=changes).for_method(self.method, self.seed)

@@ -265,6 +265,18 @@ def no_number(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.tensor(float("nan") if len(targets) > 10 else 0.5)
 
 
+@pytest.mark.parametrize(
+    ("data", "workers", "message"),
+    [("tests.toy:nothing", 0, "nothing"), ("tests.toy:make_data", -1, "workers is -1")],
+)
+def test_a_comparison_that_cannot_be_run_leaves_no_folder(
+    data: str, workers: int, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        compare(config(data={"name": data}), tmp_path / "c", seeds=[1], workers=workers)
+    assert not (tmp_path / "c").exists()
+
+
 def test_compare_runs_all_and_tabulates(tmp_path: Path) -> None:
     values = parse_config(tomllib.loads(CONFIG))
     folder = tmp_path / "all"

@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedobd._errors import UsageError
+from fedobd.experiments._build import build_experiment
 from fedobd.experiments.config import RunConfig
 from fedobd.experiments.folder import (
     CONFIG,
@@ -19,6 +20,7 @@ from fedobd.experiments.folder import (
     write_json,
 )
 from fedobd.experiments.runner import Observer, Summary, run
+from fedobd.simulation import check_workers
 
 COMPARISON = "comparison.json"
 
@@ -102,8 +104,8 @@ def compare(
         observer: sees each run as it goes.
 
     Raises:
-        UsageError: there is nothing to compare, or the folder holds something else, or a
-            comparison of another configuration.
+        UsageError: there is nothing to compare, or it cannot be run, or the folder holds something
+            else, or a comparison of another configuration.
     """
     chosen = list(methods) or list(config.methods)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -111,6 +113,8 @@ def compare(
     singles = {(name, seed): config.for_method(name, seed) for seed in seeds for name in chosen}
     if (path / SCHEMA).exists():
         raise UsageError(f"output folder {str(path)!r} holds a single run; wanted a comparison")
+    check_workers(workers)
+    build_experiment(next(iter(singles.values())))  # what cannot be run leaves no folder
     claim_folder(path, CONFIG, resume=resume)
     settle_config(path, config.to_resume(read_config(path)))
     summaries: dict[str, list[Summary]] = {name: [] for name in chosen}

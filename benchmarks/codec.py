@@ -40,12 +40,11 @@ from fedobd import (
     decompose,
     get_state,
 )
-from fedobd._aggregation import RunningMean
-from fedobd._client import Broadcast
-from fedobd._entropy import decode_levels, encode_levels
-from fedobd._quantization import NNADQ, Float32, level_bits
+from fedobd.codec import NNADQ, Float32, decode_levels, encode_levels, level_bits
 from fedobd.data import ClientData, Examples
 from fedobd.models import DenseNet40, use_batch_statistics
+from fedobd.sessions import Broadcast
+from fedobd.sessions._aggregation import RunningMean
 from fedobd.training import TrainingOptions, train_locally
 from memory import made_upload, transformer
 

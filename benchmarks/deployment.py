@@ -25,8 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedobd.experiments import RunConfig
-from fedobd.experiments.config import parse_config
+from fedobd.experiments import RunConfig, parse_config
 from fedobd.flower import write_app
 
 HERE = Path(__file__).resolve().parent

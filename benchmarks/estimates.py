@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedobd import UsageError
-from fedobd.experiments import RunConfig, load_config, run
-from fedobd.experiments.config import parse_config
+from fedobd.experiments import RunConfig, load_config, parse_config, run
 from fedobd.planning import MethodPlan, make_plan
 
 PROMISED = 0.25

@@ -36,12 +36,11 @@ from fedobd import (
     decompose,
     get_state,
 )
-from fedobd._aggregation import RunningMean
-from fedobd._encoding import encode_payload
-from fedobd._quantization import NNADQ, Unquantized
-from fedobd._state import segment_of
-from fedobd._wire import Bytes, Kind
+from fedobd.blocks import segment_of
+from fedobd.codec import NNADQ, Unquantized
 from fedobd.models import TransformerClassifier
+from fedobd.payload import Bytes, Kind, encode_payload
+from fedobd.sessions._aggregation import RunningMean
 
 
 def transformer(parameters: int) -> torch.nn.Module:

@@ -18,14 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fedobd import cli
-from fedobd.data import (
-    Columns,
-    ImageOptions,
-    LoadedData,
-    Splits,
-    TextOptions,
-    load_data,
-)
+from fedobd.data import Columns, ImageOptions, LoadedData, Splits, TextOptions, load_data
 
 WORDS = [
     "the",

@@ -25,8 +25,7 @@ import click
 import typer.main
 
 from fedobd import cli, flower
-from fedobd.experiments import list_presets, load_config
-from fedobd.experiments.config import parse_config
+from fedobd.experiments import list_presets, load_config, parse_config
 
 ROOT = Path(__file__).parent.parent
 

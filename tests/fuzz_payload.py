@@ -23,13 +23,13 @@ if __name__ == "__main__":
 
     sys.path.insert(0, str(ROOT))
     with atheris.instrument_imports(
-        include=["fedobd"], exclude=["fedobd._kernels", "fedobd._tables"]
+        include=["fedobd"], exclude=["fedobd.codec.kernels", "fedobd.codec._frequencies"]
     ):
-        import fedobd._payload  # noqa: F401
+        import fedobd.payload._decode  # noqa: F401
 
-from fedobd._quantization import MAX_LEVELS, Coding, SegmentCode  # noqa: E402
-from fedobd._schema import ModelSchema, Role  # noqa: E402
-from fedobd._wire import pack_header  # noqa: E402
+from fedobd.blocks import ModelSchema, Role  # noqa: E402
+from fedobd.codec import MAX_LEVELS, Coding, SegmentCode  # noqa: E402
+from fedobd.payload._wire import pack_header  # noqa: E402
 from tests.golden.make import FOLDER as GOLDEN  # noqa: E402
 from tests.golden.make import make_header  # noqa: E402
 from tests.golden.slow_coder import Part, alphabet, encode_stream, make_table, varint  # noqa: E402

@@ -17,13 +17,8 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from torch import nn
 
-from fedobd._encoding import Source, encode_payload
-from fedobd._masks import Mask
-from fedobd._payload import Payload
-from fedobd._quantization import Quantizer, Unquantized
-from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
-from fedobd._state import ModelState, segment_of
-from fedobd._wire import Header, Kind, Report
+from fedobd.blocks import Block, ModelSchema, ModelState, Role, Segment, TensorSpec, segment_of
+from fedobd.codec import Mask, Quantizer, Unquantized
 from fedobd.models import (
     DenseNet40,
     DigitsCNN,
@@ -31,6 +26,7 @@ from fedobd.models import (
     TransformerClassifier,
     use_batch_statistics,
 )
+from fedobd.payload import Header, Kind, Payload, Report, Source, encode_payload
 
 Piece = int | tuple[int, int, int]
 """A whole tensor by its number, or tensor number, first and past-the-last element."""

@@ -39,10 +39,9 @@ from fedobd import (
     decompose,
     get_state,
 )
-from fedobd._encoding import encode_payload
-from fedobd._masks import Mask
-from fedobd._quantization import Quantizer, Unquantized
-from fedobd._wire import HEADER_FIELDS, UPLOAD_FIELDS, Kind
+from fedobd.codec import Mask, Quantizer, Unquantized
+from fedobd.payload import Kind, encode_payload
+from fedobd.payload._wire import HEADER_FIELDS, UPLOAD_FIELDS
 
 NUM_CLIENTS = 5
 SEED = 11

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedobd._acceleration import pooling_first
 from fedobd.models.image_cnn import ImageCNN
+from fedobd.training._acceleration import pooling_first
 
 
 def overlapping() -> nn.Module:

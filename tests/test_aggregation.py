@@ -15,14 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedobd._aggregation import RunningMean, Sums, num_sums
 from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError
-from fedobd._masks import Mask
-from fedobd._payload import DecodedSegment, Payload
-from fedobd._quantization import NNADQ, Quantizer, Unquantized
-from fedobd._schema import ModelSchema, Role
-from fedobd._state import ModelState, master_state
-from fedobd._wire import Kind
+from fedobd.blocks import ModelSchema, ModelState, Role, master_state
+from fedobd.codec import NNADQ, Mask, Quantizer, Unquantized
+from fedobd.payload import DecodedSegment, Kind, Payload
+from fedobd.sessions import Sums
+from fedobd.sessions._aggregation import RunningMean, num_sums
 from tests.helpers import (
     buffer,
     encode,

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given
 from torch import nn
 
-from fedobd._blocks import BlockRules, BlockStyle, decompose
 from fedobd._errors import UsageError
-from fedobd._schema import ModelSchema, Role, Segment
+from fedobd.blocks import BlockRules, BlockStyle, ModelSchema, Role, Segment, decompose
 from tests.helpers import (
     MODELS,
     Held,

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fedobd._blocks import BlockRules, BlockStyle, decompose
 from fedobd._errors import UsageError
-from fedobd._schema import ModelSchema, Role
+from fedobd.blocks import BlockRules, BlockStyle, ModelSchema, Role, decompose
 from tests.helpers import Held, chain, conv, model_of, norm
 from tests.test_block_laws import check_laws
 

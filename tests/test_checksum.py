@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedobd import _checksum
+from fedobd.payload import _checksum
 
 
 @given(st.binary(max_size=5000), st.integers(0, 2**32 - 1))

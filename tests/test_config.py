@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedobd import FedAvg, FedOBD, UsageError
-from fedobd.experiments import list_presets, load_config
-from fedobd.experiments.config import RunConfig, parse_config
+from fedobd.experiments import RunConfig, list_presets, load_config, parse_config
 from fedobd.methods import METHODS
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from fedobd import RoundPlan, UsageError
-from fedobd._state import get_state
+from fedobd.blocks import get_state
 from fedobd.data import (
     Augmentation,
     ClientData,
@@ -27,8 +27,7 @@ from fedobd.data import (
     gather,
 )
 from fedobd.experiments import build_data
-from fedobd.stacked import train_stacked
-from fedobd.training import TrainingOptions, train_locally
+from fedobd.training import TrainingOptions, train_locally, train_stacked
 from tests.data_helpers import (
     image_folder,
     image_rows,

@@ -10,8 +10,7 @@ import torch
 
 from fedobd import UsageError
 from fedobd.data import PartitionOptions, gather, partition
-from fedobd.experiments import build_data, run
-from fedobd.experiments.config import RunConfig, parse_config
+from fedobd.experiments import RunConfig, build_data, parse_config, run
 from tests.data_helpers import (
     TINY,
     changes,

@@ -36,8 +36,7 @@ from fedobd.data import (
 )
 from fedobd.data._images import decode_images
 from fedobd.data._store import StoredExamples, stored
-from fedobd.experiments import build_data, run
-from fedobd.experiments.config import RunConfig, parse_config
+from fedobd.experiments import RunConfig, build_data, parse_config, run
 from tests.data_helpers import (
     TINY,
     caches,

@@ -13,9 +13,8 @@ import torch
 
 from fedobd import UsageError
 from fedobd.data import LoadedData, Selection, TextOptions, gather
-from fedobd.experiments import run
+from fedobd.experiments import RunConfig, parse_config, run
 from fedobd.experiments._build import build_experiment
-from fedobd.experiments.config import RunConfig, parse_config
 from tests.data_helpers import keep_offline, load, sentences, text_folder, write_parquet
 
 

@@ -14,9 +14,10 @@ import pytest
 from rich.console import Console
 
 from fedobd import RoundPlan
-from fedobd.display import Display, JsonLines, comparison_table
-from fedobd.experiments import RunConfig, compare, run
-from fedobd.experiments.config import parse_config
+from fedobd.cli._json_lines import JsonLines
+from fedobd.cli._live import Display
+from fedobd.cli._tables import comparison_table
+from fedobd.experiments import RunConfig, compare, parse_config, run
 from tests.toy import CONFIG, config
 
 HEADINGS = ["round", "st", "acc", "loss", "up MB", "down MB", "saved", "clients", "left"]

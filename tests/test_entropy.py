@@ -13,18 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedobd import _entropy, _tables
-from fedobd._entropy import decode_levels, encode_levels
 from fedobd._errors import DecodeError, DecodeReason
-from fedobd._quantization import (
+from fedobd.codec import (
     MAX_LEVELS,
     NNADQ,
     Coding,
     Levels,
     SegmentCode,
+    _entropy,
+    decode_levels,
     dequantize,
+    encode_levels,
     level_bits,
 )
+from fedobd.codec import _frequencies as _tables
 from tests import rans_reference as slow
 from tests.helpers import law
 

@@ -29,8 +29,14 @@ from flwr.serverapp import ServerApp
 
 from fedobd import EmptyRoundError, FedOBDError, Payload, UsageError, __version__
 from fedobd.data import ClientData, Examples, ExampleSet, gather, load_arrays
-from fedobd.experiments import RunFolder, build_experiment, load_config, run
-from fedobd.experiments.config import RunConfig, parse_config
+from fedobd.experiments import (
+    RunConfig,
+    RunFolder,
+    build_experiment,
+    load_config,
+    parse_config,
+    run,
+)
 from fedobd.flower import make_client_app, make_server_app, write_app
 from fedobd.flower._carrier import IDENTIFY, UPLOAD, carried
 from tests.data_helpers import fedobd

@@ -17,12 +17,13 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 import fedobd.flower._grid as grid_module
-from fedobd import Codec, UsageError, _encoding, decompose
+from fedobd import Codec, UsageError, decompose
 from fedobd.flower import CodecGrid, CompressionMod
 from fedobd.flower._carrier import BROADCAST, OPENING, UPLOAD
 from fedobd.flower._layout import describe
 from fedobd.flower._opening import Opening
 from fedobd.models import DigitsCNN
+from fedobd.payload import encode_payload
 from tests.flower_grid import FIRST_NODE_ID, InProcessGrid
 from tests.flower_helpers import (
     ALL_BLOCKS,
@@ -520,7 +521,7 @@ def test_a_broadcast_is_encoded_once_a_round_and_shared_by_all_its_messages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []
-    encode = _encoding.encode_payload
+    encode = encode_payload
 
     def counted(*args: Any, **options: Any) -> Any:
         calls.append(args)

@@ -35,12 +35,8 @@ from fedobd import (
     UsageError,
     get_state,
 )
-from fedobd._clipping import shrink_factor
-from fedobd._method import all_blocks
-from fedobd._quantization import Coding, Quantizer, Unquantized, dequantize
-from fedobd._selection import squared_norm
-from fedobd._state import segment_of
-from fedobd._wire import VERSION, Header, Kind
+from fedobd.blocks import segment_of
+from fedobd.codec import Coding, Quantizer, Unquantized, dequantize
 from fedobd.flower import CompressionMod, MetricKeys
 from fedobd.flower._carrier import (
     BROADCAST,
@@ -59,6 +55,10 @@ from fedobd.flower._layout import Layout, describe
 from fedobd.flower._mod import _report
 from fedobd.flower._opening import Opening
 from fedobd.methods import FedOBD
+from fedobd.payload import VERSION, Header, Kind
+from fedobd.sessions import all_blocks
+from fedobd.sessions._clipping import shrink_factor
+from fedobd.sessions._selection import squared_norm
 from tests.flower_grid import FIRST_NODE_ID, RUN_ID, InProcessGrid, become_server_app
 from tests.flower_helpers import (
     ALL_BLOCKS,
@@ -741,7 +741,7 @@ def test_an_altered_broadcast_is_an_error_reply_with_the_reason() -> None:
 
 
 def test_a_client_of_another_payload_format_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fedobd._wire as wire
+    import fedobd.payload._wire as wire
 
     nodes = make_nodes()
     nodes.silent = {FIRST, SECOND}

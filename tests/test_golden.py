@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedobd._payload import Payload, PayloadStream
-from fedobd._schema import ModelSchema
-from fedobd._state import state_fingerprint
-from fedobd._wire import Header, Kind, Report
+from fedobd.blocks import ModelSchema, state_fingerprint
+from fedobd.payload import Header, Kind, Payload, PayloadStream, Report
 from tests.golden.make import FOLDER, bytes_of, describe, golden_cases, plain_state
 
 CASES: dict[str, Any] = json.loads((FOLDER / "cases.json").read_text())

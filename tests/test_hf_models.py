@@ -18,9 +18,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedobd._blocks import decompose
 from fedobd._errors import UsageError
-from fedobd._state import get_state
+from fedobd.blocks import decompose, get_state
 from fedobd.models import HuggingFaceImage, HuggingFaceText, build_model, checkpoint_folder
 
 transformers = pytest.importorskip("transformers")
@@ -184,7 +183,7 @@ def test_functional_call_and_vmap(name: str) -> None:
         expected = torch.stack([m(own) for m, own in zip(models, tokens, strict=True)])
         one = functional_call(models[0], states[1], (tokens[1],))
         torch.testing.assert_close(one, expected[1])
-        with sdpa_kernel(SDPBackend.MATH):  # as fedobd.stacked does
+        with sdpa_kernel(SDPBackend.MATH):  # as fedobd.training does
             together = vmap(call)(stacked, tokens)
         torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
 

@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedobd._client import Broadcast
 from fedobd._errors import DecodeError
-from fedobd._quantization import NNADQ, Unquantized
-from fedobd._schema import ModelSchema
+from fedobd.blocks import ModelSchema
+from fedobd.codec import NNADQ, Unquantized
 from fedobd.methods import FedOBD
+from fedobd.sessions import Broadcast
 from tests import second_reader
 from tests.golden.make import FOLDER as GOLDEN
 from tests.golden.make import encode, make_header, make_schema, tensor_spec
@@ -250,7 +250,7 @@ def read_with_checked_indices() -> None:
 
     Prints how many were read, how many refused, and by how many bytes the process grew meanwhile.
     """
-    from fedobd import _tables
+    from fedobd.codec import _frequencies as _tables
 
     assert os.environ["NUMBA_BOUNDSCHECK"] == "1"
     for name in schemas():

@@ -11,11 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedobd._errors import DecodeError, DecodeReason
-from fedobd._payload import Payload
-from fedobd._quantization import NNADQ, Coding, Stochastic
-from fedobd._schema import ModelSchema
-from fedobd._state import ModelState
-from fedobd._wire import Kind
+from fedobd.blocks import ModelSchema, ModelState
+from fedobd.codec import NNADQ, Coding, Stochastic
+from fedobd.payload import Kind, Payload
 from tests.helpers import (
     buffer,
     encode,

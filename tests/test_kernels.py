@@ -11,18 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedobd import _kernels as kernels
-from fedobd import _tables as tables
-from fedobd._entropy import decode_levels, encode_levels
-from fedobd._quantization import (
+from fedobd.codec import (
     NNADQ,
     Coding,
     Levels,
     SegmentCode,
-    _round_there,
+    decode_levels,
     dequantize,
-    level_shift,
+    encode_levels,
+    kernels,
 )
+from fedobd.codec import _frequencies as tables
+from fedobd.codec._quantization import _round_there, level_shift
 from tests import rans_reference as slow
 from tests.helpers import law
 from tests.nnadq_reference import reference_nnadq

@@ -3,49 +3,36 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import fedobd
 
 PACKAGE = Path(fedobd.__file__).parent
 
 LAYERS = (
-    ("_errors", "_checksum"),
-    ("_seeds", "_imports", "_checkpoint", "_parallel", "_kernels", "_varint", "_planes"),
-    ("_tables",),
-    ("_schema",),
-    ("_state",),
-    ("_blocks",),
-    ("_naming",),
-    ("_quantization", "_masks"),
-    ("_entropy", "_wire"),
-    ("_frames",),
-    ("_encoding", "_payload"),
-    ("_selection", "_aggregation", "_rounds"),
-    ("_codec", "_method"),
-    ("_clipping", "_intake"),
-    ("_server",),
-    ("_client",),
+    ("_errors", "_seeds", "_format"),
+    ("_lookup",),
+    ("blocks", "codec"),
+    ("payload",),
+    ("sessions",),
     ("methods",),
     ("",),  # fedobd/__init__.py, the public API of the core
-    ("data", "models", "_acceleration"),
+    ("data", "models"),
     ("training",),
-    ("stacked",),
     ("simulation",),
     ("tracking",),
     ("experiments",),
     ("flower", "planning"),
-    ("display",),
     ("report",),
-    ("data_commands", "plan_commands", "report_commands"),
     ("cli",),
     ("__main__",),
 )
 """Lowest first; a module imports from layers below its own, or from its own package."""
-
-CORE = LAYERS[: LAYERS.index(("",)) + 1]
 
 
 def unit_of(module: str) -> str:
@@ -83,6 +70,35 @@ def test_every_module_has_a_layer_and_imports_only_from_below() -> None:
             )
             checked += 1
     assert checked > 50
+
+
+def test_packages_are_used_through_their_faces() -> None:
+    """Nobody imports an underscore module of another package."""
+    checked = 0
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).parts
+        package = parts[0] if len(parts) > 1 else ""
+        for imported in imports_of(file):
+            other = imported.split(".")[1:]
+            if len(other) > 1 and other[0] != package:
+                assert not other[1].startswith("_"), (
+                    f"{file.relative_to(PACKAGE)} imports {imported}, which its package keeps"
+                )
+                checked += 1
+    assert checked  # the compiled loops at least
+
+
+@pytest.mark.parametrize(
+    "package", [d.name for d in PACKAGE.iterdir() if (d / "__init__.py").exists()]
+)
+def test_a_face_lists_what_it_offers(package: str) -> None:
+    face = importlib.import_module(f"fedobd.{package}")
+    assert face.__doc__
+    assert face.__all__ == sorted(
+        face.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n)
+    )
+    for name in face.__all__:
+        assert hasattr(face, name)
 
 
 def test_no_import_cycle_within_a_package() -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedobd._masks import Mask
 from fedobd._seeds import derive_seed, make_generator
+from fedobd.codec import Mask
 from tests.helpers import law
 
 _WORD = 2**64 - 1

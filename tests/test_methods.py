@@ -31,9 +31,9 @@ from fedobd import (
     ServerSession,
     UsageError,
 )
-from fedobd._quantization import Coding
-from fedobd._wire import Kind
+from fedobd.codec import Coding
 from fedobd.methods import method_of_wire_id
+from fedobd.payload import Kind
 from tests.session_helpers import (
     MODELS,
     NUM_CLIENTS,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedobd._errors import UsageError
-from fedobd._state import get_state, load_state, named_tensors
+from fedobd.blocks import get_state, load_state, named_tensors
 from fedobd.models import (
     MODELS,
     DenseLayer,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedobd._blocks import decompose
+from fedobd.blocks import decompose
 from fedobd.models import build_model
 
 CN, NC = "Conv2d+BatchNorm2d", "BatchNorm2d+Conv2d"

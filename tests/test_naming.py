@@ -15,10 +15,17 @@ from hypothesis import given
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fedobd._blocks import BlockRules, BlockStyle, decompose
 from fedobd._errors import UsageError
-from fedobd._naming import decompose_names, guess_roles
-from fedobd._schema import ModelSchema, Role, TensorSpec
+from fedobd.blocks import (
+    BlockRules,
+    BlockStyle,
+    ModelSchema,
+    Role,
+    TensorSpec,
+    decompose,
+    decompose_names,
+    guess_roles,
+)
 from fedobd.models import MODELS as BUILT_IN
 from fedobd.models import build_model
 from tests.helpers import MODELS as KNOWN

@@ -13,16 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedobd._blocks import decompose
-from fedobd._encoding import encode_payload
 from fedobd._errors import UsageError
-from fedobd._masks import Mask
-from fedobd._payload import Payload
-from fedobd._quantization import NNADQ, Coding, Quantizer, Stochastic, Unquantized
-from fedobd._schema import ModelSchema, Role, Segment
-from fedobd._state import ModelState, get_state
-from fedobd._varint import write_varint
-from fedobd._wire import Header, Kind, Report
+from fedobd.blocks import ModelSchema, ModelState, Role, Segment, decompose, get_state
+from fedobd.codec import NNADQ, Coding, Mask, Quantizer, Stochastic, Unquantized, write_varint
+from fedobd.payload import Header, Kind, Payload, Report, encode_payload
 from tests.helpers import (
     Piece,
     as_float32,

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 from fedobd import Broadcast, FedAvg, FedOBD, FedPAQ, Method
 from fedobd._errors import DecodeError, DecodeReason
-from fedobd._payload import Payload, PayloadStream
-from fedobd._quantization import NNADQ, Unquantized
-from fedobd._schema import ModelSchema
-from fedobd._wire import Bytes, Kind
+from fedobd.blocks import ModelSchema
+from fedobd.codec import NNADQ, Unquantized
+from fedobd.payload import Bytes, Kind, Payload, PayloadStream
 from tests.helpers import (
     encode,
     frozen,

@@ -15,25 +15,18 @@ import torch
 import typer
 
 from fedobd import METHODS, FedAvg, RoundPlan, UsageError, decompose, get_state
+from fedobd.cli._plan import plan_command
 from fedobd.experiments import (
     RunConfig,
     Summary,
     build_experiment,
     initial_model,
     load_config,
+    parse_config,
     run,
 )
-from fedobd.experiments.config import parse_config
 from fedobd.models import build_model
-from fedobd.plan_commands import plan_command
-from fedobd.planning import (
-    Federation,
-    MethodPlan,
-    StagePlan,
-    UpdateModel,
-    make_plan,
-    plan_method,
-)
+from fedobd.planning import Federation, MethodPlan, StagePlan, UpdateModel, make_plan, plan_method
 from fedobd.planning._method_plan import _newcomers, _sampled
 from fedobd.training import TrainingOptions
 from tests import toy

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedobd._errors import DecodeError, DecodeReason
-from fedobd._planes import compress, decompress, from_bytes, to_words
+from fedobd.codec import compress, decompress, from_bytes, to_words
 from tests.helpers import law
 
 DTYPES = (

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from fedobd import FedOBD
-from fedobd.experiments import list_presets, load_config, run
+from fedobd.experiments import RunConfig, list_presets, load_config, run
 from fedobd.experiments._build import build_experiment
-from fedobd.experiments.config import RunConfig
 from fedobd.models import build_model
 from tests.data_helpers import (
     WORDS,

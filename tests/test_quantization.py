@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedobd._errors import UsageError
-from fedobd._frames import BlockLayout, PlainPart
-from fedobd._quantization import (
+from fedobd.blocks import Segment
+from fedobd.codec import (
     MAX_LEVELS,
     MAX_RANGE,
-    MIN_DIVISIBLE_RANGE,
     NNADQ,
     Coding,
     SegmentCode,
@@ -24,7 +23,8 @@ from fedobd._quantization import (
     dequantize,
     level_bits,
 )
-from fedobd._schema import Segment
+from fedobd.codec._quantization import MIN_DIVISIBLE_RANGE
+from fedobd.payload._frames import BlockLayout, PlainPart
 from tests.helpers import error_bound, law, ulp_of
 from tests.nnadq_reference import nominal_bits_of_level, reference_nnadq
 

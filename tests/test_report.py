@@ -18,18 +18,12 @@ import pytest
 from safetensors.torch import load_file
 
 from fedobd import ModelSchema, Payload, Role, ServerSession, UsageError
-from fedobd._quantization import Coding
-from fedobd.display import format_bytes
+from fedobd._format import format_bytes
+from fedobd.codec import Coding
 from fedobd.experiments import compare, load_config
 from fedobd.report import _traffic
 from fedobd.report._bits import bits_plot, levels_plot
-from fedobd.report._content import (
-    drawing_step,
-    left_out,
-    plots_of,
-    read_deliveries,
-    reproductions,
-)
+from fedobd.report._content import drawing_step, left_out, plots_of, read_deliveries, reproductions
 from fedobd.report._curves import MEASURES, Curve, accuracy_plot, curve_of, mean_curve
 from fedobd.report._delivery import delivery_bits
 from fedobd.report._figures import _looks

@@ -17,7 +17,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-import fedobd.report_commands
+import fedobd.cli._report
 from fedobd import UsageError
 from fedobd.experiments import load_config, run
 from fedobd.report import write_figures, write_markdown, write_report
@@ -230,7 +230,7 @@ def test_figures_are_png_and_svg(made: Path, tmp_path: Path) -> None:
 
 def command(*words: str) -> Any:
     app = typer.Typer()
-    app.command()(fedobd.report_commands.report_command)
+    app.command()(fedobd.cli._report.report_command)
     return CliRunner().invoke(app, words)
 
 
@@ -285,7 +285,7 @@ def test_what_is_not_installed_is_named(
 
 
 def test_plotly_and_matplotlib_are_imported_when_needed() -> None:
-    package = Path(fedobd.report_commands.__file__).parent
+    package = Path(fedobd.cli._report.__file__).parent
     for file in (package / "report_commands.py", *(package / "report").glob("*.py")):
         for line in file.read_text(encoding="utf-8").splitlines():
             assert not re.match(r"(from|import) (plotly|matplotlib)", line), file

@@ -18,10 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from fedobd import FedOBDError, ModelSchema, Payload, RoundPlan, UsageError
-from fedobd._state import ModelState, load_state
-from fedobd.experiments import RunFolder, Summary, compare, run, runner
+from fedobd.blocks import ModelState, load_state
+from fedobd.experiments import RunConfig, RunFolder, Summary, compare, parse_config, run, runner
 from fedobd.experiments._build import build_experiment
-from fedobd.experiments.config import RunConfig, parse_config
 from fedobd.models import build_model
 from fedobd.training import Evaluation
 from tests.toy import CONFIG, config

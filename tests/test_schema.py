@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from torch import nn
 
-from fedobd._blocks import decompose
 from fedobd._errors import UsageError
-from fedobd._schema import DTYPES, Block, ModelSchema, Role, Segment, TensorSpec
+from fedobd.blocks import DTYPES, Block, ModelSchema, Role, Segment, TensorSpec, decompose
 from tests.helpers import buffer, frozen, law, make_schema, parameter, tiny_model
 from tests.test_payload import Case, cases
 

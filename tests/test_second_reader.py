@@ -19,21 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedobd._errors import DecodeReason
-from fedobd._masks import Mask
-from fedobd._quantization import MAX_LEVELS, NNADQ, Coding, Quantizer, Stochastic, Unquantized
-from fedobd._schema import ModelSchema, Role, TensorSpec
-from fedobd._state import ModelState, state_fingerprint
-from fedobd._wire import (
-    HEADER_FIELDS,
-    MASK_FIELDS,
-    START_FIELDS,
-    UPLOAD_FIELDS,
-    Flag,
-    Header,
-    Kind,
-    Report,
-)
+from fedobd.blocks import ModelSchema, ModelState, Role, TensorSpec, state_fingerprint
+from fedobd.codec import MAX_LEVELS, NNADQ, Coding, Mask, Quantizer, Stochastic, Unquantized
 from fedobd.methods import METHODS
+from fedobd.payload import Header, Kind, Report
+from fedobd.payload._wire import HEADER_FIELDS, MASK_FIELDS, START_FIELDS, UPLOAD_FIELDS, Flag
 from tests import second_reader
 from tests.golden.make import FOLDER as GOLDEN
 from tests.golden.make import Piece, encode, make_header, make_schema

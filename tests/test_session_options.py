@@ -12,7 +12,7 @@ from torch import nn
 
 from fedobd import Broadcast, ClientSession, Payload
 from fedobd._errors import DecodeError
-from fedobd._wire import Kind
+from fedobd.payload import Kind
 from tests.session_helpers import SHORT_METHODS, bits, every_method, make_schema, set_up
 
 # --- lossless ------------------------------------------------------------------------------------

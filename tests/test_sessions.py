@@ -33,8 +33,8 @@ from fedobd import (
     UsageError,
     decompose,
 )
-from fedobd._rounds import cohort_size, sample_cohort
-from fedobd._wire import Kind
+from fedobd.payload import Kind
+from fedobd.sessions import cohort_size, sample_cohort
 from tests.session_helpers import (
     MODELS,
     SEED,

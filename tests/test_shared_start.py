@@ -11,7 +11,7 @@ import torch
 
 from fedobd import SMAFD, Broadcast, Payload, SavedSession, ServerSession
 from fedobd._errors import DecodeError, DecodeReason, UsageError
-from fedobd._state import state_fingerprint
+from fedobd.blocks import state_fingerprint
 from fedobd.experiments import run
 from tests.session_helpers import (
     MODELS,

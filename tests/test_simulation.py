@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from fedobd import EmptyRoundError, RoundRecord, ServerSession, UsageError
-from fedobd._intake import Intake
-from fedobd._rounds import RoundPlan
 from fedobd._seeds import derive_seed
-from fedobd._wire import Bytes
 from fedobd.data import ClientData
 from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.payload import Bytes
+from fedobd.sessions import Intake, RoundPlan
 from fedobd.simulation import (
     ClientPool,
     ClientResult,

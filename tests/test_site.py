@@ -27,7 +27,7 @@ PACKAGES = (
     "fedobd", "fedobd.data", "fedobd.models", "fedobd.simulation", "fedobd.experiments",
     "fedobd.flower", "fedobd.planning", "fedobd.report", "fedobd.tracking",
 )  # fmt: skip
-MODULES = ("fedobd.training", "fedobd.stacked")  # without a list of what is public
+MODULES = ("fedobd.training", "fedobd.training")  # without a list of what is public
 
 pytest.importorskip("mkdocs")
 pytest.importorskip("mkdocstrings")

@@ -22,13 +22,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedobd import Payload, RoundPlan, ServerSession, UsageError
-from fedobd._intake import Intake
-from fedobd._state import ModelState, get_state, load_state
+from fedobd.blocks import ModelState, get_state, load_state
 from fedobd.data import ClientData, Examples, gather
-from fedobd.experiments import _tune, load_config, run
+from fedobd.experiments import RunConfig, _tune, load_config, run
 from fedobd.experiments._build import Experiment, build_experiment
 from fedobd.experiments._tune import measure_stack
-from fedobd.experiments.config import RunConfig
 from fedobd.models import (
     DenseNet40,
     DigitsCNN,
@@ -36,6 +34,7 @@ from fedobd.models import (
     TransformerClassifier,
     use_batch_statistics,
 )
+from fedobd.sessions import Intake
 from fedobd.simulation import (
     ClientResult,
     ClientSetup,
@@ -47,7 +46,6 @@ from fedobd.simulation import (
     open_pool,
     simulate,
 )
-from fedobd.stacked import _steps, train_stacked
 from fedobd.training import (
     LocalResult,
     Loss,
@@ -55,7 +53,9 @@ from fedobd.training import (
     binary_cross_entropy,
     cross_entropy,
     train_locally,
+    train_stacked,
 )
+from fedobd.training._stacked import _steps
 from tests.helpers import law
 from tests.toy import config, make_model
 

@@ -11,21 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedobd import Codec, FedAvg, FedDropoutAvg, FedOBD, FedPAQ, Method, UsageError
-from fedobd._client import ClientSession, encode_uploads
-from fedobd._encoding import encode_payload, encode_payloads
-from fedobd._masks import Mask
-from fedobd._quantization import (
-    NNADQ,
-    Coding,
-    Quantizer,
-    Stochastic,
-    Unquantized,
-    _round_here,
-    _round_there,
-)
-from fedobd._schema import ModelSchema, Segment
-from fedobd._state import ModelState, StateStack
-from fedobd._wire import Header, Kind
+from fedobd.blocks import ModelSchema, ModelState, Segment, StateStack
+from fedobd.codec import NNADQ, Coding, Mask, Quantizer, Stochastic, Unquantized
+from fedobd.codec._quantization import _round_here, _round_there
+from fedobd.payload import Header, Kind, encode_payload, encode_payloads
+from fedobd.sessions import ClientSession, encode_uploads
 from tests.helpers import (
     buffer,
     header_of,

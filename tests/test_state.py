@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedobd._blocks import decompose
 from fedobd._errors import UsageError
-from fedobd._schema import Role, Segment
-from fedobd._state import (
+from fedobd.blocks import (
+    Role,
+    Segment,
     cast_state,
     check_state,
+    decompose,
     get_state,
     load_state,
     master_state,

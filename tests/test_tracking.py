@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import pytest
 
 from fedobd import SMAFD, FedOBD, ModelSchema, RoundPlan, UsageError, __version__
-from fedobd.experiments import RunConfig, Summary, compare, run, runner
-from fedobd.experiments.config import load_config, parse_config
+from fedobd.experiments import RunConfig, Summary, compare, load_config, parse_config, run, runner
 from fedobd.tracking import (
     RoundMetrics,
     TensorBoardTracker,

@@ -27,7 +27,7 @@ from fedobd import (
     UsageError,
     decompose,
 )
-from fedobd._masks import Mask
+from fedobd.codec import Mask
 from tests.session_helpers import (
     MAX_EXAMPLES,
     MODELS,

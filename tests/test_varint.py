@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedobd._errors import DecodeError, DecodeReason
-from fedobd._varint import MAX_VARINT_BYTES, read_varint, write_varint
-from fedobd._wire import Cursor
+from fedobd.codec import MAX_VARINT_BYTES, read_varint, write_varint
+from fedobd.payload._wire import Cursor
 from tests.helpers import law
 
 LARGEST = 2**63 - 1

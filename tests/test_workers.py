@@ -30,11 +30,11 @@ from fedobd import (
     ServerSession,
     UsageError,
 )
-from fedobd._intake import Intake
-from fedobd._state import ModelState
+from fedobd.blocks import ModelState
 from fedobd.data import ClientData
 from fedobd.experiments import run
 from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.sessions import Intake
 from fedobd.simulation import (
     ClientPool,
     ClientResult,
@@ -646,7 +646,7 @@ def test_ctrl_c_inside_an_exec_of_text_ends_with_the_usual_status(tmp_path: Path
     program = """
 from pathlib import Path
 import typer
-from fedobd.cli import _interruptible
+from fedobd.cli._main import _interruptible
 
 def command() -> None:
     with _interruptible(Path("a")):

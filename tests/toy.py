@@ -16,7 +16,7 @@ from torch import nn
 
 from fedobd import RoundPlan
 from fedobd.data import ClientData, Examples, FederatedData, federate
-from fedobd.experiments.config import RunConfig, parse_config
+from fedobd.experiments import RunConfig, parse_config
 from fedobd.training import LocalResult, TrainingOptions, train_locally
 
 OPTIONS = TrainingOptions(learning_rate=0.05, batch_size=8)

@@ -15,8 +15,7 @@ from fedobd import BlockRules, FedAvg, FedOBD, Method, RoundPlan, ServerSession,
 from fedobd import get_state as values_of
 from fedobd.data import ClientData, Examples, select
 from fedobd.simulation import ClientSetup, open_pool, simulate
-from fedobd.stacked import train_stacked
-from fedobd.training import TrainingOptions, train_locally
+from fedobd.training import TrainingOptions, train_locally, train_stacked
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import griffe
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedobd.experiments.config import RunConfig, plain_values
+from fedobd.experiments import RunConfig, plain_values
 from fedobd.methods import METHODS
 
 _NOT_SET = "not set"

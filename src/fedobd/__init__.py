@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from fedobd._blocks import BlockRules, decompose
-from fedobd._client import Broadcast, ClientSession
-from fedobd._codec import Codec
 from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError, FedOBDError, UsageError
-from fedobd._method import Method, Shipment, UplinkContext
-from fedobd._naming import decompose_names, guess_roles
-from fedobd._payload import Payload, PayloadStream
-from fedobd._quantization import NNADQ, Stochastic, Unquantized
-from fedobd._rounds import (
+from fedobd.blocks import (
+    Block,
+    BlockRules,
+    ModelSchema,
+    ModelState,
+    Role,
+    Segment,
+    TensorSpec,
+    decompose,
+    decompose_names,
+    get_state,
+    guess_roles,
+    load_state,
+)
+from fedobd.codec import NNADQ, Stochastic, Unquantized
+from fedobd.methods import METHODS, SMAFD, Codec, FedAvg, FedDropoutAvg, FedOBD, FedPAQ
+from fedobd.payload import BlockTraffic, ByteCount, Header, Limits, Payload, PayloadStream, Report
+from fedobd.sessions import (
+    Broadcast,
+    ClientSession,
     EarlyStop,
+    Method,
     Refusal,
     RoundPlan,
     RoundRecord,
+    SavedSession,
+    ServerSession,
+    Shipment,
     Stage,
+    UplinkContext,
     UploadRecord,
 )
-from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
-from fedobd._server import SavedSession, ServerSession
-from fedobd._state import ModelState, get_state, load_state
-from fedobd._wire import BlockTraffic, ByteCount, Header, Limits, Report
-from fedobd.methods import METHODS, SMAFD, FedAvg, FedDropoutAvg, FedOBD, FedPAQ
 
 __version__ = "0.1.0"
 

@@ -26,12 +26,11 @@ from fedobd import (
     decompose,
     get_state,
 )
-from fedobd._encoding import encode_payload
-from fedobd._payload import Payload
-from fedobd._quantization import Unquantized
-from fedobd._wire import HEADER_FIELDS
+from fedobd.codec import Unquantized
 from fedobd.experiments import build_experiment, load_config
 from fedobd.flower import make_client_app
+from fedobd.payload import Payload, encode_payload
+from fedobd.payload._wire import HEADER_FIELDS
 
 FAULTS = ("truncated", "altered", "another-model", "nan", "examples", "raises", "silent")
 
@@ -105,7 +104,7 @@ def upload_of_nan(upload: bytes) -> bytes:
             return torch.full((length,), torch.nan)
         return torch.zeros(length, dtype=spec.dtype)
 
-    with mock.patch("fedobd._encoding.check_finite"):  # an honest encoder refuses them
+    with mock.patch("fedobd.payload._encode.check_finite"):  # an honest encoder refuses them
         return b"".join(encode_payload(schema, header, source, Unquantized()))
 
 

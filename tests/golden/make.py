@@ -17,13 +17,19 @@ from typing import Any
 
 import torch
 
-from fedobd._encoding import encode_payload
-from fedobd._masks import Mask
-from fedobd._payload import Payload
-from fedobd._quantization import NNADQ, Coding, Quantizer, SegmentCode, Stochastic, Unquantized
-from fedobd._schema import Block, ModelSchema, Role, Segment, TensorSpec
-from fedobd._state import ModelState, segment_of, state_fingerprint
-from fedobd._wire import Header, Kind, Report, pack_header
+from fedobd.blocks import (
+    Block,
+    ModelSchema,
+    ModelState,
+    Role,
+    Segment,
+    TensorSpec,
+    segment_of,
+    state_fingerprint,
+)
+from fedobd.codec import NNADQ, Coding, Mask, Quantizer, SegmentCode, Stochastic, Unquantized
+from fedobd.payload import Header, Kind, Payload, Report, encode_payload
+from fedobd.payload._wire import pack_header
 from tests.golden.slow_coder import Part, encode_stream, make_table, varint
 from tests.nnadq_reference import reference_nnadq
 

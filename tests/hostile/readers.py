@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from fedobd._errors import DecodeError
-from fedobd._payload import DecodedSegment, Payload, PayloadStream
-from fedobd._schema import ModelSchema, TensorSpec
-from fedobd._wire import Header
+from fedobd.blocks import ModelSchema, TensorSpec
+from fedobd.payload import DecodedSegment, Header, Payload, PayloadStream
 from tests import second_reader
 from tests.golden.make import FOLDER as GOLDEN
 from tests.golden.make import bytes_of

@@ -11,19 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedobd._errors import UsageError
-from fedobd._imports import not_installed
+from fedobd._lookup import not_installed
 from fedobd._seeds import make_generator
 from fedobd.data._examples import Prepare
 from fedobd.data._images import ImageOptions, Normalization, decode_images
 from fedobd.data._source import Columns, Source, Splits, open_source
 from fedobd.data._store import StoredExamples, Write, stored
-from fedobd.data._text import (
-    TextOptions,
-    encode_texts,
-    make_tokenizer,
-    read_tokenizer,
-    vocabulary,
-)
+from fedobd.data._text import TextOptions, encode_texts, make_tokenizer, read_tokenizer, vocabulary
 
 if TYPE_CHECKING:
     from datasets import Dataset

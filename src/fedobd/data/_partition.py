@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fedobd._errors import UsageError
-from fedobd._imports import not_installed
+from fedobd._lookup import not_installed
 from fedobd._seeds import derive_seed, make_generator
 from fedobd.data._examples import (
     ClientData,

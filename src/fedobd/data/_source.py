@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedobd._errors import UsageError, describe
-from fedobd._imports import nearest
+from fedobd._lookup import nearest
 from fedobd.data._images import Picture
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedobd._checkpoint import PACKAGE, checkpoint_folder
 from fedobd._errors import UsageError
+from fedobd._lookup import PACKAGE, checkpoint_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedobd._errors import UsageError
-from fedobd._imports import not_installed
+from fedobd._lookup import not_installed
 from fedobd._seeds import make_generator
 
 

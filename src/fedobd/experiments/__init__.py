@@ -4,18 +4,47 @@ from __future__ import annotations
 
 from fedobd.experiments._build import Experiment, build_experiment, initial_model
 from fedobd.experiments._data import BuiltData, build_data
-from fedobd.experiments.compare import Comparison, compare
-from fedobd.experiments.config import RunConfig, load_config, make_method, plain_values
-from fedobd.experiments.folder import RunFolder
+from fedobd.experiments.compare import Comparison, Row, compare
+from fedobd.experiments.config import (
+    RunConfig,
+    load_config,
+    make_method,
+    parse_config,
+    plain_values,
+)
+from fedobd.experiments.folder import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    ROUNDS_FILE,
+    SCHEMA_FILE,
+    SUMMARY_FILE,
+    RunFolder,
+    write_atomically,
+)
 from fedobd.experiments.presets import list_presets
-from fedobd.experiments.runner import Engine, Observer, Summary, make_record, read_summary, run
+from fedobd.experiments.runner import (
+    BYTE_PARTS,
+    Engine,
+    Observer,
+    Summary,
+    make_record,
+    read_summary,
+    run,
+)
 
 __all__ = [
+    "BYTE_PARTS",
+    "CONFIG_FILE",
+    "MODEL_FILE",
+    "ROUNDS_FILE",
+    "SCHEMA_FILE",
+    "SUMMARY_FILE",
     "BuiltData",
     "Comparison",
     "Engine",
     "Experiment",
     "Observer",
+    "Row",
     "RunConfig",
     "RunFolder",
     "Summary",
@@ -27,7 +56,9 @@ __all__ = [
     "load_config",
     "make_method",
     "make_record",
+    "parse_config",
     "plain_values",
     "read_summary",
     "run",
+    "write_atomically",
 ]

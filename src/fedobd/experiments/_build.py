@@ -10,20 +10,17 @@ from functools import partial
 import torch
 from torch import nn
 
-from fedobd._blocks import BlockRules, decompose
 from fedobd._errors import UsageError
-from fedobd._imports import find_object
-from fedobd._method import Method
-from fedobd._schema import ModelSchema
+from fedobd._lookup import find_object
 from fedobd._seeds import derive_seed, make_generator
-from fedobd._state import ModelState, get_state, load_state
+from fedobd.blocks import BlockRules, ModelSchema, ModelState, decompose, get_state, load_state
 from fedobd.data import Augmentation, ClientData, ExampleSet, load_vectors, select
 from fedobd.experiments._data import build_data
 from fedobd.experiments._fit import check_fit
 from fedobd.experiments.config import ModelConfig, RunConfig
 from fedobd.models import MODELS, build_model, use_batch_statistics
+from fedobd.sessions import Method
 from fedobd.simulation import ClientSetup, StackedTraining
-from fedobd.stacked import train_stacked
 from fedobd.training import (
     LOSSES,
     METRICS,
@@ -35,6 +32,7 @@ from fedobd.training import (
     evaluate,
     seed_device,
     train_locally,
+    train_stacked,
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedobd._errors import UsageError
-from fedobd._imports import build_object, find_object
+from fedobd._lookup import build_object, find_object
 from fedobd.data import (
     Examples,
     ExampleSet,

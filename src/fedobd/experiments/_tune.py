@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from fedobd._server import ServerSession
 from fedobd.experiments._build import Experiment
+from fedobd.sessions import ServerSession
 from fedobd.simulation import ClientSetup, ClientTask, SequentialPool
 
 _SECONDS = 20.0  # of measuring, after which no larger stack is tried

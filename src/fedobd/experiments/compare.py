@@ -12,8 +12,8 @@ from fedobd._errors import UsageError
 from fedobd.experiments._build import build_experiment
 from fedobd.experiments.config import RunConfig
 from fedobd.experiments.folder import (
-    CONFIG,
-    SCHEMA,
+    CONFIG_FILE,
+    SCHEMA_FILE,
     claim_folder,
     read_config,
     settle_config,
@@ -111,11 +111,11 @@ def compare(
     if not seeds or len(set(seeds)) != len(seeds):
         raise UsageError(f"seeds are {list(seeds)}; wanted at least one, each once")
     singles = {(name, seed): config.for_method(name, seed) for seed in seeds for name in chosen}
-    if (path / SCHEMA).exists():
+    if (path / SCHEMA_FILE).exists():
         raise UsageError(f"output folder {str(path)!r} holds a single run; wanted a comparison")
     check_workers(workers)
     build_experiment(next(iter(singles.values())))  # what cannot be run leaves no folder
-    claim_folder(path, CONFIG, resume=resume)
+    claim_folder(path, CONFIG_FILE, resume=resume)
     settle_config(path, config.to_resume(read_config(path)))
     summaries: dict[str, list[Summary]] = {name: [] for name in chosen}
     for (name, seed), single in singles.items():

@@ -18,14 +18,13 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from fedobd._blocks import BlockRules
 from fedobd._errors import UsageError
-from fedobd._imports import nearest
-from fedobd._method import Method
-from fedobd._server import MAX_EXAMPLES
+from fedobd._lookup import nearest
+from fedobd.blocks import BlockRules
 from fedobd.data import Columns, ImageOptions, PartitionOptions, Splits, TextOptions
 from fedobd.experiments.presets import preset_text
 from fedobd.methods import METHODS
+from fedobd.sessions import MAX_EXAMPLES, Method
 from fedobd.tracking import TrackerName
 from fedobd.training import TrainingOptions
 

@@ -33,15 +33,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from fedobd._errors import UsageError
-from fedobd._server import SavedSession
-from fedobd._state import ModelState
-from fedobd._wire import Bytes
+from fedobd.blocks import ModelState
+from fedobd.payload import Bytes
+from fedobd.sessions import SavedSession
 
-CONFIG = "config.toml"
-SCHEMA = "schema.json"
-SUMMARY = "summary.json"
-ROUNDS = "rounds.jsonl"
-MODEL = "model.safetensors"
+CONFIG_FILE = "config.toml"
+SCHEMA_FILE = "schema.json"
+SUMMARY_FILE = "summary.json"
+ROUNDS_FILE = "rounds.jsonl"
+MODEL_FILE = "model.safetensors"
 
 
 def write_atomically(path: Path, data: Bytes) -> None:
@@ -95,7 +95,7 @@ def settle_config(path: Path, config: Mapping[str, Any]) -> None:
     """
     before = read_config(path)
     if before is None:
-        write_atomically(path / CONFIG, tomli_w.dumps(config).encode())
+        write_atomically(path / CONFIG_FILE, tomli_w.dumps(config).encode())
     elif changed := sorted(_differences(before, config)):
         raise UsageError(
             f"the run in {str(path)!r} has another configuration and cannot be resumed: "
@@ -109,7 +109,7 @@ def read_config(path: Path) -> dict[str, Any] | None:
     Raises:
         UsageError: it is damaged.
     """
-    file = path / CONFIG
+    file = path / CONFIG_FILE
     if not file.exists():
         return None
     try:
@@ -140,7 +140,7 @@ class RunFolder:
         Raises:
             UsageError: the folder cannot be had, or holds a run of another configuration.
         """
-        claim_folder(self.path, CONFIG, resume=resume)
+        claim_folder(self.path, CONFIG_FILE, resume=resume)
         settle_config(self.path, config)
         self._states.mkdir(parents=True, exist_ok=True)
 
@@ -155,7 +155,7 @@ class RunFolder:
         Raises:
             UsageError: another one does.
         """
-        with (self.path / CONFIG).open("rb") as stream:
+        with (self.path / CONFIG_FILE).open("rb") as stream:
             try:
                 _lock(stream.fileno())
             except BlockingIOError:
@@ -168,13 +168,13 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """Whether the run has ended."""
-        return (self.path / SUMMARY).exists()
+        return (self.path / SUMMARY_FILE).exists()
 
     # --- records
 
     def append_record(self, record: dict[str, Any]) -> None:
         """Add a round's record."""
-        with (self.path / ROUNDS).open("ab") as file:
+        with (self.path / ROUNDS_FILE).open("ab") as file:
             file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -185,11 +185,11 @@ class RunFolder:
         Raises:
             UsageError: the file is damaged.
         """
-        return list(_whole_lines(self.path / ROUNDS))
+        return list(_whole_lines(self.path / ROUNDS_FILE))
 
     def cut_records(self, rounds: int) -> None:
         """Keep the records of the first rounds, drop later ones."""
-        file = self.path / ROUNDS
+        file = self.path / ROUNDS_FILE
         if file.exists():
             kept = [record for record in _whole_lines(file) if record["round"] <= rounds]
             lines = [json.dumps(record, allow_nan=False).encode() + b"\n" for record in kept]
@@ -271,7 +271,7 @@ class RunFolder:
     def write_model(self, state: ModelState) -> None:
         """Write the trained model."""
         tensors = {name: value.contiguous() for name, value in state.items()}
-        write_atomically(self.path / MODEL, save(tensors, {"format": "pt"}))
+        write_atomically(self.path / MODEL_FILE, save(tensors, {"format": "pt"}))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one of the folder's JSON files."""

@@ -19,16 +19,20 @@ from typing import Any, Protocol
 
 import torch
 
-from fedobd._client import Broadcast
 from fedobd._errors import UsageError
-from fedobd._rounds import RoundPlan
-from fedobd._server import ServerSession
-from fedobd._state import ModelState
-from fedobd._wire import Kind
+from fedobd.blocks import ModelState
 from fedobd.experiments._build import Experiment, build_experiment
 from fedobd.experiments._tune import measure_stack
 from fedobd.experiments.config import RunConfig
-from fedobd.experiments.folder import CONFIG, SCHEMA, SUMMARY, RunFolder, claim_folder
+from fedobd.experiments.folder import (
+    CONFIG_FILE,
+    SCHEMA_FILE,
+    SUMMARY_FILE,
+    RunFolder,
+    claim_folder,
+)
+from fedobd.payload import Kind
+from fedobd.sessions import Broadcast, RoundPlan, ServerSession
 from fedobd.simulation import (
     ClientStates,
     PlayedRound,
@@ -211,7 +215,7 @@ def run(
         shared_start=config.federation.shared_start,
     )
     folder = RunFolder(path)
-    claim_folder(path, CONFIG, resume=resume)
+    claim_folder(path, CONFIG_FILE, resume=resume)
     if config.simulation.stack == "auto":
         known = (folder.config() or {}).get("simulation", {})
         found = known.get("stack") or measure_stack(experiment, server)
@@ -261,7 +265,7 @@ def _take_up(
         server.restore(saved)
         logger.info("goes on after round %d", server.rounds)
     folder.cut_records(server.rounds)
-    folder.write_json(SCHEMA, experiment.schema.to_json())
+    folder.write_json(SCHEMA_FILE, experiment.schema.to_json())
     folder.write_json("environment.json", _environment(workers, experiment.setup.device))
 
 
@@ -322,11 +326,11 @@ def read_summary(folder: RunFolder) -> Summary:
     Raises:
         UsageError: the file is damaged.
     """
-    values = folder.read_json(SUMMARY)
+    values = folder.read_json(SUMMARY_FILE)
     try:
         return Summary(**values)
     except TypeError as error:
-        raise UsageError(f"{str(folder.path / SUMMARY)!r} is damaged: {error}") from error
+        raise UsageError(f"{str(folder.path / SUMMARY_FILE)!r} is damaged: {error}") from error
 
 
 def make_record(played: PlayedRound) -> dict[str, Any]:
@@ -423,7 +427,7 @@ def _finish(
         overhead=overhead if one_at_a_time else None,
     )
     folder.write_model(server.state)
-    folder.write_json(SUMMARY, dataclasses.asdict(summary))
+    folder.write_json(SUMMARY_FILE, dataclasses.asdict(summary))
     warning = starvation_warning(experiment.method, {config.federation.seed: starved})
     if warning is not None:
         logger.warning(warning)

@@ -27,25 +27,17 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedobd._errors import FedOBDError, UsageError
-from fedobd._rounds import RoundPlan
 from fedobd._seeds import derive_seed
-from fedobd._server import ServerSession
-from fedobd._state import ModelState, get_state, load_state
+from fedobd.blocks import ModelState, get_state, load_state
 from fedobd.data import ClientData, hold_out, load_arrays
-from fedobd.experiments import (
-    Experiment,
-    RunConfig,
-    Summary,
-    build_experiment,
-    load_config,
-    run,
-)
+from fedobd.experiments import Experiment, RunConfig, Summary, build_experiment, load_config, run
 from fedobd.flower._identity import client_id
 from fedobd.flower._layout import Layout
 from fedobd.flower._mod import CompressionMod
 from fedobd.flower._opening import MetricKeys
 from fedobd.flower._plan import read_plan
 from fedobd.flower._strategy import FedOBDStrategy
+from fedobd.sessions import RoundPlan, ServerSession
 from fedobd.simulation import ClientStates, PlayedRound, Watcher, prepare_process
 
 logger = getLogger("flwr")  # where Flower shows what an app says

@@ -11,8 +11,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedobd._errors import DecodeError, UsageError
-from fedobd._rounds import RoundPlan, RoundRecord
-from fedobd._server import ServerSession
 from fedobd.flower._carrier import (
     BROADCAST,
     EXPIRED,
@@ -30,6 +28,7 @@ from fedobd.flower._carrier import (
 from fedobd.flower._exchange import POLL_SECONDS, collect, push
 from fedobd.flower._opening import Opening
 from fedobd.flower._plan import plan_config
+from fedobd.sessions import RoundPlan, RoundRecord, ServerSession
 from fedobd.simulation import Watcher
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says

@@ -14,18 +14,18 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import nn
 
-from fedobd._blocks import BlockRules
-from fedobd._codec import Codec
-from fedobd._encoding import encode_payload
 from fedobd._errors import DecodeError, DecodeReason
-from fedobd._intake import check_addressed
-from fedobd._method import all_blocks
-from fedobd._payload import Payload, refuse_not_finite
-from fedobd._schema import ModelSchema, Role, TensorSpec
 from fedobd._seeds import make_generator
-from fedobd._server import MAX_EXAMPLES
-from fedobd._state import ModelState, master_state, segment_of, state_fingerprint
-from fedobd._wire import DEFAULT_LIMITS, Header, Kind, Limits
+from fedobd.blocks import (
+    BlockRules,
+    ModelSchema,
+    ModelState,
+    Role,
+    TensorSpec,
+    master_state,
+    segment_of,
+    state_fingerprint,
+)
 from fedobd.flower._carrier import (
     BROADCAST,
     NEEDS_OPENING,
@@ -40,7 +40,17 @@ from fedobd.flower._carrier import (
 from fedobd.flower._exchange import POLL_SECONDS, collect
 from fedobd.flower._layout import describe
 from fedobd.flower._opening import Opening
-from fedobd.methods import FedOBD
+from fedobd.methods import Codec, FedOBD
+from fedobd.payload import (
+    DEFAULT_LIMITS,
+    Header,
+    Kind,
+    Limits,
+    Payload,
+    encode_payload,
+    refuse_not_finite,
+)
+from fedobd.sessions import MAX_EXAMPLES, all_blocks, check_addressed
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedobd._wire import VERSION
 from fedobd.flower._carrier import IDENTIFY, MAX_REASON, PASSING_ERRORS
+from fedobd.payload import VERSION
 
 
 def client_id(context: Context) -> int | None:

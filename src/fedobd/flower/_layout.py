@@ -13,11 +13,17 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import nn
 
-from fedobd._blocks import BlockRules, decompose
 from fedobd._errors import UsageError
-from fedobd._naming import decompose_names, guess_roles
-from fedobd._schema import DTYPES, ModelSchema
-from fedobd._state import ModelState, named_tensors
+from fedobd.blocks import (
+    DTYPES,
+    BlockRules,
+    ModelSchema,
+    ModelState,
+    decompose,
+    decompose_names,
+    guess_roles,
+    named_tensors,
+)
 
 _ARRAY_TYPES = frozenset(
     name for name in DTYPES if name != "bfloat16"

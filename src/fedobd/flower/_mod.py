@@ -12,11 +12,8 @@ from flwr.app import Context, Message, RecordDict
 from safetensors.torch import load, save
 from torch import nn
 
-from fedobd._client import Broadcast, ClientSession
 from fedobd._errors import FedOBDError, UsageError
-from fedobd._method import Method
-from fedobd._state import ModelState
-from fedobd._wire import Report
+from fedobd.blocks import ModelState
 from fedobd.flower._carrier import (
     BROADCAST,
     IDENTIFY,
@@ -34,6 +31,8 @@ from fedobd.flower._carrier import (
 from fedobd.flower._identity import Identity, client_id
 from fedobd.flower._opening import MetricKeys, Opening
 from fedobd.methods import FedOBD
+from fedobd.payload import Report
+from fedobd.sessions import Broadcast, ClientSession, Method
 
 CLIPPING_NORM = "clipping_norm"
 """Config key by which Flower's strategies for differential privacy give clients a clip norm."""

@@ -20,10 +20,10 @@ from typing import Any
 import zstandard
 
 from fedobd._errors import DecodeError, DecodeReason, UsageError
-from fedobd._method import Method
-from fedobd._schema import ModelSchema
+from fedobd.blocks import ModelSchema
 from fedobd.experiments import make_method, plain_values
 from fedobd.flower._layout import Layout
+from fedobd.sessions import Method
 
 VERSION = 1
 MAX_TERMS_BYTES = 1 << 26  # of the JSON; a schema takes some 100 bytes a tensor

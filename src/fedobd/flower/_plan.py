@@ -7,7 +7,7 @@ from typing import Any
 from flwr.app import ConfigRecord
 
 from fedobd._errors import UsageError
-from fedobd._rounds import RoundPlan
+from fedobd.sessions import RoundPlan
 
 _KEYS = {
     "round": "server-round",

@@ -9,8 +9,7 @@ import tomli_w
 
 from fedobd import __version__
 from fedobd._errors import UsageError
-from fedobd.experiments import RunConfig
-from fedobd.experiments.folder import write_atomically
+from fedobd.experiments import RunConfig, write_atomically
 
 PACKAGE = "fedobd_app"
 

@@ -14,14 +14,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
-from fedobd._blocks import BlockRules
 from fedobd._errors import EmptyRoundError, UsageError
-from fedobd._method import Method
-from fedobd._rounds import RoundPlan, RoundRecord, cohort_size, weighted_mean
-from fedobd._schema import ModelSchema
-from fedobd._server import MAX_EXAMPLES, ServerSession
-from fedobd._state import ModelState
-from fedobd._wire import DEFAULT_LIMITS, Limits
+from fedobd.blocks import BlockRules, ModelSchema, ModelState
 from fedobd.experiments import RunFolder, make_record, plain_values
 from fedobd.flower._carrier import MAX_REASON
 from fedobd.flower._conductor import Conductor
@@ -30,6 +24,16 @@ from fedobd.flower._layout import Layout, describe
 from fedobd.flower._opening import MetricKeys, Opening
 from fedobd.flower._roster import Roster
 from fedobd.methods import FedOBD
+from fedobd.payload import DEFAULT_LIMITS, Limits
+from fedobd.sessions import (
+    MAX_EXAMPLES,
+    Method,
+    RoundPlan,
+    RoundRecord,
+    ServerSession,
+    cohort_size,
+    weighted_mean,
+)
 from fedobd.simulation import PlayedRound, Watcher
 from fedobd.training import Evaluation
 

@@ -6,12 +6,13 @@ A further method is one module here and one line in `METHODS`.
 from __future__ import annotations
 
 from fedobd._errors import UsageError
-from fedobd._method import Method
+from fedobd.methods._codec import Codec, QuantizerName, SelectionName, check_dropout_rate
 from fedobd.methods.fedavg import FedAvg
 from fedobd.methods.feddropoutavg import FedDropoutAvg
 from fedobd.methods.fedobd import FedOBD
 from fedobd.methods.fedpaq import FedPAQ
 from fedobd.methods.smafd import SMAFD
+from fedobd.sessions import Method
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -38,4 +39,16 @@ def method_of_wire_id(wire_id: int) -> type[Method]:
     raise UsageError(f"no method has the number {wire_id} in the payload format")
 
 
-__all__ = ["METHODS", "SMAFD", "FedAvg", "FedDropoutAvg", "FedOBD", "FedPAQ", "method_of_wire_id"]
+__all__ = [
+    "METHODS",
+    "SMAFD",
+    "Codec",
+    "FedAvg",
+    "FedDropoutAvg",
+    "FedOBD",
+    "FedPAQ",
+    "QuantizerName",
+    "SelectionName",
+    "check_dropout_rate",
+    "method_of_wire_id",
+]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedobd._method import Method
-from fedobd._rounds import EarlyStop, Stage
+from fedobd.sessions import EarlyStop, Method, Stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from fedobd._method import Shipment, UplinkContext
 from fedobd.methods._single_stage import SingleStage
+from fedobd.sessions import Shipment, UplinkContext
 
 
 @final

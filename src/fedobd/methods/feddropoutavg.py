@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from fedobd._codec import check_dropout_rate
 from fedobd._errors import DecodeError, DecodeReason
-from fedobd._masks import Mask
-from fedobd._method import Shipment, UplinkContext
-from fedobd._schema import ModelSchema
-from fedobd._wire import Header
+from fedobd.blocks import ModelSchema
+from fedobd.codec import Mask
+from fedobd.methods._codec import check_dropout_rate
 from fedobd.methods._single_stage import SingleStage
+from fedobd.payload import Header
+from fedobd.sessions import Shipment, UplinkContext
 
 
 @final

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from fedobd._codec import Codec
 from fedobd._errors import DecodeError, DecodeReason, UsageError
-from fedobd._method import Memory, Method, Shipment, UplinkContext, all_blocks
-from fedobd._rounds import EarlyStop, Stage
-from fedobd._schema import ModelSchema
-from fedobd._wire import Header
+from fedobd.blocks import ModelSchema
+from fedobd.methods._codec import Codec
+from fedobd.payload import Header
+from fedobd.sessions import EarlyStop, Memory, Method, Shipment, Stage, UplinkContext, all_blocks
 
 
 @final

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from fedobd._method import Shipment, UplinkContext
-from fedobd._quantization import Stochastic
+from fedobd.codec import Stochastic
 from fedobd.methods._single_stage import SingleStage
+from fedobd.sessions import Shipment, UplinkContext
 
 
 @final

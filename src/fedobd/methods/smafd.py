@@ -8,13 +8,11 @@ from typing import ClassVar, final
 
 import torch
 
-from fedobd._blocks import BlockStyle
-from fedobd._codec import check_dropout_rate
-from fedobd._method import Memory, Shipment, UplinkContext, all_blocks
-from fedobd._rounds import RoundRecord
-from fedobd._schema import ModelSchema
 from fedobd._seeds import make_generator
+from fedobd.blocks import BlockStyle, ModelSchema
+from fedobd.methods._codec import check_dropout_rate
 from fedobd.methods._single_stage import SingleStage
+from fedobd.sessions import Memory, RoundRecord, Shipment, UplinkContext, all_blocks
 
 
 @final

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fedobd._checkpoint import checkpoint_folder
+from fedobd._lookup import checkpoint_folder
 from fedobd.models._build import build_from
 from fedobd.models.batch_norm import use_batch_statistics
 from fedobd.models.densenet import DenseLayer, DenseNet40

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fedobd._errors import UsageError
-from fedobd._imports import build_object
+from fedobd._lookup import build_object
 
 
 def build_from(

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedobd._checkpoint import checkpoint_folder
 from fedobd._errors import UsageError, describe
-from fedobd._imports import nearest
+from fedobd._lookup import checkpoint_folder, nearest
 from fedobd.models._checks import check_counts
 
 _NOT_A_SIZE = ("auto_map", "id2label", "label2id", "num_labels", "quantization_config")

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
-from fedobd._client import ClientSession
-from fedobd._method import Method
-from fedobd._rounds import RoundPlan, cohort_size, sample_cohort
-from fedobd._schema import ModelSchema
 from fedobd._seeds import make_generator
-from fedobd._server import ServerSession
-from fedobd._state import ModelState
-from fedobd._wire import Report
+from fedobd.blocks import ModelSchema, ModelState
+from fedobd.payload import Report
 from fedobd.planning._updates import UpdateModel
+from fedobd.sessions import (
+    ClientSession,
+    Method,
+    RoundPlan,
+    ServerSession,
+    cohort_size,
+    sample_cohort,
+)
 
 _MOST_RUNS = 5  # of a stage's rounds
 _PLAYED_PARAMETERS = 40_000_000  # of all runs of a stage together: fewer rounds of a large model

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedobd._blocks import BlockRules, decompose
-from fedobd._imports import find_object
-from fedobd._method import Method
-from fedobd._schema import ModelSchema
-from fedobd._selection import oversized_blocks
-from fedobd._state import get_state
+from fedobd._lookup import find_object
+from fedobd.blocks import BlockRules, ModelSchema, decompose, get_state
 from fedobd.experiments import RunConfig, build_data, initial_model
 from fedobd.methods import FedAvg, FedOBD
 from fedobd.models import MODELS
 from fedobd.planning._method_plan import Federation, MethodPlan, plan_method
 from fedobd.planning._updates import FINE_TUNING_UPDATE_SIZE, TYPICAL_UPDATE_SIZE, UpdateModel
+from fedobd.sessions import Method, oversized_blocks
 from fedobd.training import TrainingOptions
 
 

@@ -10,9 +10,8 @@ from statistics import median
 import torch
 
 from fedobd._errors import UsageError
-from fedobd._rounds import RoundPlan
-from fedobd._schema import ModelSchema, Role
-from fedobd._state import ModelState
+from fedobd.blocks import ModelSchema, ModelState, Role
+from fedobd.sessions import RoundPlan
 from fedobd.training import TrainingOptions, rate_factor
 
 TYPICAL_UPDATE_SIZE = 0.1

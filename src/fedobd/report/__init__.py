@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedobd._errors import UsageError
-from fedobd.experiments.folder import write_atomically
+from fedobd.experiments import write_atomically
 from fedobd.report._gather import gather
 
 __all__ = ["write_figures", "write_markdown", "write_report"]

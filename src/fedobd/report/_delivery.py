@@ -13,12 +13,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fedobd._entropy import encode_levels
 from fedobd._errors import UsageError
-from fedobd._quantization import Coding, Levels, Unquantized, level_bits
-from fedobd._schema import Block, Role
 from fedobd._seeds import make_generator
-from fedobd._state import master_state, segment_of
+from fedobd.blocks import Block, Role, master_state, segment_of
+from fedobd.codec import Coding, Levels, Unquantized, encode_levels, level_bits
 from fedobd.report._run import Run, Values
 
 

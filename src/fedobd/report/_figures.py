@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedobd._imports import not_installed
+from fedobd._lookup import not_installed
 from fedobd.report._content import read_deliveries
 from fedobd.report._curves import MEASURES, Curve, Measure, common_rounds, curves_of, mean_curve
 from fedobd.report._gather import Section, Variant

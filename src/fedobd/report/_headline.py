@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedobd.display import format_bytes, format_share
+from fedobd._format import format_bytes, format_share
 from fedobd.methods import FedOBD
 from fedobd.report._gather import Section, Variant
 from fedobd.report._tables import mean_final, mean_total, reference

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from fedobd import __version__
-from fedobd._imports import not_installed
+from fedobd._lookup import not_installed
 from fedobd.report._content import (
     drawing_step,
     lead,

@@ -17,10 +17,18 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from fedobd._errors import UsageError
-from fedobd._schema import ModelSchema
-from fedobd.experiments import RunConfig, RunFolder, load_config
-from fedobd.experiments.folder import CONFIG, MODEL, ROUNDS, SCHEMA, SUMMARY
-from fedobd.experiments.runner import BYTE_PARTS
+from fedobd.blocks import ModelSchema
+from fedobd.experiments import (
+    BYTE_PARTS,
+    CONFIG_FILE,
+    MODEL_FILE,
+    ROUNDS_FILE,
+    SCHEMA_FILE,
+    SUMMARY_FILE,
+    RunConfig,
+    RunFolder,
+    load_config,
+)
 from fedobd.tracking import StarvedBlock, starved_blocks
 
 Record = dict[str, Any]
@@ -197,7 +205,7 @@ class Run:
     @property
     def model_file(self) -> Path:
         """Where the trained model lies, once the run has finished."""
-        return self.folder / MODEL
+        return self.folder / MODEL_FILE
 
     def in_stage(self, number: int) -> NDArray[np.bool_]:
         """Return which rounds are of a stage, shape (rounds,)."""
@@ -206,7 +214,7 @@ class Run:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run, and not a comparison or something else."""
-    return (folder / CONFIG).is_file() and (folder / SCHEMA).is_file()
+    return (folder / CONFIG_FILE).is_file() and (folder / SCHEMA_FILE).is_file()
 
 
 def read_run(folder: Path) -> Run | None:
@@ -239,33 +247,33 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def _read(stored: RunFolder) -> Run | None:
-    with _reading(ROUNDS):
+    with _reading(ROUNDS_FILE):
         records = stored.records()
-    with _reading(SUMMARY):
-        summary = stored.read_json(SUMMARY) if stored.is_finished else None
+    with _reading(SUMMARY_FILE):
+        summary = stored.read_json(SUMMARY_FILE) if stored.is_finished else None
         if summary is not None and summary["rounds"] != len(records):
             raise UsageError(
-                f"{ROUNDS} holds {len(records)} whole rounds, and {SUMMARY} is of "
+                f"{ROUNDS_FILE} holds {len(records)} whole rounds, and {SUMMARY_FILE} is of "
                 f"{summary['rounds']}"
             )
     if not records:
         return None
-    with _reading(SCHEMA):
-        schema = ModelSchema.from_json(stored.read_json(SCHEMA))
+    with _reading(SCHEMA_FILE):
+        schema = ModelSchema.from_json(stored.read_json(SCHEMA_FILE))
     with _reading(ENVIRONMENT):
         environment = stored.read_json(ENVIRONMENT)
         if not isinstance(environment, dict):
             raise TypeError(f"wanted an object, not {type(environment).__name__}")
         if not isinstance(environment.get("packages", {}), dict):
             raise TypeError("packages: wanted an object")
-    with _reading(SUMMARY if summary else ROUNDS):
+    with _reading(SUMMARY_FILE if summary else ROUNDS_FILE):
         results = _results(records, summary)
-    with _reading(ROUNDS):
+    with _reading(ROUNDS_FILE):
         return Run(
             folder=stored.path,
             name=stored.path.name,
-            config=load_config(str(stored.path / CONFIG)),
-            toml=(stored.path / CONFIG).read_text(encoding="utf-8"),
+            config=load_config(str(stored.path / CONFIG_FILE)),
+            toml=(stored.path / CONFIG_FILE).read_text(encoding="utf-8"),
             environment=environment,
             schema=schema,
             rounds=tuple(map(_round, records)),

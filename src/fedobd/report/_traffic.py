@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedobd.experiments.runner import BYTE_PARTS
+from fedobd.experiments import BYTE_PARTS
 from fedobd.report._gather import Section
 from fedobd.report._plot import (
     MOST_NAMED,

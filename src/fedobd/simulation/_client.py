@@ -10,21 +10,26 @@ from typing import Protocol
 
 from torch import nn
 
-from fedobd._client import Broadcast, ClientSession, encode_uploads
 from fedobd._errors import UsageError
-from fedobd._method import Method
-from fedobd._rounds import Refusal, RoundPlan, UploadRecord
-from fedobd._schema import ModelSchema
 from fedobd._seeds import derive_seed
-from fedobd._state import ModelState, StateStack, load_state, view_state
-from fedobd._wire import Bytes, Kind, Report
+from fedobd.blocks import ModelSchema, ModelState, StateStack, load_state, view_state
 from fedobd.data import ClientData
+from fedobd.payload import Bytes, Kind, Report
+from fedobd.sessions import (
+    Broadcast,
+    ClientSession,
+    Method,
+    Refusal,
+    RoundPlan,
+    UploadRecord,
+    encode_uploads,
+)
 from fedobd.simulation._files import map_file
 from fedobd.training import Evaluation, LocalResult, LocalTraining
 
 
 class StackedTraining(Protocol):
-    """Trains several models at once; see `fedobd.stacked.train_stacked`."""
+    """Trains several models at once; see `fedobd.training.train_stacked`."""
 
     def __call__(
         self,

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fedobd._errors import DecodeError
-from fedobd._rounds import RoundPlan, RoundRecord
-from fedobd._server import ServerSession
-from fedobd._state import ModelState
-from fedobd._wire import Bytes
+from fedobd.blocks import ModelState
+from fedobd.payload import Bytes
+from fedobd.sessions import RoundPlan, RoundRecord, ServerSession
 from fedobd.simulation._client import ClientTask
 from fedobd.simulation._pool import ClientPool
 from fedobd.training import Evaluation

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedobd._aggregation import Sums
-from fedobd._wire import Bytes
+from fedobd.payload import Bytes
+from fedobd.sessions import Sums
 
 
 def map_file(path: Path) -> memoryview:

@@ -22,13 +22,8 @@ from typing import Protocol, Self
 import torch
 
 from fedobd._errors import FedOBDError, UsageError
-from fedobd._intake import Intake
-from fedobd.simulation._client import (
-    ClientResult,
-    ClientSetup,
-    ClientTask,
-    LocalClient,
-)
+from fedobd.sessions import Intake
+from fedobd.simulation._client import ClientResult, ClientSetup, ClientTask, LocalClient
 from fedobd.simulation._files import write_over
 from fedobd.simulation._process import prepare_process
 from fedobd.simulation._share import ShareTerms

@@ -4,6 +4,6 @@ import numpy as np
 import torch._dynamo  # noqa: F401 - the first step of an optimizer imports it
 
 import fedobd.simulation._worker  # noqa: F401
-from fedobd import _kernels
+from fedobd.codec import kernels
 
-_kernels.is_finite(np.zeros(1, np.float32))  # the first compiled loop sets numba up
+kernels.is_finite(np.zeros(1, np.float32))  # the first compiled loop sets numba up

@@ -15,12 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedobd._aggregation import Sums
-from fedobd._intake import Intake, IntakeTerms
-from fedobd._method import Method
-from fedobd._schema import ModelSchema, Role, TensorSpec
-from fedobd._state import ModelState
-from fedobd._wire import Bytes
+from fedobd.blocks import ModelSchema, ModelState, Role, TensorSpec
+from fedobd.payload import Bytes
+from fedobd.sessions import Intake, IntakeTerms, Method, Sums
 from fedobd.simulation._files import write_over
 
 _ALIGNMENT = 64  # bytes

@@ -27,17 +27,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from fedobd._aggregation import Sums
 from fedobd._errors import DecodeError, FedOBDError
-from fedobd._intake import Intake
-from fedobd._rounds import Refusal, UploadRecord
-from fedobd._wire import Bytes
-from fedobd.simulation._client import (
-    ClientResult,
-    ClientSetup,
-    ClientTask,
-    LocalClient,
-)
+from fedobd.payload import Bytes
+from fedobd.sessions import Intake, Refusal, Sums, UploadRecord
+from fedobd.simulation._client import ClientResult, ClientSetup, ClientTask, LocalClient
 from fedobd.simulation._files import map_file, map_sums
 from fedobd.simulation._process import prepare_process
 from fedobd.simulation._share import ShareTerms

@@ -14,13 +14,7 @@ was cut off and resumed, or since when it has been tracked. Figures have the sam
 
 from __future__ import annotations
 
-from fedobd.tracking._log import (
-    LEVELS,
-    log_round,
-    log_summary,
-    log_to_file,
-    log_to_terminal,
-)
+from fedobd.tracking._log import LEVELS, log_round, log_summary, log_to_file, log_to_terminal
 from fedobd.tracking._metrics import RoundMetrics, flatten, float32_bytes
 from fedobd.tracking._mlflow import MLflowTracker
 from fedobd.tracking._starved import StarvedBlock, starvation_warning, starved_blocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedobd._schema import ModelSchema, Role
+from fedobd.blocks import ModelSchema, Role
 
 _FLOAT32_BYTES = 4
 

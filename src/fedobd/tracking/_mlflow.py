@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, ClassVar, final
 
 from fedobd._errors import UsageError
-from fedobd._imports import not_installed
+from fedobd._lookup import not_installed
 from fedobd.tracking._tracker import Tracker
 
 EXPERIMENT = "fedobd"

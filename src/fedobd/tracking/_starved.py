@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedobd._method import Method
-from fedobd._schema import ModelSchema
+from fedobd.blocks import ModelSchema
+from fedobd.sessions import Method
 
 RARE = 0.05
 """A block that fewer of the uploads of stage 1 hold is uploaded rarely."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from fedobd._imports import not_installed
+from fedobd._lookup import not_installed
 from fedobd.tracking._tracker import Tracker
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from fedobd._rounds import RoundPlan
+from fedobd.sessions import RoundPlan
 from fedobd.tracking._metrics import RoundMetrics, flatten
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 from fedobd._errors import UsageError
-from fedobd._imports import nearest
+from fedobd._lookup import nearest
 
 
 def list_presets() -> dict[str, str]:

@@ -1,0 +1,373 @@
+"""Semantic blocks: a module is cut into runs of consecutive layers that act as one unit.
+
+Walks the module tree from the top. A module whose class or name marks it as a unit (an embedding,
+a residual unit, a Transformer layer, a DenseNet layer) is one block with all that it holds. Among
+the remaining layers, a normalization and a convolution that follow each other, with activations
+around them, form a block; any other layer with parameters is a block of its own.
+
+References:
+    Yuanyuan Chen, Zichen Chen, Pengcheng Wu, Han Yu. FedOBD: Opportunistic Block Dropout for
+    Efficiently Training Large-scale Neural Networks through Federated Learning. IJCAI 2023, arXiv
+    2208.05174, section 3.1.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from fedobd._errors import UsageError
+from fedobd.blocks._schema import Block, ModelSchema, Role, Segment, TensorSpec
+from fedobd.blocks._state import named_tensors
+
+BlockStyle = Literal["semantic", "layer", "tensor"]
+
+UNIT_CLASSES = (
+    r"\w*Embeddings?",
+    r"\w*Layer",
+    r"(?!\w*Dense)\w*Block(V\d)?([123]D)?",
+    r"\w*Bottle[nN]eck",
+    r"\w*Residual(Unit)?",
+    r"\w*MBConv",
+    r"AlbertTransformer",
+    r"MultiheadAttention",
+)
+"""Class names (whole, as regular expressions) whose modules are units. A `DenseBlock` holds units
+and is none."""
+
+_LONGEST_RUN = 16  # layers that are looked at for one run
+_CONVOLUTION = re.compile(r"(Lazy)?Conv(Transpose)?[123]d")
+_NORMALIZATION = re.compile(r"\w*(Batch|Instance|Group|Layer|RMS)Norm(Act)?([123]d)?")
+_ACTIVATION = re.compile(
+    r"(Leaky|P|R)?ReLU6?|ELU|SELU|CELU|GELU|SiLU|Mish|Hard(swish|tanh|sigmoid)|Sigmoid|Tanh"
+    r"|Soft(plus|sign)|Dropout[123]?d?|Identity"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRules:
+    """How a model is cut into blocks.
+
+    Args:
+        style: `"semantic"` for the paper's blocks; `"layer"` for one block a layer (the paper's
+            ablation); `"tensor"` for one block a parameter tensor, with all buffers in a last
+            block (the unit of SMAFD).
+        unit_classes: further class names, as regular expressions on the whole name, whose modules
+            are one block.
+        unit_names: patterns such as `encoder.layers.*` on module names; the outermost module that
+            matches is one block.
+        max_block_fraction: blocks with a larger share of the parameters are split by rows (the
+            first dimension) into parts of at most this share; a single row is never split. None
+            splits nothing.
+
+    Raises:
+        UsageError: a value is outside what is allowed.
+    """
+
+    style: BlockStyle = "semantic"
+    unit_classes: tuple[str, ...] = ()
+    unit_names: tuple[str, ...] = ()
+    max_block_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.style not in ("semantic", "layer", "tensor"):
+            raise UsageError(
+                f"style is {self.style!r}; allowed are 'semantic', 'layer' and 'tensor'"
+            )
+        if self.max_block_fraction is not None and not 0 < self.max_block_fraction <= 1:
+            raise UsageError(
+                f"max_block_fraction is {self.max_block_fraction}; allowed are 0 < fraction <= 1"
+            )
+        if self.style != "semantic" and (self.unit_classes or self.unit_names):
+            raise UsageError(
+                f"unit_classes and unit_names have no effect with style {self.style!r}"
+            )
+        for pattern in self.unit_classes:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(
+                    f"unit_classes: {pattern!r} is no regular expression: {error}"
+                ) from error
+
+
+@dataclass(slots=True)
+class Group:
+    """A block in the making: its modules with their names, in order."""
+
+    name: str
+    kind: str
+    modules: list[str]
+
+
+def decompose(model: nn.Module, rules: BlockRules | None = None) -> ModelSchema:
+    """Cut a model into semantic blocks.
+
+    Args:
+        model: any module; it is not changed.
+        rules: how to cut; None for the paper's semantic blocks.
+
+    Returns:
+        The schema: every tensor once (tied parameters under their first name), and the blocks in
+        the order in which their first layers were registered.
+
+    Raises:
+        UsageError: the model has no trainable parameter, or parameters of a type that cannot be
+            averaged.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2))
+        >>> [(block.kind, block.num_parameters) for block in decompose(model).blocks]
+        [('Conv2d+BatchNorm2d', 96), ('Linear', 18)]
+    """
+    rules = rules or BlockRules()
+    specs: list[TensorSpec] = []
+    by_module: dict[str, list[int]] = {}
+    for number, (name, tensor, role) in enumerate(named_tensors(model)):
+        if is_lazy(tensor):
+            raise UsageError(
+                f"tensor {name!r} has no shape yet; run a lazy model once before it is cut"
+            )
+        spec = TensorSpec(name, tuple(tensor.shape), tensor.dtype, role)
+        specs.append(spec)
+        by_module.setdefault(name.rpartition(".")[0], []).append(number)
+    return build_schema(specs, by_module, _groups(model, rules), rules)
+
+
+def build_schema(
+    specs: Sequence[TensorSpec],
+    by_module: Mapping[str, Sequence[int]],
+    groups: Iterable[Group],
+    rules: BlockRules,
+) -> ModelSchema:
+    """Turn tensors and groups of modules into a schema; with style "tensor", groups are ignored.
+
+    Args:
+        specs: every tensor of the model.
+        by_module: numbers of the tensors by the module that holds them.
+        groups: modules that act as one; every module with tensors is in exactly one.
+        rules: how to cut.
+    """
+    for spec in specs:
+        if spec.role is Role.PARAMETER and not spec.is_floating:
+            raise UsageError(
+                f"parameter {spec.name!r} has element type {spec.dtype}; wanted a float"
+            )
+    if rules.style == "tensor":
+        blocks = _tensor_blocks(specs)
+    else:
+        blocks = _grouped_blocks(specs, by_module, groups)
+    total = sum(block.num_parameters for block in blocks)
+    if rules.max_block_fraction is not None:
+        limit = max(1, math.floor(rules.max_block_fraction * total))
+        blocks = [part for block in blocks for part in _split(block, specs, limit)]
+    return ModelSchema(tuple(specs), tuple(blocks))
+
+
+def _groups(model: nn.Module, rules: BlockRules) -> Iterator[Group]:
+    """Yield groups of modules; every module with tensors is in exactly one."""
+    if rules.style == "layer":
+        for path, module in model.named_modules():
+            yield Group(path, type(module).__name__, [path])
+        return
+    extra = [re.compile(pattern) for pattern in (*UNIT_CLASSES, *rules.unit_classes)]
+
+    def is_unit(path: str, module: nn.Module) -> bool:
+        if path and any(fnmatch.fnmatchcase(path, pattern) for pattern in rules.unit_names):
+            return True
+        return path != "" and any(p.fullmatch(type(module).__name__) for p in extra)
+
+    _check_patterns(model, rules)
+    yield from _walk(model, "", is_unit, set())
+
+
+def _check_patterns(model: nn.Module, rules: BlockRules) -> None:
+    """Raise UsageError where a pattern of the rules matches no module below the model."""
+    modules = [(path, type(m).__name__) for path, m in model.named_modules() if path]
+    for pattern in rules.unit_names:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in modules):
+            raise UsageError(f"unit_names: {pattern!r} matches no module of the model")
+    for pattern in rules.unit_classes:
+        if not any(re.fullmatch(pattern, kind) for _, kind in modules):
+            raise UsageError(f"unit_classes: {pattern!r} matches no module of the model")
+
+
+def _walk(
+    module: nn.Module, path: str, is_unit: Callable[[str, nn.Module], bool], seen: set[int]
+) -> Iterator[Group]:
+    if id(module) in seen:
+        return
+    if is_unit(path, module) or is_parametrized(module):
+        yield Group(path, type(module).__name__, _claim(module, path, seen))
+        return
+    seen.add(id(module))
+    yield Group(path, type(module).__name__, [path])
+    children = [(f"{path}.{n}" if path else n, child) for n, child in module.named_children()]
+    position = 0
+    while position < len(children):
+        length = _run_length(children[position : position + _LONGEST_RUN], is_unit, seen)
+        if length > 1:
+            run = children[position : position + length]
+            kind = "+".join(type(child).__name__ for _, child in run if _holds_tensors(child))
+            claimed = [inner for name, child in run for inner in _claim(child, name, seen)]
+            yield Group(run[0][0], kind, claimed)
+        else:
+            name, child = children[position]
+            yield from _walk(child, name, is_unit, seen)
+        position += length
+
+
+def _claim(module: nn.Module, path: str, seen: set[int]) -> list[str]:
+    """Mark a module and all below it as seen; return the names of those that were not."""
+    names = []
+    for name, inner in module.named_modules(prefix=path):
+        if id(inner) not in seen:
+            seen.add(id(inner))
+            names.append(name)
+    return names
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    return next(named_tensors(module), None) is not None
+
+
+def _run_length(
+    children: Sequence[tuple[str, nn.Module]],
+    is_unit: Callable[[str, nn.Module], bool],
+    seen: set[int],
+) -> int:
+    """Return the length of the pattern that starts the list; 1 where there is none.
+
+    A pattern is a run of normalization, activation and convolution. A unit, and a layer that
+    belongs to an earlier block, ends it.
+    """
+
+    def role(path: str, module: nn.Module) -> str:
+        name = type(module).__name__
+        if is_parametrized(module):
+            name = name.removeprefix("Parametrized")
+        if is_unit(path, module) or (id(module) in seen and _holds_tensors(module)):
+            return "-"
+        for letter, pattern in (("c", _CONVOLUTION), ("n", _NORMALIZATION), ("a", _ACTIVATION)):
+            if pattern.fullmatch(name):
+                return letter
+        return "-"
+
+    letters = "".join(role(path, module) for path, module in children)
+    match = re.match(r"ca*na*|na*c(?!a*n)a*|na*c", letters)
+    return match.end() if match else 1
+
+
+def _grouped_blocks(
+    specs: Sequence[TensorSpec],
+    by_module: Mapping[str, Sequence[int]],
+    groups: Iterable[Group],
+) -> list[Block]:
+    """Turn groups of modules into blocks.
+
+    Buffers without trainable company join the block before them.
+    """
+    blocks: list[tuple[Group, list[int]]] = []
+    strays: list[int] = []
+    for group in groups:
+        numbers = [n for name in group.modules for n in by_module.get(name, ())]
+        numbers = [n for n in numbers if specs[n].role is not Role.FROZEN]
+        if any(specs[n].role is Role.PARAMETER for n in numbers):
+            blocks.append((group, strays + numbers))
+            strays = []
+        elif blocks:
+            blocks[-1][1].extend(numbers)
+        else:
+            strays += numbers
+    return [
+        _make_block(group.name or "(model)", group.kind, numbers, specs)
+        for group, numbers in blocks
+    ]
+
+
+def _tensor_blocks(specs: Sequence[TensorSpec]) -> list[Block]:
+    blocks = [
+        _make_block(spec.name, "Tensor", [number], specs)
+        for number, spec in enumerate(specs)
+        if spec.role is Role.PARAMETER
+    ]
+    buffers = [number for number, spec in enumerate(specs) if spec.role is Role.BUFFER]
+    if buffers:
+        blocks.append(_make_block("(buffers)", "Buffers", buffers, specs))
+    return blocks
+
+
+def _make_block(
+    name: str, kind: str, numbers: Sequence[int], specs: Sequence[TensorSpec]
+) -> Block:
+    segments = tuple(Segment(n, 0, specs[n].num_elements) for n in numbers)
+    return _block_of(name, kind, segments, specs)
+
+
+def _block_of(
+    name: str, kind: str, segments: tuple[Segment, ...], specs: Sequence[TensorSpec]
+) -> Block:
+    layers = dict.fromkeys(specs[s.tensor].name.rpartition(".")[0] for s in segments)
+    count = sum(s.num_elements for s in segments if specs[s.tensor].role is Role.PARAMETER)
+    return Block(name, kind, tuple(layers), segments, count)
+
+
+def _split(block: Block, specs: Sequence[TensorSpec], limit: int) -> list[Block]:
+    """Split a block between rows into parts of at most `limit` parameters and of like size."""
+    if block.num_parameters <= limit:
+        return [block]
+    fewest = _fewest_parts(block, specs, limit)
+    parts: list[list[Segment]] = [[]]
+    used, left = 0, block.num_parameters
+    target = math.ceil(left / fewest)
+    for segment in block.segments:
+        spec = specs[segment.tensor]
+        if spec.role is Role.BUFFER or segment.num_elements == 0:
+            parts[-1].append(segment)
+            continue
+        row = segment.num_elements // (spec.shape[0] if spec.shape else 1)
+        start = segment.start
+        while start < segment.stop:
+            rows = min(math.ceil((target - used) / row), (limit - used) // row)
+            if rows < 1 and used > 0:
+                # Aimed anew for each part, so that what whole rows add is shared by the rest.
+                used, target = 0, math.ceil(left / max(1, fewest - len(parts)))
+                parts.append([])
+                continue
+            stop = min(segment.stop, start + max(1, rows) * row)
+            parts[-1].append(Segment(segment.tensor, start, stop))
+            used += stop - start
+            left -= stop - start
+            start = stop
+    if len(parts) == 1:
+        return [block]
+    return [
+        _block_of(f"{block.name}[{i}/{len(parts)}]", block.kind, tuple(part), specs)
+        for i, part in enumerate(parts, start=1)
+    ]
+
+
+def _fewest_parts(block: Block, specs: Sequence[TensorSpec], limit: int) -> int:
+    """Number of parts of a block when each takes as many rows as fit."""
+    parts, used = 1, 0
+    for segment in block.segments:
+        spec = specs[segment.tensor]
+        left = segment.num_elements if spec.role is Role.PARAMETER else 0
+        row = left // spec.shape[0] if left and spec.shape else 1
+        while left:
+            rows = (limit - used) // row
+            if rows < 1 and used > 0:
+                parts, used = parts + 1, 0
+                continue
+            taken = min(left, max(1, rows) * row)
+            left -= taken
+            used += taken
+    return parts

@@ -1,0 +1,333 @@
+"""Compiled loops of the level coder's tables: from counts to frequencies, to bits, and back.
+
+All of it is integer arithmetic, so that the same counts give the same table on every machine.
+Reading checks every place against the buffer's length and every frequency against what is left,
+and says so by a negative number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fedobd.codec.kernels import compiled
+
+
+@compiled
+def log2_table(size: Any) -> Any:
+    """Return log2 of 0 (as 0) to size - 1, int64 in units of 2^-16, from integers alone."""
+    table = np.zeros(size, np.int64)
+    for number in range(1, size):
+        whole = 0
+        while number >> (whole + 1):
+            whole += 1
+        y = np.uint64(number) << np.uint64(31 - whole)
+        fraction = 0
+        for _ in range(16):
+            y = (y * y) >> np.uint64(31)
+            fraction <<= 1
+            if y >> np.uint64(32):
+                y >>= np.uint64(1)
+                fraction |= 1
+        table[number] = (whole << 16) + fraction
+    return table
+
+
+@compiled
+def normalize(
+    counts: Any, total: Any, largest: Any, k: Any, mantissa: Any, frequencies: Any
+) -> Any:
+    """Turn counts into frequencies that add up to 2^k, all but one rounded to few leading bits.
+
+    Args:
+        counts: int64, shape (symbols,).
+        total: their sum.
+        largest: the symbol that takes what the others leave.
+        k: 1 to 16.
+        mantissa: bits that a frequency may have after its leading one.
+        frequencies: int64, shape (symbols,); written.
+
+    Returns:
+        Whether the others leave at least 1.
+    """
+    wanted = max(1, ((counts[largest] << k) + total // 2) // total)
+    mass, left = 1 << k, 0
+    for _ in range(8):  # rounding up, to 1 above all, takes mass that others have to give
+        left = 1 << k
+        for symbol in range(counts.size):
+            frequency = 0
+            if counts[symbol] > 0 and symbol != largest:
+                frequency = max(1, (counts[symbol] * mass + total // 2) // total)
+                length = 0
+                while frequency >> (length + 1):
+                    length += 1
+                if length > mantissa:
+                    cut = length - mantissa
+                    frequency = ((frequency + (1 << (cut - 1))) >> cut) << cut
+            frequencies[symbol] = frequency
+            left -= frequency
+        if abs(left - wanted) <= wanted >> 4:
+            break
+        mass = max(1, mass + left - wanted)
+    frequencies[largest] = left
+    return left >= 1
+
+
+@compiled
+def coded_bits(counts: Any, frequencies: Any, k: Any, log2: Any) -> Any:
+    """Return what the symbols cost with these frequencies, in units of 2^-16 bits."""
+    total = 0
+    for symbol in range(counts.size):
+        if counts[symbol]:
+            total += counts[symbol] * ((k << 16) - log2[frequencies[symbol]])
+    return total
+
+
+@compiled
+def _write_bits(buffer: Any, position: Any, value: Any, count: Any) -> Any:
+    for bit in range(count):
+        if (value >> bit) & 1:
+            buffer[(position + bit) >> 3] |= np.uint8(1 << ((position + bit) & 7))
+    return position + count
+
+
+@compiled
+def _write_gamma(buffer: Any, position: Any, value: Any) -> Any:
+    """Write Elias's gamma code of a number from 1."""
+    length = 0
+    while value >> (length + 1):
+        length += 1
+    position = _write_bits(buffer, position, 1 << length, length + 1)
+    return _write_bits(buffer, position, value & ((1 << length) - 1), length)
+
+
+@compiled
+def write_table(
+    frequencies: Any, largest: Any, k: Any, mantissa: Any, width: Any, buffer: Any, position: Any
+) -> Any:
+    """Write a table of frequencies; `_entropy` describes it.
+
+    Args:
+        frequencies: int64, shape (symbols,), as `normalize` makes them.
+        largest: the symbol that takes what the others leave.
+        k: frequencies add up to 2^k.
+        mantissa: bits that a frequency may have after its leading one.
+        width: bits of a symbol's number.
+        buffer: uint8, zero from `position` on.
+        position: in bits.
+
+    Returns:
+        The position after it.
+    """
+    position = _write_bits(buffer, position, 1, 1)
+    position = _write_bits(buffer, position, k - 1, 4)
+    position = _write_bits(buffer, position, mantissa, 4)
+    position = _write_bits(buffer, position, largest, width)
+    entries = 0
+    for symbol in range(frequencies.size):
+        if frequencies[symbol] and symbol != largest:
+            entries += 1
+    position = _write_gamma(buffer, position, entries + 1)
+    gap, before = 0, 0
+    for symbol in range(frequencies.size):
+        frequency = frequencies[symbol]
+        if symbol == largest:
+            continue
+        if frequency == 0:
+            gap += 1
+            continue
+        position = _write_bits(buffer, position, np.int64(gap > 0), 1)
+        if gap:
+            position = _write_gamma(buffer, position, gap)
+        length = 0
+        while frequency >> (length + 1):
+            length += 1
+        change = length - before
+        folded = 2 * change if change >= 0 else -2 * change - 1
+        position = _write_bits(buffer, position, (np.int64(1) << folded) - 1, folded + 1)
+        kept = min(length, mantissa)
+        tail = (frequency >> (length - kept)) & ((1 << kept) - 1)
+        position = _write_bits(buffer, position, tail, kept)
+        gap, before = 0, length
+    return position
+
+
+@compiled
+def _read_bits(buffer: Any, position: Any, count: Any) -> Any:
+    """Return a number of bits as a number; -1 where the buffer ends before."""
+    if position + count > buffer.size * 8:
+        return -1
+    value = np.int64(0)
+    for bit in range(count):
+        value |= np.int64((buffer[(position + bit) >> 3] >> ((position + bit) & 7)) & 1) << bit
+    return value
+
+
+@compiled
+def _read_gamma(buffer: Any, position: Any, longest: Any) -> Any:
+    """Return the number and the position after it; -1 where it is cut or over `longest` bits."""
+    length = 0
+    while True:
+        bit = _read_bits(buffer, position, 1)
+        position += 1
+        if bit < 0 or length > longest:
+            return -1, position
+        if bit:
+            break
+        length += 1
+    tail = _read_bits(buffer, position, length)
+    if tail < 0:
+        return -1, position
+    return (np.int64(1) << length) + tail, position + length
+
+
+@compiled
+def read_table(buffer: Any, position: Any, width: Any, frequencies: Any) -> Any:
+    """Read a table of frequencies.
+
+    Args:
+        buffer: uint8.
+        position: in bits.
+        width: bits of a symbol's number.
+        frequencies: int64, zeros, shape (symbols,); written.
+
+    Returns:
+        k, 0 for the uniform table, -1 for a table that no encoder writes; and the position after.
+    """
+    mode = _read_bits(buffer, position, 1)
+    if mode <= 0:
+        return mode, position + 1
+    k = _read_bits(buffer, position + 1, 4) + 1
+    mantissa = _read_bits(buffer, position + 5, 4)
+    largest = _read_bits(buffer, position + 9, width)
+    position += 9 + width
+    if k < 1 or mantissa < 0 or largest < 0 or largest >= frequencies.size:
+        return -1, position
+    entries, position = _read_gamma(buffer, position, 16)
+    if entries < 1 or entries > frequencies.size:
+        return -1, position
+    left = np.int64(1) << k
+    index, before = 0, 0
+    for _ in range(entries - 1):
+        gap = _read_bits(buffer, position, 1)
+        position += 1
+        if gap == 1:
+            gap, position = _read_gamma(buffer, position, 16)
+        if gap < 0:
+            return -1, position
+        folded = 0
+        while True:
+            bit = _read_bits(buffer, position, 1)
+            position += 1
+            if bit < 0 or folded > 32:
+                return -1, position
+            if bit == 0:
+                break
+            folded += 1
+        length = before + (folded >> 1 if folded & 1 == 0 else -((folded + 1) >> 1))
+        if length < 0 or length > 15:
+            return -1, position
+        kept = min(length, mantissa)
+        tail = _read_bits(buffer, position, kept)
+        position += kept
+        index += gap
+        symbol = index + (1 if index >= largest else 0)
+        if tail < 0 or symbol >= frequencies.size:
+            return -1, position
+        frequency = ((np.int64(1) << kept) + tail) << (length - kept)
+        frequencies[symbol] = frequency
+        left -= frequency
+        index += 1
+        before = length
+    if left < 1:
+        return -1, position
+    frequencies[largest] = left
+    return k, position
+
+
+@compiled
+def uniform(frequencies: Any) -> Any:
+    """Write the frequencies of the uniform table, which add up to 2^16."""
+    size = frequencies.size
+    for symbol in range(size):
+        frequencies[symbol] = ((symbol + 1) << 16) // size - (symbol << 16) // size
+
+
+@compiled
+def choose_table(
+    counts: Any, total: Any, width: Any, log2: Any, scratch: Any, frequencies: Any
+) -> Any:
+    """Choose k and mantissa so that table and symbols together take the fewest bits.
+
+    A larger k has to save one part in 4,096, since a smaller one decodes faster.
+
+    Args:
+        counts: int64, shape (symbols,).
+        total: their sum, at least 1.
+        width: bits of a symbol's number.
+        log2: as `log2_table` makes it, for 0 to 2^16.
+        scratch: uint8, zeros, room for any table.
+        frequencies: int64, shape (symbols,); written for the choice.
+
+    Returns:
+        k (0 for the uniform table), mantissa, the symbol that takes what is left, and all bits.
+    """
+    largest, distinct = 0, 0
+    for symbol in range(counts.size):
+        distinct += counts[symbol] > 0
+        if counts[symbol] > counts[largest]:
+            largest = symbol
+    uniform(frequencies)
+    best = coded_bits(counts, frequencies, 16, log2) + (1 << 16)
+    best_k, best_mantissa = 0, 0
+    small = total < 1 << 14  # few symbols pay for a coarse table only, many for a fine one only
+    for k in range(8 if small else 10, 13 if small else 17, 2):
+        if (1 << k) < 2 * distinct:
+            continue
+        for mantissa in (0, 1, 2) if small else (2, 4, 15):
+            if not normalize(counts, total, largest, k, mantissa, frequencies):
+                continue
+            bits = coded_bits(counts, frequencies, k, log2)
+            if bits > best:
+                continue
+            end = write_table(frequencies, largest, k, mantissa, width, scratch, 0)
+            for i in range((end + 7) >> 3):
+                scratch[i] = 0
+            bits += end << 16
+            if bits < (best if k == best_k else best - (best >> 12)):
+                best, best_k, best_mantissa = bits, k, mantissa
+    if best_k:
+        normalize(counts, total, largest, best_k, best_mantissa, frequencies)
+    else:
+        uniform(frequencies)
+    return best_k, best_mantissa, largest, best >> 16
+
+
+@compiled
+def make_entries(frequencies: Any, k: Any, entries: Any) -> Any:
+    """Write what `encode_symbols` wants to know of each symbol."""
+    start = 0
+    for symbol in range(frequencies.size):
+        f = np.uint64(frequencies[symbol])
+        if frequencies[symbol] == 1:
+            entries[4 * symbol] = np.uint64(0xFFFFFFFFFFFFFFFF)
+            entries[4 * symbol + 2] = np.uint64(start + (1 << k) - 1)
+        elif frequencies[symbol] > 1:
+            entries[4 * symbol] = np.uint64(0xFFFFFFFFFFFFFFFF) // f + np.uint64(1)
+            entries[4 * symbol + 2] = np.uint64(start)
+        entries[4 * symbol + 1] = f << np.uint64(47 - k)
+        entries[4 * symbol + 3] = np.uint64(1 << k) - f
+        start += frequencies[symbol]
+
+
+@compiled
+def make_slots(frequencies: Any, contents: Any, slots: Any) -> Any:
+    """Write what `decode_symbols` looks up; `contents`, uint32, is what each symbol stands for."""
+    position = 0
+    for symbol in range(frequencies.size):
+        head = np.uint64(contents[symbol]) << np.uint64(32)
+        head |= np.uint64(max(frequencies[symbol] - 1, 0)) << np.uint64(16)
+        for inner in range(frequencies[symbol]):
+            slots[position] = head | np.uint64(inner)
+            position += 1

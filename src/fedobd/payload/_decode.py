@@ -1,0 +1,424 @@
+"""Payload: bytes back to values, verified before they are used.
+
+`Payload.parse` takes a whole payload and verifies all that can be verified before the first value
+is handed out: checksum, header, lengths that tile it. `PayloadStream` takes one chunk after
+another and keeps no more than a block; what it hands out counts only when it has come to its end,
+where the checksum is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import cast
+
+import numpy as np
+import torch
+
+from fedobd._errors import DecodeError, DecodeReason, UsageError
+from fedobd.blocks import ModelSchema, Role, Segment, TensorSpec
+from fedobd.codec import Coding, Float32, SegmentCode, decode_levels, decompress, from_bytes
+from fedobd.payload._checksum import crc32
+from fedobd.payload._frames import BlockLayout, PlainPart, check_finite, frozen_parts, lay_out
+from fedobd.payload._wire import (
+    CHECKSUM,
+    DEFAULT_LIMITS,
+    BlockTraffic,
+    ByteCount,
+    Bytes,
+    Cursor,
+    Header,
+    Limits,
+    check_checksum,
+    check_length,
+    check_version,
+    read_code,
+    read_header,
+)
+
+_FLOAT32 = np.dtype("<f4")
+
+Codes = tuple[tuple[SegmentCode, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedSegment:
+    """One segment of a payload.
+
+    Args:
+        segment: which elements.
+        values: 1-D tensor of the segment's values or differences; with a mask only the kept ones.
+        mask: which elements the values belong to, bool, shape (n,); None where it is all.
+    """
+
+    segment: Segment
+    values: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentView:
+    """One segment of float32 values as they lie in a payload: of any bits, NaN among them.
+
+    Args:
+        segment: which elements.
+        values: float32, shape (n,), read-only, at any address; with a mask only the kept ones.
+        mask: as in `DecodedSegment`.
+    """
+
+    segment: Segment
+    values: Float32
+    mask: torch.Tensor | None = None
+
+
+Found = DecodedSegment | SegmentView
+
+Block = tuple[int, Sequence[Found]]
+"""A block's number and its segments."""
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockFrames:
+    """The frames of one block, found but not decoded."""
+
+    number: int
+    codes: tuple[SegmentCode, ...]
+    layout: BlockLayout
+    levels: memoryview | None
+    raw: memoryview | None
+    buffers: memoryview | None
+    num_bytes: int
+
+    def decode(
+        self,
+        schema: ModelSchema,
+        header: Header,
+        executor: Executor | None,
+        *,
+        in_place: bool = False,
+    ) -> list[Found]:
+        """Return its segments; plain float32 ones as views, where they may stay in place."""
+        levels = iter(self._decode_levels(executor))
+        raw = _decode_plain(schema, header, self.layout.raw, self.raw, in_place)
+        buffers = _decode_plain(schema, header, self.layout.buffers, self.buffers, in_place)
+        found: list[Found] = []
+        for segment, code in zip(schema.blocks[self.number].segments, self.codes, strict=True):
+            if code.coding is Coding.LEVELS:
+                found.append(next(levels))
+            elif code.coding is Coding.CONSTANT:
+                constant = torch.full((segment.num_elements,), code.offset, dtype=torch.float32)
+                found.append(DecodedSegment(segment, constant))
+            else:
+                is_buffer = schema.tensors[segment.tensor].role is Role.BUFFER
+                found.append(next(buffers if is_buffer else raw))
+        return found
+
+    def _decode_levels(self, executor: Executor | None) -> list[DecodedSegment]:
+        if self.levels is None:
+            return []
+        counts = [(segment.num_elements, code) for segment, code in self.layout.levels]
+        decoded = decode_levels(self.levels, counts, executor)
+        return [
+            DecodedSegment(segment, torch.from_numpy(values))
+            for (segment, _), values in zip(self.layout.levels, decoded, strict=True)
+        ]
+
+
+def _decode_plain(
+    schema: ModelSchema,
+    header: Header,
+    parts: tuple[PlainPart, ...],
+    frame: memoryview | None,
+    in_place: bool = False,
+) -> Iterator[Found]:
+    """Yield the segments of a frame of plain values."""
+    if frame is None:
+        return
+    if header.is_lossless:
+        lengths = [part.num_bytes for part in parts]
+        frame = memoryview(decompress(frame, lengths, [part.dtype.itemsize for part in parts]))
+    position = 0
+    for part in parts:
+        own = frame[position : position + part.num_bytes]
+        position += part.num_bytes
+        if in_place and part.dtype is torch.float32:
+            yield SegmentView(part.segment, np.frombuffer(own, _FLOAT32), part.mask)
+        else:
+            values = from_bytes(own, part.dtype)
+            refuse_not_finite(schema.tensors[part.segment.tensor], values)
+            yield DecodedSegment(part.segment, values, part.mask)
+
+
+def refuse_not_finite(spec: TensorSpec, values: torch.Tensor) -> None:
+    """Raise DecodeError where what came for a tensor holds NaN or an infinity."""
+    try:
+        check_finite(spec.name, values)
+    except UsageError as error:
+        raise DecodeError(
+            DecodeReason.NOT_FINITE, f"tensor {spec.name!r} holds NaN or an infinity"
+        ) from error
+
+
+class _FrameReader:
+    """Reads header and frames from a cursor, whether all bytes are there or come by and by."""
+
+    def __init__(self, cursor: Cursor, schema: ModelSchema) -> None:
+        self._cursor = cursor
+        self._schema = schema
+        self.header = read_header(cursor, schema)
+        self.codes: Codes = tuple(
+            tuple(read_code(cursor, schema, self.header, s) for s in schema.blocks[n].segments)
+            for n in self.header.coded
+        )
+        self.num_bytes = ByteCount()
+
+    def frozen(self) -> memoryview | None:
+        """Return the frame of the frozen tensors, None where there is none."""
+        if not self.header.holds_frozen(self._schema):
+            return None
+        parts = frozen_parts(self._schema)
+        frame = self._plain_frame(parts, "the frame of frozen tensors")
+        self.num_bytes.raw += len(frame)
+        self.num_bytes.nominal_bits += 8 * sum(part.num_bytes for part in parts)
+        return frame
+
+    def blocks(self) -> Iterator[_BlockFrames]:
+        """Yield the frames of the held blocks."""
+        for number, codes in zip(self.header.coded, self.codes, strict=True):
+            block = self._schema.blocks[number]
+            start = self._cursor.position
+            layout = lay_out(self._schema, self.header, number, codes)
+            levels = raw = buffers = None
+            if layout.levels:
+                levels = self._level_frame(layout, f"the levels of block {block.name!r}")
+                self.num_bytes.levels += len(levels)
+            if layout.raw:
+                raw = self._plain_frame(layout.raw, f"the values of block {block.name!r}")
+                self.num_bytes.raw += len(raw)
+            if layout.buffers:
+                buffers = self._plain_frame(layout.buffers, f"the buffers of block {block.name!r}")
+                self.num_bytes.buffers += len(buffers)
+            self.num_bytes.nominal_bits += layout.nominal_bits
+            length = self._cursor.position - start
+            yield _BlockFrames(number, codes, layout, levels, raw, buffers, length)
+
+    def _level_frame(self, layout: BlockLayout, what: str) -> memoryview:
+        length = self._cursor.varint(f"the length of {what}")
+        if length > layout.most_level_bytes:
+            raise DecodeError(
+                DecodeReason.LIMIT,
+                f"{what} say they take {length} bytes; wanted at most {layout.most_level_bytes}",
+            )
+        return self._cursor.take(length, what)
+
+    def _plain_frame(self, parts: tuple[PlainPart, ...], what: str) -> memoryview:
+        wanted = sum(part.num_bytes for part in parts)
+        length = self._cursor.varint(f"the length of {what}")
+        if self.header.is_lossless:
+            if length > wanted + wanted // 128 + 1024:
+                raise DecodeError(
+                    DecodeReason.LIMIT, f"{what} say they take {length} bytes for {wanted}"
+                )
+        elif length != wanted:
+            raise DecodeError(
+                DecodeReason.FIELD, f"{what}: {length} bytes came; the schema wants {wanted}"
+            )
+        return self._cursor.take(length, what)
+
+
+def _frozen_values(
+    schema: ModelSchema, header: Header, frame: memoryview | None
+) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+    for decoded in _decode_plain(schema, header, frozen_parts(schema), frame):
+        spec = schema.tensors[decoded.segment.tensor]
+        yield spec, cast(torch.Tensor, decoded.values).reshape(spec.shape)
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A whole payload that has been verified.
+
+    Lengths tile it, fields are legal, the checksum holds. Values are decoded on demand; `blocks`
+    can still find a damaged level stream or a value that is not finite.
+    """
+
+    schema: ModelSchema
+    header: Header
+    num_bytes: ByteCount
+    _frames: tuple[_BlockFrames, ...] = field(repr=False)
+    _frozen: memoryview | None = field(repr=False)
+
+    @classmethod
+    def parse(cls, data: Bytes, schema: ModelSchema, limits: Limits = DEFAULT_LIMITS) -> Payload:
+        """Verify a payload and find its frames.
+
+        Args:
+            data: the whole payload.
+            schema: the schema of the model that it is to be for.
+            limits: what is taken at most.
+
+        Raises:
+            DecodeError: it is cut, altered, of another version, for another model, or too large.
+        """
+        buffer = memoryview(data).cast("B")
+        check_length(buffer, limits)
+        check_version(bytes(buffer[:4]), buffer[4])
+        check_checksum(crc32(buffer[: -CHECKSUM.size]), buffer[-CHECKSUM.size :])
+        cursor = Cursor(buffer[: -CHECKSUM.size], limits)
+        reader = _FrameReader(cursor, schema)
+        frozen = reader.frozen()
+        frames = tuple(reader.blocks())
+        left = len(buffer) - CHECKSUM.size - cursor.position
+        if left:
+            raise DecodeError(
+                DecodeReason.TRAILING,
+                f"{left} bytes follow the last frame at offset {cursor.position}",
+            )
+        count = reader.num_bytes
+        count.header = len(buffer) - count.levels - count.raw - count.buffers
+        return cls(schema, reader.header, count, frames, frozen)
+
+    def frozen(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """Yield the frozen tensors of an opening payload."""
+        yield from _frozen_values(self.schema, self.header, self._frozen)
+
+    def blocks(
+        self, executor: Executor | None = None
+    ) -> Iterator[tuple[int, list[DecodedSegment]]]:
+        """Decode block by block.
+
+        Args:
+            executor: spreads the work on large blocks.
+
+        Yields:
+            The block's number and its segments. Levels and constants give float32; plain values
+            the type in which they travelled.
+
+        Raises:
+            DecodeError: a stream is damaged or a value is not finite.
+        """
+        for frames in self._frames:
+            found = frames.decode(self.schema, self.header, executor)
+            yield frames.number, cast(list[DecodedSegment], found)
+
+    def views(self, executor: Executor | None = None) -> Iterator[Block]:
+        """Decode block by block, but leave plain float32 values where they lie.
+
+        Whoever takes them looks for values that are not finite; else see `blocks`.
+        """
+        for frames in self._frames:
+            found = frames.decode(self.schema, self.header, executor, in_place=True)
+            yield frames.number, found
+
+    def codes(self) -> Iterator[tuple[int, Segment, SegmentCode]]:
+        """Yield block number, segment and code of all that the payload holds."""
+        for frames in self._frames:
+            segments = self.schema.blocks[frames.number].segments
+            for segment, code in zip(segments, frames.codes, strict=True):
+                yield frames.number, segment, code
+
+    def block_traffic(self) -> dict[int, BlockTraffic]:
+        """Return what each held block takes, by block number."""
+        return {
+            frames.number: BlockTraffic(
+                payloads=1,
+                num_bytes=frames.num_bytes,
+                nominal_bits=frames.layout.nominal_bits,
+                levels=frames.layout.mean_levels,
+            )
+            for frames in self._frames
+        }
+
+
+class _ChunkCursor(Cursor):
+    """Reads chunks of bytes as they come, and keeps what it has not given out."""
+
+    def __init__(self, chunks: Iterable[Bytes], limits: Limits) -> None:
+        super().__init__(memoryview(b""), limits)
+        self._chunks = iter(chunks)
+        self.checksum = 0
+
+    def take(self, count: int, what: str) -> memoryview:
+        if self.position + count > self.limits.max_payload_bytes:
+            raise DecodeError(
+                DecodeReason.LIMIT,
+                f"{what} would end past {self.limits.max_payload_bytes} bytes, the most taken",
+            )
+        whole, self._buffer = self._buffer[:count], self._buffer[count:]
+        if len(whole) < count:
+            whole = memoryview(self._gathered(bytearray(whole), count, what))
+        self.position += count
+        self.checksum = crc32(whole, self.checksum)
+        return whole
+
+    def _gathered(self, parts: bytearray, count: int, what: str) -> bytearray:
+        """Add chunks until there are as many bytes as wanted; the rest of the last one waits."""
+        for chunk in self._chunks:
+            view = memoryview(chunk).cast("B")
+            missing = count - len(parts)
+            parts += view[:missing]
+            if len(parts) == count:
+                self._buffer = view[missing:]
+                return parts
+        raise DecodeError(
+            DecodeReason.TRUNCATED,
+            f"the payload ends inside {what}: {count} bytes wanted at offset "
+            f"{self.position}, {len(parts)} came",
+        )
+
+    def close(self) -> None:
+        """Check that the checksum, and nothing else, is left.
+
+        Raises:
+            DecodeError: it is not.
+        """
+        came = self.checksum
+        check_checksum(came, self.take(CHECKSUM.size, "the checksum"))
+        for rest in chain([self._buffer], self._chunks):
+            if len(memoryview(rest)):  # no more is read of what may have no end
+                raise DecodeError(DecodeReason.TRAILING, "bytes follow the checksum")
+
+
+class PayloadStream:
+    """A payload that is decoded while it comes in, with memory for its largest block alone.
+
+    Args:
+        chunks: the payload in pieces of any size.
+        schema: the schema of the model that it is to be for.
+        limits: what is taken at most.
+
+    Raises:
+        DecodeError: its header is not legal, or for another model.
+    """
+
+    def __init__(
+        self, chunks: Iterable[Bytes], schema: ModelSchema, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        self._cursor = _ChunkCursor(chunks, limits)
+        self._reader = _FrameReader(self._cursor, schema)
+        self._frozen = self._reader.frozen()
+        self.schema = schema
+        self.header = self._reader.header
+
+    def frozen(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """Yield the frozen tensors of an opening payload."""
+        yield from _frozen_values(self.schema, self.header, self._frozen)
+
+    def blocks(
+        self, executor: Executor | None = None
+    ) -> Iterator[tuple[int, list[DecodedSegment]]]:
+        """Decode block by block, once; see `Payload.blocks`.
+
+        Nothing of it may be used before the last block has come: only then has the checksum been
+        seen.
+
+        Raises:
+            DecodeError: a frame is cut or damaged, a value is not finite, the checksum does not
+                hold, or something follows it.
+        """
+        for frames in self._reader.blocks():
+            found = frames.decode(self.schema, self.header, executor)
+            yield frames.number, cast(list[DecodedSegment], found)
+        self._cursor.close()

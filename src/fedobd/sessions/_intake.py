@@ -1,0 +1,208 @@
+"""Intake: takes in the uploads of one round, each wholly or not at all.
+
+One intake does for a round. Several, in processes of their own, can share its uploads out: their
+sums are integers and are merged to the same bits; see `_aggregation`.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from fedobd._errors import DecodeError, DecodeReason
+from fedobd.blocks import ModelSchema, ModelState
+from fedobd.payload import Bytes, Header, Kind, Limits, Payload
+from fedobd.sessions._aggregation import RunningMean, Sums, num_sums
+from fedobd.sessions._method import Method
+from fedobd.sessions._rounds import Refusal, RoundPlan, UploadRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntakeTerms:
+    """What decides which uploads of a round are taken, apart from the server's values.
+
+    Args:
+        plan: the round's plan.
+        sent: the blocks that its broadcast holds.
+        max_examples: the largest number of examples that an upload may claim.
+        limits: what an upload may take at most.
+    """
+
+    plan: RoundPlan
+    sent: tuple[int, ...]
+    max_examples: int
+    limits: Limits
+
+
+class Intake:
+    """Takes in the uploads of a round.
+
+    Args:
+        method: the run's method.
+        schema: the model's schema.
+        terms: which uploads are taken.
+        reference: the server's values W, floating tensors in float32; read, never changed.
+        executor: spreads the work on large blocks.
+        memory: see `RunningMean`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        schema: ModelSchema,
+        terms: IntakeTerms,
+        reference: ModelState,
+        *,
+        executor: Executor | None = None,
+        memory: Sums | None = None,
+    ) -> None:
+        self.method = method
+        self.schema = schema
+        self.terms = terms
+        self.reference = reference
+        self.uploads: dict[int, UploadRecord] = {}
+        """Those taken, by client."""
+        self.refusals: list[Refusal] = []
+        """Those refused, and those that never came."""
+        self._executor = executor
+        self._memory = memory
+        self._made: RunningMean | None = None
+
+    @staticmethod
+    def num_sums(method: Method, schema: ModelSchema) -> int:
+        """Return how many numbers the memory of an intake holds."""
+        return num_sums(schema, per_element=method.per_element_mean)
+
+    def receive(self, client: int, upload: Bytes) -> UploadRecord:
+        """Take in one upload; what `ServerSession.receive` does in an open round."""
+        try:
+            return self._accept(client, upload)
+        except DecodeError as error:
+            self.refusals.append(
+                Refusal(
+                    client=client,
+                    reason=error.reason.value,
+                    message=str(error),
+                    uplink_bytes=memoryview(upload).nbytes,
+                )
+            )
+            raise
+
+    def _accept(self, client: int, upload: Bytes) -> UploadRecord:
+        if client not in self.terms.plan.cohort:
+            raise DecodeError(
+                DecodeReason.CLIENT,
+                f"client {client} takes no part in round {self.terms.plan.round}",
+            )
+        if client in self.uploads:
+            raise DecodeError(
+                DecodeReason.DUPLICATE,
+                f"client {client} has uploaded in round {self.terms.plan.round} already",
+            )
+        payload = Payload.parse(upload, self.schema, self.terms.limits)
+        header, report = payload.header, payload.header.report
+        self._check(client, header)
+        assert report is not None
+        self._mean().fold(
+            lambda: payload.views(self._executor),
+            report.num_examples,
+            differences=header.is_difference,
+        )
+        record = UploadRecord(
+            client=client,
+            num_examples=report.num_examples,
+            train_loss=report.train_loss,
+            num_validation_examples=report.num_validation_examples,
+            validation_loss=report.validation_loss,
+            validation_metric=report.validation_metric,
+            blocks_kept=header.kept,
+            block_differences=header.block_differences,
+            uplink=payload.num_bytes,
+            uplink_blocks=tuple(payload.block_traffic().values()),
+        )
+        self.uploads[client] = record
+        return record
+
+    def _check(self, client: int, header: Header) -> None:
+        """Raise DecodeError for an upload of another client or round, or an illegal report."""
+        plan, most, report = self.terms.plan, self.terms.max_examples, header.report
+        check_addressed(header, Kind.UPLOAD, self.method, plan.round, plan.stage)
+        assert report is not None
+        if header.client != client:
+            raise DecodeError(
+                DecodeReason.CLIENT, f"client {client} sent an upload of client {header.client}"
+            )
+        if not 1 <= report.num_examples <= most:
+            raise DecodeError(
+                DecodeReason.LIMIT,
+                f"client {client} claims {report.num_examples} examples; allowed are 1 to {most}",
+            )
+        if report.num_validation_examples > most:
+            raise DecodeError(
+                DecodeReason.LIMIT,
+                f"client {client} claims {report.num_validation_examples} validation examples; "
+                f"at most {most} are allowed",
+            )
+        if header.is_difference is not self.method.sends_differences:
+            raise DecodeError(
+                DecodeReason.METHOD,
+                f"the upload holds {'differences' if header.is_difference else 'values'}; "
+                f"{self.method.name} sends the other",
+            )
+        self.method.check_upload(header, self.schema, self.terms.sent)
+
+    def _mean(self) -> RunningMean:
+        """Return the mean; it is made while clients train rather than before they may."""
+        if self._made is None:
+            self._made = RunningMean(
+                self.schema,
+                self.reference,
+                cohort_size=len(self.terms.plan.cohort),
+                max_examples=self.terms.max_examples,
+                per_element=self.method.per_element_mean,
+                memory=self._memory,
+            )
+        return self._made
+
+    def note(self, outcome: UploadRecord | Refusal) -> None:
+        """Record what another intake made of an upload; its sums are yet to be merged."""
+        if isinstance(outcome, UploadRecord):
+            self._mean()
+            self.uploads[outcome.client] = outcome
+        else:
+            self.refusals.append(outcome)
+
+    def merge(self, memory: Sums, num_examples: int) -> None:
+        """Add the sums of another intake of the round; see `RunningMean.merge`."""
+        self._mean().merge(memory, num_examples)
+
+    def finish(self) -> ModelState:
+        """Return the server's new values; see `RunningMean.finish`."""
+        return self._mean().finish()
+
+
+def check_addressed(
+    header: Header, kind: Kind, method: Method, number: int | None, stage: int | None
+) -> None:
+    """Raise DecodeError unless a payload is of this kind and method.
+
+    It must be of this round and stage too, where they are given.
+    """
+    if header.kind is not kind:
+        raise DecodeError(
+            DecodeReason.KIND, f"a payload of kind {header.kind.name} came; wanted {kind.name}"
+        )
+    if header.method != method.wire_id:
+        raise DecodeError(
+            DecodeReason.METHOD,
+            f"a payload of method number {header.method} came; "
+            f"wanted {method.wire_id} ({method.name})",
+        )
+    if number is not None and (header.round, header.stage) != (number, stage):
+        raise DecodeError(
+            DecodeReason.ROUND,
+            f"a payload of round {header.round}, stage {header.stage} came; "
+            f"wanted round {number}, stage {stage}",
+        )
+    if kind is not Kind.UPLOAD and (header.is_difference or header.mask is not None):
+        raise DecodeError(DecodeReason.FIELD, "what a server sends must be whole values")

@@ -1,0 +1,315 @@
+"""Rounds: what is planned before one, and what is recorded after it.
+
+All of it is plain, frozen data that turns into JSON with `dataclasses.asdict`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+
+from fedobd._errors import UsageError
+from fedobd._seeds import make_generator
+from fedobd.payload import BlockTraffic, ByteCount
+
+
+def cohort_size(cohort: int | float, num_clients: int) -> int:
+    """Return how many of the clients take part in a round.
+
+    Args:
+        cohort: a count (int), or a fraction in (0, 1] (float) of the clients, rounded down, at
+            least 1.
+        num_clients: all clients.
+
+    Raises:
+        UsageError: the count is above the number of clients.
+    """
+    check_cohort(cohort)
+    if isinstance(cohort, float):
+        return max(1, math.floor(Fraction(str(cohort)) * num_clients))
+    if cohort > num_clients:
+        raise UsageError(f"a cohort of {cohort} clients was asked for; there are {num_clients}")
+    return cohort
+
+
+def check_cohort(cohort: int | float) -> None:
+    """Raise UsageError unless the cohort is a count of at least 1 or a fraction in (0, 1]."""
+    legal = 0 < cohort <= 1 if isinstance(cohort, float) else is_count(cohort)
+    if not legal:
+        raise UsageError(
+            f"cohort is {cohort}; allowed are a count of at least 1 (5) or a fraction above 0 "
+            f"and up to 1 (0.5)"
+        )
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def sample_cohort(
+    cohort: int | float,
+    num_clients: int,
+    seed: int,
+    round_number: int,
+    available: Collection[int] | None = None,
+) -> tuple[int, ...]:
+    """Return the clients of a round, ascending.
+
+    They are a uniform sample without replacement that depends on seed, round and `available`
+    alone: the first of one random order of all clients that are available.
+
+    Args:
+        cohort: count, or fraction of all clients.
+        num_clients: all clients.
+        seed: the run's seed.
+        round_number: the round.
+        available: the clients that can be reached; None for all. Where they are fewer than the
+            cohort wants, all of them take part.
+    """
+    size = cohort_size(cohort, num_clients)
+    generator = make_generator(seed, "cohort", round_number)
+    order = torch.randperm(num_clients, generator=generator).tolist()
+    if available is not None:
+        reached = frozenset(available)
+        order = [client for client in order if client in reached]
+    return tuple(sorted(order[:size]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A run of like rounds.
+
+    Args:
+        number: 1 or 2.
+        rounds: how many rounds at most.
+        epochs: local epochs of each round.
+        cohort: count or fraction of the clients in each round.
+        one_schedule: whether the learning-rate schedule goes on from round to round; else each
+            round starts it anew.
+    """
+
+    number: int
+    rounds: int
+    epochs: int
+    cohort: int | float
+    one_schedule: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "epochs"):
+            if not is_count(getattr(self, name)):
+                raise UsageError(
+                    f"{name} of stage {self.number} is {getattr(self, name)}; allowed are "
+                    f"numbers from 1"
+                )
+        check_cohort(self.cohort)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundPlan:
+    """What happens in a round.
+
+    Args:
+        round: its number, from 1.
+        stage: number of its stage.
+        cohort: the clients that take part, ascending.
+        epochs: local epochs.
+        schedule_start: epochs of the learning-rate schedule that lie behind the client.
+        schedule_epochs: length of that schedule in epochs.
+        run_start: local epochs that are planned before this round, for schedules over the run.
+        run_epochs: local epochs of all planned rounds.
+    """
+
+    round: int
+    stage: int
+    cohort: tuple[int, ...]
+    epochs: int
+    schedule_start: int
+    schedule_epochs: int
+    run_start: int
+    run_epochs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadRecord:
+    """One accepted upload.
+
+    Args:
+        client: who sent it.
+        num_examples: its weight.
+        train_loss: as reported.
+        num_validation_examples: as reported.
+        validation_loss: as reported.
+        validation_metric: as reported.
+        blocks_kept: numbers of the blocks that it holds.
+        block_differences: mean block difference of every block, where the method sends it.
+        uplink: bytes by what they are for.
+        uplink_blocks: what each of those blocks took, in the order of blocks_kept.
+    """
+
+    client: int
+    num_examples: int
+    train_loss: float
+    num_validation_examples: int
+    validation_loss: float
+    validation_metric: float
+    blocks_kept: tuple[int, ...]
+    block_differences: tuple[float, ...] | None
+    uplink: ByteCount
+    uplink_blocks: tuple[BlockTraffic, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """One upload that was refused, or never came.
+
+    Args:
+        client: whose connection it came on.
+        reason: the kind of fault: a `DecodeReason`, or what an engine says of an upload that did
+            not come (`"late"`, `"failed"`).
+        message: the fault in words.
+        uplink_bytes: its length; it was sent all the same.
+    """
+
+    client: int
+    reason: str
+    message: str
+    uplink_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRecord:
+    """What happened in a round.
+
+    Args:
+        round: its number.
+        stage: its stage.
+        cohort: the clients that were asked.
+        uploads: accepted uploads by client.
+        refusals: refused or missing ones in order of client.
+        train_loss: mean over accepted uploads, weighted by examples.
+        validation_loss: mean over accepted uploads of the received model's loss, weighted by
+            validation examples; None without any.
+        validation_metric: the same of its metric.
+        uplink_bytes: bytes of all uploads, refused ones included, and those of attempts at the
+            round that were aborted.
+        downlink_bytes: bytes of the broadcast to each client of the cohort and of openings, with
+            those that were sent again, and those of aborted attempts.
+        uplink_nominal_bits: accepted uploads by the papers' formula.
+        downlink_nominal_bits: the same of what went down.
+        uplink_blocks: what each block of the schema took in the accepted uploads.
+        broadcast: bytes of one broadcast by what they are for.
+        broadcast_blocks: what each block of the schema took in one broadcast.
+        opening_bytes: bytes of the opening payloads of this round, part of downlink_bytes.
+        opened: clients that were sent one.
+        reopened: clients that had lost what an earlier opening gave them, and were sent opening
+            and broadcast again.
+    """
+
+    round: int
+    stage: int
+    cohort: tuple[int, ...]
+    uploads: tuple[UploadRecord, ...]
+    refusals: tuple[Refusal, ...]
+    train_loss: float
+    validation_loss: float | None
+    validation_metric: float | None
+    uplink_bytes: int
+    downlink_bytes: int
+    uplink_nominal_bits: int
+    downlink_nominal_bits: int
+    uplink_blocks: tuple[BlockTraffic, ...]
+    broadcast: ByteCount
+    broadcast_blocks: tuple[BlockTraffic, ...]
+    opening_bytes: int
+    opened: tuple[int, ...]
+    reopened: tuple[int, ...] = ()
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float | None:
+    """Return the weighted mean, or None where the weights add to 0.
+
+    Sums are exactly rounded, so the order does not matter.
+    """
+    total = sum(weights)
+    if total == 0:
+        return None
+    return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlyStop:
+    """Leave a stage when the metric has not risen by `min_gain` for `patience` rounds.
+
+    Args:
+        source: `"off"`; `"validation"` for the clients' validation figures; `"test"` for the test
+            set, which flatters a method and marks its results.
+        min_gain: the least rise that counts.
+        patience: rounds without one after which the stage is left.
+    """
+
+    source: str = "off"
+    min_gain: float = 0.001
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        if self.source not in ("off", "validation", "test"):
+            raise UsageError(
+                f"early stop on {self.source!r}; allowed are 'off', 'validation' and 'test'"
+            )
+        if not is_count(self.patience):
+            raise UsageError(f"patience is {self.patience}; allowed are numbers of rounds from 1")
+        if not 0 <= self.min_gain < math.inf:
+            raise UsageError(f"min_gain is {self.min_gain}; allowed are finite numbers from 0")
+
+
+@dataclass(slots=True)
+class StopWatch:
+    """State of an early stop within a stage: the best metric and the rounds since it rose."""
+
+    best: float | None = None
+    rounds_since: int = 0
+
+    def observe(self, metric: float | None, rule: EarlyStop) -> bool:
+        """Take in a round's metric and say whether to leave the stage."""
+        if metric is None:
+            return False
+        least = -math.inf if self.best is None else self.best + rule.min_gain
+        if metric >= least and metric != self.best:  # NaN is no rise
+            self.best, self.rounds_since = metric, 0
+        else:
+            self.rounds_since += 1
+        return self.rounds_since >= rule.patience
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands between two rounds.
+
+    Args:
+        rounds: rounds that were ended.
+        stage: index of the current stage.
+        stage_rounds: rounds ended in it.
+        watch: the early stop's state in it.
+        opened: clients that have had their opening payload.
+        uploads_by_block: accepted uploads of each block in stage 1.
+        memory: what the method keeps between rounds.
+        start: fingerprint of the initial model in hexadecimal, where clients hold it already.
+        aborted_uplink: bytes of uploads in rounds that were aborted since the last one that ended.
+        aborted_downlink: the same of what went down.
+    """
+
+    rounds: int = 0
+    stage: int = 0
+    stage_rounds: int = 0
+    watch: StopWatch = field(default_factory=StopWatch)
+    opened: set[int] = field(default_factory=set)
+    uploads_by_block: list[int] = field(default_factory=list)
+    memory: dict[str, object] = field(default_factory=dict)
+    start: str | None = None
+    aborted_uplink: int = 0
+    aborted_downlink: int = 0

@@ -1,0 +1,150 @@
+"""Selection: which blocks a client uploads.
+
+References:
+    FedOBD (arXiv 2208.05174), section 3.2 and algorithm 2: mean block difference, opportunistic
+    block dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedobd.blocks import ModelSchema, Role, Segment
+
+
+def subtract(
+    now: torch.Tensor, before: torch.Tensor, start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a part of each client's values has changed by, and the sum of squares of that.
+
+    On the CPU eight float64 sums run over every eighth difference (what is left over goes to the
+    first) and are added in pairs: the same bits on every machine, which a library's reduction does
+    not promise. On another device they are added up there, in its own order.
+
+    Args:
+        now: shape (clients, m), floating, on any device.
+        before: shape (clients, m), floating; or (1, m), the same for all.
+        start: where the part begins.
+        stop: where it ends.
+
+    Returns:
+        now - before, float32, shape (clients, stop - start); and float64, shape (clients,); where
+        `now` lies.
+    """
+    part = slice(start, stop)
+    if now.device.type != "cpu":
+        below = before[:, part].to(now.device, torch.float32)
+        differences = now[:, part].to(torch.float32) - below
+        return differences, differences.to(torch.float64).square().sum(dim=1)
+    import fedobd.codec.kernels as kernels  # when first needed: importing numba takes its time
+
+    if now.dtype != torch.float32 or before.dtype != torch.float32:
+        now, before = now[:, part].to(torch.float32), before[:, part].to(torch.float32)
+        start = 0
+    differences = torch.empty(len(now), stop - part.start)
+    norms = torch.empty(len(now), dtype=torch.float64)
+    kernels.subtract(
+        now.contiguous().numpy(),
+        before.contiguous().numpy(),
+        start,
+        differences.numpy(),
+        norms.numpy(),
+    )
+    return differences, norms
+
+
+def squared_norm(values: NDArray[np.float32]) -> float:
+    """Return the sum of squares of values, shape (n,), in float64, as `subtract` adds them up."""
+    rows = torch.from_numpy(values).unsqueeze(0)
+    return float(subtract(rows, torch.zeros_like(rows), 0, values.size)[1])
+
+
+def mean_block_differences(
+    schema: ModelSchema, squared_norms: Callable[[Segment], torch.Tensor]
+) -> list[tuple[float, ...]]:
+    """Return each client's mean block difference ‖vec(Ŵ[b]) - vec(W_k[b])‖₂ / |b| of each block.
+
+    Args:
+        schema: the model's schema.
+        squared_norms: gives the sums of squares of the differences of a segment of a parameter,
+            float64, shape (clients,).
+
+    Returns:
+        For each client one number for each block, 0 for a block of buffers alone.
+    """
+    totals = []
+    for block in schema.blocks:
+        if block.num_parameters:
+            norms = [
+                squared_norms(segment)
+                for segment in block.segments
+                if schema.tensors[segment.tensor].role is Role.PARAMETER
+            ]
+            totals.append(sum(norms[1:], norms[0]))
+    means = []
+    for own in torch.stack(totals, dim=1).tolist():
+        coming = iter(own)
+        means.append(
+            tuple(
+                math.sqrt(next(coming)) / block.num_parameters if block.num_parameters else 0.0
+                for block in schema.blocks
+            )
+        )
+    return means
+
+
+def parameter_budget(num_parameters: int, dropout_rate: float) -> int:
+    """Return the largest whole number of parameters within (1 - λ)·|W|.
+
+    λ counts as it is written in decimal.
+    """
+    return math.floor((1 - Fraction(str(dropout_rate))) * num_parameters)
+
+
+def oversized_blocks(schema: ModelSchema, dropout_rate: float) -> tuple[int, ...]:
+    """Return the numbers of the blocks that are larger than the (1 - λ) budget."""
+    budget = parameter_budget(schema.num_parameters, dropout_rate)
+    return tuple(
+        number for number, block in enumerate(schema.blocks) if block.num_parameters > budget
+    )
+
+
+def fill_budget(schema: ModelSchema, order: Sequence[int], budget: int) -> tuple[int, ...]:
+    """Keep blocks in the given order while they fit.
+
+    A block that does not fit is skipped, and the scan goes on.
+
+    Args:
+        schema: the model's schema.
+        order: block numbers, most wanted first.
+        budget: the most parameters to keep.
+
+    Returns:
+        The kept block numbers, ascending. Blocks without parameters are always kept.
+    """
+    kept, used = [], 0
+    for number in order:
+        size = schema.blocks[number].num_parameters
+        if used + size <= budget:
+            kept.append(number)
+            used += size
+    return tuple(sorted(kept))
+
+
+def order_by_difference(differences: Sequence[float]) -> list[int]:
+    """Return block numbers by mean block difference, largest first.
+
+    Of equal ones the lower number comes first.
+    """
+    return sorted(range(len(differences)), key=lambda number: (-differences[number], number))
+
+
+def random_order(num_blocks: int, generator: torch.Generator) -> list[int]:
+    """Return block numbers in random order, the ablation without mean block differences."""
+    return list(map(int, torch.randperm(num_blocks, generator=generator)))

@@ -29,7 +29,7 @@ from torch import nn
 from fedobd._checkpoint import checkpoint_folder
 from fedobd._errors import UsageError, describe
 from fedobd._imports import nearest
-from fedobd.models._checks import check_counts
+from fedobd.models._checks import attended, check_counts, check_tokens
 
 _NOT_A_SIZE = ("auto_map", "id2label", "label2id", "num_labels", "quantization_config")
 """Keys of a configuration that are set here, or would bring foreign code or kernels."""
@@ -96,9 +96,8 @@ class HuggingFaceText(nn.Module):
         self.vocab_size: int | None = getattr(self.network.config, "vocab_size", None)
         takes = inspect.signature(type(self.network).forward).parameters
         self._takes_mask = "attention_mask" in takes
-        own = self.network.config
-        is_decoder = getattr(own, "is_decoder", False)
-        self._all_see_all = own.model_type in _ALL_SEE_ALL and not is_decoder
+        is_decoder = getattr(self.network.config, "is_decoder", False)
+        self._all_see_all = self.network.config.model_type in _ALL_SEE_ALL and not is_decoder
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Classify texts.
@@ -113,13 +112,7 @@ class HuggingFaceText(nn.Module):
         Raises:
             UsageError: the tokens have another shape, or are longer than max_length.
         """
-        longest = self.max_length
-        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= (longest or tokens.shape[1]):
-            limit = "" if longest is None else f" <= max_length = {longest}"
-            raise UsageError(
-                f"HuggingFaceText: tokens have shape {tuple(tokens.shape)}; wanted (n, length) "
-                f"with 1 <= length{limit}"
-            )
+        check_tokens("HuggingFaceText", tokens, self.max_length)
         inputs = {"input_ids": tokens}
         if self._takes_mask:
             inputs["attention_mask"] = self._mask_of(tokens)
@@ -127,11 +120,7 @@ class HuggingFaceText(nn.Module):
         return logits
 
     def _mask_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        real = tokens != self.padding
-        # Attention needs a place to look at: without one its softmax is 0/0. A text without a
-        # token looks at its first place.
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        mask = real | ((place == 0) & ~real.any(dim=1, keepdim=True))
+        mask = attended(tokens, self.padding)
         if self._all_see_all and _is_batched(tokens):
             # Under vmap, a mask of two dimensions fails: transformers asks whether it is all ones.
             ignored = ~mask[:, None, None, :]
@@ -147,16 +136,12 @@ class HuggingFaceImage(nn.Module):
 
     Args:
         num_classes: number of classes, one logit each.
-        config: `model_type` and any sizes of a new model, as in its `config.json`.
-        checkpoint: folder of a pretrained model, or `package:name`; see `checkpoint_folder`. A
-            classifier that it lacks, or has for another number of classes, is made anew.
-        lora: options of `peft.LoraConfig`, such as `{"r": 8, "target_modules": ["q_proj"]}`; the
-            model's own weights are then frozen, and the adapters and the classifier trained. None
-            for training everything.
+        config: as for `HuggingFaceText`, and so are `checkpoint` and `lora`.
+        checkpoint: see `config`.
+        lora: see `config`.
 
     Raises:
-        UsageError: transformers or peft is not installed; not exactly one of `config` and
-            `checkpoint` is given; or an option is refused by the library.
+        UsageError: as for `HuggingFaceText`.
 
     Example:
         >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -237,7 +222,9 @@ def _make_network(
         if config is not None:
             made = _configured(transformers, kind, config)
             _finish_config(made, kind, num_labels)
-            network, fresh = _new_network(transformers, kind, made), set[str]()
+            with _explained(kind, made.model_type):
+                auto = getattr(transformers, kind.auto)
+                network, fresh = auto.from_config(made, trust_remote_code=False), set[str]()
         else:
             assert checkpoint is not None
             network, fresh = _pretrained(transformers, kind, checkpoint, num_labels)
@@ -256,6 +243,25 @@ def _library(name: str, kind: _Kind) -> Any:
             f"{kind.model} needs {name}, which cannot be imported ({error}); "
             "pip install 'fedobd[hf]'"
         ) from error
+
+
+@contextmanager
+def _explained(kind: _Kind, what: str) -> Iterator[None]:
+    """Say what a library refuses; it raises exceptions of many kinds, some over many lines.
+
+    Args:
+        kind: for whom.
+        what: an option, or the `model_type` of the model that is made.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UsageError(
+                f"{kind.model}: transformers has no classifier of {kind.inputs} with model_type "
+                f"{what!r}"
+            ) from error
+        raise UsageError(f"{kind.model}: {what} was refused: {describe(error)}") from error
 
 
 @contextmanager
@@ -300,10 +306,8 @@ def _configured(transformers: Any, kind: _Kind, config: Mapping[str, Any]) -> An
             raise UsageError(
                 f"{kind.model}: a {model_type} configuration has no {key!r}{nearest(key, names)}"
             )
-    try:
+    with _explained(kind, "config"):
         return known[model_type](**sizes)
-    except Exception as error:  # whatever the library checks its values with
-        raise UsageError(f"{kind.model}: config was refused: {describe(error)}") from error
 
 
 def _finish_config(config: Any, kind: _Kind, num_labels: int) -> None:
@@ -321,42 +325,21 @@ def _finish_config(config: Any, kind: _Kind, num_labels: int) -> None:
         config.use_cache = False  # of decoders that write; it costs memory here
 
 
-def _new_network(transformers: Any, kind: _Kind, config: Any) -> Any:
-    try:
-        return getattr(transformers, kind.auto).from_config(config, trust_remote_code=False)
-    except Exception as error:
-        raise _refused(transformers, kind, config, error) from error
-
-
-def _refused(transformers: Any, kind: _Kind, config: Any, error: Exception) -> UsageError:
-    if "Unrecognized configuration class" in str(error):
-        return UsageError(
-            f"{kind.model}: transformers {transformers.__version__} has no classifier of "
-            f"{kind.inputs} with model_type {config.model_type!r}"
-        )
-    return UsageError(f"{kind.model}: {config.model_type} was refused: {describe(error)}")
-
-
 def _pretrained(
     transformers: Any, kind: _Kind, checkpoint: str, num_labels: int
 ) -> tuple[Any, set[str]]:
     """Load a model; return it with the names of the parameters that its folder did not have."""
     folder = str(checkpoint_folder(checkpoint))
     local = {"local_files_only": True, "trust_remote_code": False}
-    try:
+    with _explained(kind, f"checkpoint {checkpoint!r} has a config.json that"):
         config = transformers.AutoConfig.from_pretrained(folder, **local)
-    except Exception as error:
-        raise UsageError(
-            f"{kind.model}: checkpoint {checkpoint!r} has a config.json that was refused: "
-            f"{describe(error)}"
-        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UsageError(
             f"{kind.model}: checkpoint {checkpoint!r} is quantized; wanted floating-point weights"
         )
     _finish_config(config, kind, num_labels)
-    try:
-        network, found = getattr(transformers, kind.auto).from_pretrained(
+    with _explained(kind, config.model_type):
+        network, loading = getattr(transformers, kind.auto).from_pretrained(
             folder,
             config=config,
             use_safetensors=True,
@@ -364,12 +347,10 @@ def _pretrained(
             output_loading_info=True,
             **local,
         )
-    except Exception as error:
-        raise _refused(transformers, kind, config, error) from error
-    body, own = f"{network.base_model_prefix}.", {name for name, _ in network.named_parameters()}
-    fresh = set(found["missing_keys"]) | {entry[0] for entry in found["mismatched_keys"]}
+    body, names = f"{network.base_model_prefix}.", dict(network.named_parameters())
+    fresh = set(loading["missing_keys"]) | {entry[0] for entry in loading["mismatched_keys"]}
     # Before transformers 5, names lack the prefix where the folder holds a model without a head.
-    fresh = {name if name in own else body + name for name in fresh}
+    fresh = {name if name in names else body + name for name in fresh}
     # Models trained without a classifier lack the pooler as well, which serves it alone.
     lost = sorted(n for n in fresh if n.startswith(body) and "pooler" not in n)
     if lost:
@@ -401,10 +382,8 @@ def _add_lora(kind: _Kind, network: Any, lora: Mapping[str, Any], fresh: set[str
             f"{network.config.model_type!r} has no {network.base_model_prefix!r}"
         )
     untaught = [p for name, p in network.named_parameters() if name in fresh]
-    try:
+    with _explained(kind, "lora"):
         peft.inject_adapter_in_model(peft.LoraConfig(**lora), body)
-    except Exception as error:
-        raise UsageError(f"{kind.model}: lora was refused: {describe(error)}") from error
     for parameter in untaught:  # such as a pooler's
         parameter.requires_grad_(True)
 

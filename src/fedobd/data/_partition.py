@@ -110,12 +110,11 @@ def partition(
                 f"{options.name!r}: {error}"
             ) from error
     # The first examples of a share are held out for validation: sorted ones would be of one class.
-    return [_shuffled(share, seed, client) for client, share in enumerate(shares)]
-
-
-def _shuffled(share: torch.Tensor, seed: int, client: int) -> torch.Tensor:
-    generator = make_generator(seed, "partition order", client)
-    return share[torch.randperm(len(share), generator=generator)]
+    generators = (make_generator(seed, "partition order", n) for n in range(num_clients))
+    return [
+        share[torch.randperm(len(share), generator=generator)]
+        for share, generator in zip(shares, generators, strict=True)
+    ]
 
 
 def _by_owner(owners: Sequence[Any] | None, num_clients: int) -> list[torch.Tensor]:
@@ -176,7 +175,7 @@ def _classes(
 ) -> list[torch.Tensor]:
     """Give each client classes of a shuffled deck of all, which is replaced when it is used up."""
     generator, each = make_generator(seed, "partition"), options.classes_per_client
-    classes = targets.unique().tolist()
+    classes = sorted(set(targets.tolist()))
     least = -(-len(classes) // num_clients)
     if not least <= each <= len(classes):
         raise ValueError(
@@ -214,7 +213,7 @@ def partition_iid(num_examples: int, num_clients: int, *, seed: int = 0) -> list
         seed: the run's seed.
 
     Returns:
-        The numbers of each client's examples, int64.
+        The numbers of each client's examples, int64, shape (examples of the client,) each.
 
     Raises:
         UsageError: there are more clients than examples, or no clients.
@@ -243,7 +242,7 @@ def set_aside(
         seed: the run's seed.
 
     Returns:
-        The numbers of the other examples and those of the test set, int64.
+        The numbers of the other examples and those of the test set, int64, one dimension each.
 
     Raises:
         UsageError: the fraction is out of range.
@@ -293,7 +292,7 @@ def share_out(
 
     Args:
         examples: all examples, which stay where they are.
-        shares: the numbers of each client's.
+        shares: the numbers of each client's examples, int64, shape (n,) each.
         validation_fraction: share of each that is held out for validation, in [0, 1).
         prepare: what is done to inputs when they are taken.
     """

@@ -106,28 +106,24 @@ class TransformerClassifier(nn.Module):
         self.classifier = nn.Linear(d_model, num_outputs)
 
     def _set_vectors(self, vectors: torch.Tensor) -> None:
-        weight = self.embedding.weight
+        weight, fault = self.embedding.weight, None
         if vectors.shape != weight.shape:
-            raise UsageError(
-                f"TransformerClassifier: vectors have shape {tuple(vectors.shape)}; wanted "
-                f"(vocab_size, d_model) = {tuple(weight.shape)}"
-            )
-        if not vectors.is_floating_point():
-            raise UsageError(
-                f"TransformerClassifier: vectors have element type {vectors.dtype}; wanted a float"
-            )
+            wanted = f"(vocab_size, d_model) = {tuple(weight.shape)}"
+            fault = f"shape {tuple(vectors.shape)}; wanted {wanted}"
+        elif not vectors.is_floating_point():
+            fault = f"element type {vectors.dtype}; wanted a float"
+        if fault is not None:
+            raise UsageError(f"TransformerClassifier: vectors have {fault}")
         with torch.no_grad():
             weight.copy_(vectors)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Classify texts.
+        """Return logits, float, shape (n, num_outputs).
 
         Args:
             tokens: token ids, int64, shape (n, length) with 1 <= length <= max_length; 0 is
-                padding, and may stand anywhere.
-
-        Returns:
-            Logits, shape (n, num_outputs). A text of padding alone has the classifier's bias.
+                padding, and may stand anywhere. A text of padding alone gets the classifier's
+                bias.
 
         Raises:
             UsageError: the tokens have another shape, or are longer than max_length.

@@ -32,6 +32,7 @@ from fedobd.data import (
     move_to,
     select,
 )
+from fedobd.data._images import decode_images
 from fedobd.data._store import StoredExamples, stored
 from fedobd.experiments import build_data, run
 from fedobd.experiments.config import RunConfig, parse_config
@@ -784,7 +785,7 @@ def test_a_failure_or_ctrl_c_leaves_no_part(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = image_folder(tmp_path / "set")
-    inner = _load.decode_images
+    inner = decode_images
 
     def fails(*given: Any) -> Any:
         for number, image in enumerate(inner(*given)):

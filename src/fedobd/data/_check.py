@@ -13,7 +13,7 @@ from fedobd.data._source import Source
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_BATCH = 1000
+_BATCH = 1000  # rows that are read at a time
 _MOST_NAMED = 5  # rows of one kind of fault, or sizes of images
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _VERSION = 3  # of what is stored; other versions are made anew
-_BATCH = 1000
+_BATCH = 1000  # rows that are read at a time
 _MOST_MEASURED = 10_000  # images that mean and deviation are taken from
 
 

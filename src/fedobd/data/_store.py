@@ -34,7 +34,7 @@ class StoredExamples:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # mode c: copies of pages that are written to, as tensors cannot be read-only
+        # Mode c copies the pages that are written to: a tensor cannot be read-only.
         self.inputs = torch.from_numpy(np.load(folder / _INPUTS, mmap_mode="c"))
         self.targets = torch.from_numpy(np.load(folder / _TARGETS))
         self.facts: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))

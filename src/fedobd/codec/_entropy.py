@@ -9,7 +9,7 @@ above them is coded with a table of frequencies. The stream of a block is:
 2. for each segment a table, as bits, the lowest of each byte first; then 0 bits up to a whole
    byte;
 3. for each chunk: the number of its words (LEB128; left out for the last), four lane states of 48
-   bits, and its words of 16 bits, all little endian. `_kernels` says how lanes and words hold
+   bits, and its words of 16 bits, all little endian. `_rans` says how lanes and words hold
    symbols.
 
 A table is, with w the bits of the largest symbol's number (at least 1):
@@ -55,11 +55,11 @@ _LANES = 4
 
 
 @cache
-def _kernels() -> Any:
+def _rans() -> Any:
     """Import the compiled loops when they are first needed: importing numba takes its time."""
-    import fedobd.codec.kernels as kernels
+    import fedobd.codec._rans as rans
 
-    return kernels
+    return rans
 
 
 @cache
@@ -165,8 +165,8 @@ def _pieces(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, s
 def _encode_chunk(
     segments: Sequence[Levels], tables: Sequence[_Table], start: int, stop: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint16]]:
-    kernels = _kernels()
-    states = np.full(_LANES, kernels.LOWEST_STATE, np.uint64)
+    rans = _rans()
+    states = np.full(_LANES, rans.LOWEST_STATE, np.uint64)
     words = np.empty(2 * (stop - start) + 2, np.uint16)
     position = words.size
     ends = list(accumulate(levels.symbols.size for levels in segments))
@@ -177,13 +177,9 @@ def _encode_chunk(
         shift = level_shift(levels.num_levels)
         symbols = levels.symbols[part]
         if shift:
-            position = kernels.encode_symbols(
-                symbols, shift, entries, states, first, words, position
-            )
+            position = rans.encode_symbols(symbols, shift, entries, states, first, words, position)
         else:
-            position = kernels.encode_symbols_fast(
-                symbols, entries, states, first, words, position
-            )
+            position = rans.encode_symbols_fast(symbols, entries, states, first, words, position)
     return states, words[position:]
 
 
@@ -280,7 +276,7 @@ class _ChunkReader:
             int.from_bytes(data[i : i + _STATE_BYTES], "little")
             for i in range(0, head, _STATE_BYTES)
         ]
-        lowest = _kernels().LOWEST_STATE
+        lowest = _rans().LOWEST_STATE
         if not all(lowest <= state < lowest << 16 for state in states):
             raise _damaged("has a lane state out of range")
         self._states = np.array(states, np.uint64)
@@ -298,7 +294,7 @@ class _ChunkReader:
         shift = level_shift(code.num_levels)
         if shift:
             step = np.float32(code.range) / np.float32(code.num_levels)
-            position = _kernels().decode_symbols(
+            position = _rans().decode_symbols(
                 self._words,
                 self._position,
                 self._states,
@@ -312,7 +308,7 @@ class _ChunkReader:
                 values,
             )
         else:
-            position = _kernels().decode_symbols_fast(
+            position = _rans().decode_symbols_fast(
                 self._words,
                 self._position,
                 self._states,
@@ -329,7 +325,7 @@ class _ChunkReader:
 
     def close(self) -> None:
         """Check that all words were read and all lanes are where they began."""
-        lowest = _kernels().LOWEST_STATE
+        lowest = _rans().LOWEST_STATE
         if self._position != self._words.size or bool((self._states != lowest).any()):
             raise _damaged("does not end where its last level does")
 

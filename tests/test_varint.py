@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fedobd._errors import DecodeError, DecodeReason
 from fedobd.codec import MAX_VARINT_BYTES, read_varint, write_varint
-from fedobd.payload._wire import Cursor
+from fedobd.payload._cursor import Cursor
 from tests.helpers import law
 
 LARGEST = 2**63 - 1

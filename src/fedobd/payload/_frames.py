@@ -16,7 +16,7 @@ import torch
 from fedobd._errors import UsageError
 from fedobd.blocks import ModelSchema, Role, Segment
 from fedobd.codec import RAW, Coding, SegmentCode, level_bits
-from fedobd.payload._wire import Header
+from fedobd.payload._header import Header
 
 
 @dataclass(frozen=True, slots=True)

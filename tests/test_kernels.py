@@ -74,7 +74,7 @@ def mantissa_bits(frequency: int) -> int:
     return frequency.bit_length() - 1
 
 
-@law(400)
+@law(100)
 @given(histograms(), st.integers(1, 16), st.integers(0, 15))
 def test_normalized_frequencies(counts: Int64, k: int, mantissa: int) -> None:
     frequencies = np.full(counts.size, -1, np.int64)
@@ -91,7 +91,7 @@ def test_normalized_frequencies(counts: Int64, k: int, mantissa: int) -> None:
         assert worked
 
 
-@law(300)
+@law(100)
 @given(histograms())
 def test_chosen_table(counts: Int64) -> None:
     total, width = int(counts.sum()), max(1, (counts.size - 1).bit_length())
@@ -137,7 +137,7 @@ def unpacked(buffer: NDArray[np.uint8]) -> list[int]:
     return bits
 
 
-@law(300)
+@law(100)
 @given(histograms(), st.integers(1, 16), st.integers(0, 15), st.integers(0, 20))
 def test_table_is_written_and_read_as_by_the_slow_reference(
     counts: Int64, k: int, mantissa: int, position: int
@@ -179,7 +179,7 @@ def read_both_ways(buffer: NDArray[np.uint8], position: int, size: int) -> bool:
     return True
 
 
-@law(500)
+@law(100)
 @given(st.binary(max_size=40), st.integers(0, 9), st.sampled_from([1, 2, 3, 19, 300, 4095]))
 def test_any_bits_are_read_as_by_the_slow_reference(data: bytes, position: int, size: int) -> None:
     read_both_ways(np.frombuffer(data, np.uint8), min(position, 8 * len(data)), size)
@@ -261,7 +261,7 @@ def test_a_million_values_come_back_without_a_fused_operation(num_levels: int) -
     assert int((fused != wanted).sum()) > (0 if num_levels < 1000 else 1000)
 
 
-@law(200)
+@law(100)
 @given(
     st.integers(0, 2**32),
     st.integers(0, 40),

@@ -160,7 +160,7 @@ def trained(schema: ModelSchema) -> list[set[str]]:
     return [{spec.name for spec in held if spec.role is Role.PARAMETER} for held in names]
 
 
-@law(150)
+@law(100)
 @given(
     tensors=tensor_lists(),
     style=st.sampled_from(["semantic", "layer", "tensor"]),

@@ -33,7 +33,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -41,7 +41,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedobd._errors import DecodeError, DecodeReason
-from fedobd.codec._parallel import spread
 from fedobd.codec._quantization import Float32, Levels, SegmentCode, dequantize, level_shift
 from fedobd.codec._varint import read_varint, write_varint
 
@@ -83,6 +82,11 @@ def _alphabet(num_levels: int) -> tuple[int, int, int]:
     return shift, largest + 1, max(1, largest.bit_length())
 
 
+def _table_room(num_symbols: int) -> int:
+    """Return bytes that no table passes: an entry has a flag, a gap, a length and a mantissa."""
+    return 64 + num_symbols * (1 + 31 + 34 + 15) // 8
+
+
 @dataclass(frozen=True, slots=True)
 class _Table:
     """The frequencies of a segment, which add up to 2^k."""
@@ -99,13 +103,12 @@ def encode_levels(segments: Sequence[Levels], executor: Executor | None = None) 
         executor: spreads chunks; the bytes are the same with and without.
     """
     tables: list[_Table] = []
-    room = sum(64 + 24 * levels.counts.size for levels in segments)
-    bits = np.zeros(room, np.uint8)
+    bits = np.zeros(sum(_table_room(levels.counts.size) for levels in segments), np.uint8)
     position = cost = 0
     for levels in segments:
         _, size, width = _alphabet(levels.num_levels)
         frequencies = np.empty(size, np.int64)
-        scratch = np.zeros(64 + 24 * size, np.uint8)
+        scratch = np.zeros(_table_room(size), np.uint8)
         k, mantissa, largest, coded = _tables().choose_table(
             levels.counts, levels.symbols.size, width, _log2(), scratch, frequencies
         )
@@ -115,15 +118,13 @@ def encode_levels(segments: Sequence[Levels], executor: Executor | None = None) 
                 frequencies, largest, k, mantissa, width, bits, position
             )
         else:
-            position += 1
+            position += 1  # one bit 0, the uniform table
         tables.append(_Table(frequencies, k or 16))
     total = sum(levels.symbols.size for levels in segments)
     chunk_log2 = _chunk_log2(total, cost)
-    chunks = spread(
-        executor,
-        lambda bounds: _encode_chunk(segments, tables, *bounds),
-        _chunk_bounds(total, chunk_log2),
-    )
+    bounds = _chunk_bounds(total, chunk_log2)
+    encode = partial(_encode_chunk, segments, tables)
+    chunks = list((executor.map if executor else map)(encode, bounds))
     parts = [bytes([chunk_log2]), bits[: (position + 7) // 8].tobytes()]
     for number, (states, words) in enumerate(chunks):
         if number < len(chunks) - 1:
@@ -163,11 +164,12 @@ def _pieces(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, s
 
 
 def _encode_chunk(
-    segments: Sequence[Levels], tables: Sequence[_Table], start: int, stop: int
+    segments: Sequence[Levels], tables: Sequence[_Table], bounds: tuple[int, int]
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint16]]:
     rans = _rans()
+    start, stop = bounds
     states = np.full(_LANES, rans.LOWEST_STATE, np.uint64)
-    words = np.empty(2 * (stop - start) + 2, np.uint16)
+    words = np.empty(2 * (stop - start) + 2, np.uint16)  # a word for low bits, one for the rest
     position = words.size
     ends = list(accumulate(levels.symbols.size for levels in segments))
     for number, part, first in reversed(list(_pieces(ends, start, stop))):
@@ -233,7 +235,9 @@ def decode_levels(
             reader.take(code, table, slots, first, values[number][part])
         reader.close()
 
-    spread(executor, decode, list(_cut_chunks(stream, (position + 7) // 8, sum(lengths))))
+    # All lengths are checked before the first chunk is decoded.
+    chunks = list(_cut_chunks(stream, (position + 7) // 8, sum(lengths)))
+    list((executor.map if executor else map)(decode, chunks))
     return values
 
 

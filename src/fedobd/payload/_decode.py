@@ -36,8 +36,6 @@ from fedobd.payload._wire import (
 
 _FLOAT32 = np.dtype("<f4")
 
-Codes = tuple[tuple[SegmentCode, ...], ...]
-
 
 @dataclass(frozen=True, slots=True)
 class DecodedSegment:
@@ -162,7 +160,7 @@ class _FrameReader:
         self._cursor = cursor
         self._schema = schema
         self.header = read_header(cursor, schema)
-        self.codes: Codes = tuple(
+        self.codes = tuple(
             tuple(read_code(cursor, schema, self.header, s) for s in schema.blocks[n].segments)
             for n in self.header.coded
         )
@@ -211,6 +209,7 @@ class _FrameReader:
         wanted = sum(part.num_bytes for part in parts)
         length = self._cursor.varint(f"the length of {what}")
         if self.header.is_lossless:
+            # zstandard grows what it cannot compress by less than 1 part in 128.
             if length > wanted + wanted // 128 + 1024:
                 raise DecodeError(
                     DecodeReason.LIMIT, f"{what} say they take {length} bytes for {wanted}"

@@ -56,7 +56,7 @@ class Header:
     """What a payload says before its values.
 
     Args:
-        kind: opening, broadcast, upload or delivery.
+        kind: initial, broadcast, upload or delivery.
         method: the method's number in the format.
         round: round number, from 1; 0 in an initial payload that belongs to none.
         stage: stage number, from 1.

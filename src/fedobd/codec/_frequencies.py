@@ -51,6 +51,8 @@ def normalize(
 ) -> Any:
     """Turn counts into frequencies that add up to 2^k, all but one rounded to few leading bits.
 
+    Few leading bits make a table short, and it travels with every stream.
+
     Args:
         counts: int64, shape (symbols,).
         total: their sum.
@@ -62,6 +64,7 @@ def normalize(
     Returns:
         Whether the others leave at least 1.
     """
+    # The largest symbol takes what is left, since a unit more or less costs it least.
     wanted = max(1, ((counts[largest] << k) + total // 2) // total)
     mass, left = 1 << k, 0
     for _ in range(8):  # rounding up, to 1 above all, takes mass that others have to give

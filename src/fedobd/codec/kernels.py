@@ -84,12 +84,15 @@ def quantize(
 def keep(start: Any, seed: Any, threshold: Any, kept: Any) -> Any:
     """Write whether SplitMix64's outputs number `start` and on are at least a threshold.
 
+    `_masks` has the source of the constants.
+
     Args:
         start: uint64.
         seed: uint64.
         threshold: uint64.
         kept: bool, shape (n,); written.
     """
+    # Counter-based: output i needs none before it, so parts of a mask can be made apart.
     for i in range(kept.size):
         mixed = (start + np.uint64(i + 1)) * np.uint64(0x9E3779B97F4A7C15) + seed
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -107,7 +110,10 @@ def _subtract(now: Any, before: Any, differences: Any, i: Any) -> Any:
 
 @compiled
 def _subtract_row(now: Any, before: Any, differences: Any) -> Any:
-    """Write differences and return the sum of their squares."""
+    """Write differences and return the sum of their squares, in eight partial sums.
+
+    One sum would wait for each addition before the next; LLVM may not reorder it by itself.
+    """
     a = b = c = d = e = f = g = h = 0.0
     whole = differences.size & ~7
     for i in range(0, whole, 8):
@@ -188,6 +194,7 @@ def _add(values: Any, base: Any, scale: Any, sums: Any) -> Any:
     if base.size:
         for i in range(values.size):
             difference = np.float64(values[i]) - np.float64(base[i])
+            # Fixed point: integers add up to the same in any order of uploads.
             sums[i] += np.int64(np.rint(difference * scale))
     else:
         for i in range(values.size):

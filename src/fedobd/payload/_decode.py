@@ -135,6 +135,7 @@ def _decode_plain(
     for part in parts:
         part_bytes = frame[position : position + part.num_bytes]
         position += part.num_bytes
+        # As NumPy, since torch warns of read-only memory; aggregation looks for NaN as it adds.
         if in_place and part.dtype is torch.float32:
             yield SegmentView(part.segment, np.frombuffer(part_bytes, _FLOAT32), part.mask)
         else:
@@ -197,6 +198,7 @@ class _FrameReader:
             yield _BlockFrames(number, codes, layout, levels, raw, buffers, length)
 
     def _level_frame(self, layout: BlockLayout, what: str) -> memoryview:
+        # Lengths are limited before their bytes are waited for: a stream could name any.
         length = self._cursor.varint(f"the length of {what}")
         if length > layout.most_level_bytes:
             raise DecodeError(
@@ -257,6 +259,7 @@ class Payload:
         """
         buffer = memoryview(data).cast("B")
         check_length(buffer, limits)
+        # Before the checksum: another version may have another one.
         check_version(bytes(buffer[:4]), buffer[4])
         check_checksum(crc32(buffer[: -CHECKSUM.size]), buffer[-CHECKSUM.size :])
         cursor = Cursor(buffer[: -CHECKSUM.size], limits)
@@ -270,6 +273,7 @@ class Payload:
                 f"{left} bytes follow the last frame at offset {cursor.position}",
             )
         count = reader.num_bytes
+        # Whatever is in no frame: header, codes, lengths and checksum.
         count.header = len(buffer) - count.levels - count.raw - count.buffers
         return cls(schema, reader.header, count, frames, frozen)
 
@@ -339,6 +343,7 @@ class _ChunkCursor(Cursor):
                 DecodeReason.LIMIT,
                 f"{what} would end past {self.limits.max_payload_bytes} bytes, the most taken",
             )
+        # A view of the chunk where it holds them all; else they are copied together.
         whole, self._buffer = self._buffer[:count], self._buffer[count:]
         if len(whole) < count:
             whole = memoryview(self._gathered(bytearray(whole), count, what))

@@ -91,6 +91,7 @@ class Flag(IntEnum):
 
 _ALL_FLAGS = sum(Flag)
 
+# Looked up for each segment of each payload: making an enum member of a number takes its time.
 _KINDS = {int(kind): kind for kind in Kind}
 _CODINGS = frozenset(map(int, Coding))
 _CODING_BYTES = {coding: bytes([coding]) for coding in Coding}
@@ -258,7 +259,7 @@ def _read_differences(cursor: Cursor, num_blocks: int) -> tuple[float, ...]:
 
 def _read_bitmap(cursor: Cursor, num_blocks: int) -> tuple[int, ...]:
     part = cursor.take((num_blocks + 7) // 8, "the block bitmap")
-    if int.from_bytes(part, "little") == (1 << num_blocks) - 1:
+    if int.from_bytes(part, "little") == (1 << num_blocks) - 1:  # all, as in every broadcast
         return tuple(range(num_blocks))
     bits = np.unpackbits(np.frombuffer(part, np.uint8), bitorder="little")
     if bits[num_blocks:].any():

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from torch import nn
 
-from fedobd._errors import UsageError
+from fedobd import UsageError
 from fedobd.blocks import BlockRules, BlockStyle, ModelSchema, Role, Segment, decompose
 from tests.helpers import (
     MODELS,
@@ -169,7 +169,7 @@ def stacks(draw: st.DrawFn) -> nn.Module:
     )
 
 
-@law(250)
+@law(100)
 @given(
     model=stacks(),
     style=st.sampled_from(["semantic", "layer", "tensor"]),
@@ -195,7 +195,7 @@ def test_laws_of_random_stacks(
         assert len(plain.blocks) <= len(layers.blocks)
 
 
-@law(150)
+@law(100)
 @given(
     rows=st.integers(1, 60),
     row=st.integers(1, 40),
@@ -213,7 +213,7 @@ def test_laws_of_a_split_layer(rows: int, row: int, fraction: float, bias: bool)
     assert len(sizes) <= math.ceil(rows / rows_a_part) + math.ceil(rows / limit)
 
 
-@law(150)
+@law(100)
 @given(rows=st.integers(1, 60), row=st.integers(1, 40), fraction=st.floats(0.01, 1))
 def test_parts_differ_by_at_most_a_row(rows: int, row: int, fraction: float) -> None:
     layer = nn.Linear(row, rows, bias=False)

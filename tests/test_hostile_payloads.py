@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedobd._errors import DecodeError, DecodeReason
+from fedobd import DecodeError, DecodeReason
 from fedobd.blocks import ModelSchema, ModelState
 from fedobd.codec import NNADQ, Coding, Stochastic
 from fedobd.payload import Kind, Payload
@@ -43,36 +43,12 @@ def value_or_decode_error(data: bytes, schema: ModelSchema) -> DecodeReason | No
     return None
 
 
-# --- cut, added to or altered --------------------------------------------------------------------
+# --- altered without a checksum that holds, for another model ------------------------------------
+# `test_hostile_corpus` cuts, lengthens and alters golden payloads under a checksum that holds.
 
 
-@every_case
-def test_each_prefix_is_refused(name: str) -> None:
-    data, schema = CASES[name].encode(), CASES[name].schema
-    for length in range(len(data)):
-        reason = value_or_decode_error(data[:length], schema)
-        assert reason in (DecodeReason.TRUNCATED, DecodeReason.CHECKSUM), length
-
-
-@every_case
-def test_each_prefix_with_its_own_checksum_is_refused(name: str) -> None:
-    data, schema = CASES[name].encode(), CASES[name].schema
-    for length in range(4, len(data)):
-        assert value_or_decode_error(with_checksum(data[:length]), schema) is not None, length
-
-
-@every_case
-def test_added_bytes_are_refused(name: str) -> None:
-    data, schema = CASES[name].encode(), CASES[name].schema
-    for extra in (b"\0", b"\xff" * 9, data):
-        assert value_or_decode_error(data + extra, schema) is DecodeReason.CHECKSUM
-        longer = with_checksum(data[:-4] + extra + b"????")
-        expect(DecodeReason.TRAILING, longer, schema, rf"{len(extra)} bytes follow the last frame")
-
-
-@every_case
-def test_each_altered_byte_is_refused(name: str) -> None:
-    data, schema = CASES[name].encode(), CASES[name].schema
+def test_each_altered_byte_is_refused() -> None:
+    data, schema = CASES["broadcast of all types"].encode(), CASES["broadcast of all types"].schema
     for position in range(len(data)):
         for change in (0x01, 0x80, 0xFF):
             altered = bytearray(data)
@@ -82,27 +58,13 @@ def test_each_altered_byte_is_refused(name: str) -> None:
 
 
 @every_case
-def test_each_altered_byte_with_its_checksum_gives_a_value_or_decode_error(name: str) -> None:
-    data, schema = CASES[name].encode(), CASES[name].schema
-    refused = 0
-    for position in range(len(data) - 4):
-        for change in (0x01, 0x10, 0x80, 0xFF):
-            altered = bytearray(data)
-            altered[position] ^= change
-            refused += value_or_decode_error(with_checksum(bytes(altered)), schema) is not None
-    # magic, version, kind, flags and fingerprint at the least
-    assert refused >= 4 * (4 + 1 + 16)
-
-
-@every_case
 def test_payload_of_another_model_is_refused(name: str) -> None:
     other = make_schema([parameter("w", 3, 5)])
     expect(DecodeReason.SCHEMA, CASES[name].encode(), other, "is for another model")
 
 
-@every_case
-def test_other_version_and_magic_are_refused(name: str) -> None:
-    data, schema = CASES[name].encode(), CASES[name].schema
+def test_other_version_and_magic_are_refused() -> None:
+    data, schema = CASES["broadcast nnadq"].encode(), CASES["broadcast nnadq"].schema
     for version in (0, 1, 3, 255):
         altered = with_checksum(data[:4] + bytes([version]) + data[5:])
         expect(DecodeReason.VERSION, altered, schema, rf"format version {version} came; .* 2")
@@ -112,7 +74,7 @@ def test_other_version_and_magic_are_refused(name: str) -> None:
 # --- damaged at random ---------------------------------------------------------------------------
 
 
-@law(200)
+@law(100)
 @given(cases(), st.data())
 def test_damage_gives_a_value_or_decode_error(case: Case, data: st.DataObject) -> None:
     whole = bytearray(case.encode())
@@ -122,7 +84,7 @@ def test_damage_gives_a_value_or_decode_error(case: Case, data: st.DataObject) -
     value_or_decode_error(with_checksum(bytes(whole)), case.schema)
 
 
-@law(200)
+@law(100)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused(data: bytes) -> None:
     schema = CASES["broadcast nnadq"].schema
@@ -130,7 +92,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
     assert value_or_decode_error(with_checksum(data + b"????"), schema) is not None
 
 
-@law(300)
+@law(100)
 @given(st.sampled_from(sorted(CASES)), st.integers(8, 120), st.binary(max_size=200))
 def test_random_tail_gives_a_value_or_decode_error(name: str, keep: int, tail: bytes) -> None:
     head = CASES[name].encode()[:keep]

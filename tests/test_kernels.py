@@ -22,6 +22,7 @@ from fedobd.codec import (
     kernels,
 )
 from fedobd.codec import _frequencies as tables
+from fedobd.codec._compiled import compiled
 from fedobd.codec._quantization import _round_there, level_shift
 from tests import rans_reference as slow
 from tests.helpers import law
@@ -74,7 +75,7 @@ def mantissa_bits(frequency: int) -> int:
     return frequency.bit_length() - 1
 
 
-@law(400)
+@law(100)
 @given(histograms(), st.integers(1, 16), st.integers(0, 15))
 def test_normalized_frequencies(counts: Int64, k: int, mantissa: int) -> None:
     frequencies = np.full(counts.size, -1, np.int64)
@@ -91,7 +92,7 @@ def test_normalized_frequencies(counts: Int64, k: int, mantissa: int) -> None:
         assert worked
 
 
-@law(300)
+@law(100)
 @given(histograms())
 def test_chosen_table(counts: Int64) -> None:
     total, width = int(counts.sum()), max(1, (counts.size - 1).bit_length())
@@ -137,7 +138,7 @@ def unpacked(buffer: NDArray[np.uint8]) -> list[int]:
     return bits
 
 
-@law(300)
+@law(100)
 @given(histograms(), st.integers(1, 16), st.integers(0, 15), st.integers(0, 20))
 def test_table_is_written_and_read_as_by_the_slow_reference(
     counts: Int64, k: int, mantissa: int, position: int
@@ -179,7 +180,7 @@ def read_both_ways(buffer: NDArray[np.uint8], position: int, size: int) -> bool:
     return True
 
 
-@law(500)
+@law(100)
 @given(st.binary(max_size=40), st.integers(0, 9), st.sampled_from([1, 2, 3, 19, 300, 4095]))
 def test_any_bits_are_read_as_by_the_slow_reference(data: bytes, position: int, size: int) -> None:
     read_both_ways(np.frombuffer(data, np.uint8), min(position, 8 * len(data)), size)
@@ -261,7 +262,7 @@ def test_a_million_values_come_back_without_a_fused_operation(num_levels: int) -
     assert int((fused != wanted).sum()) > (0 if num_levels < 1000 else 1000)
 
 
-@law(200)
+@law(100)
 @given(
     st.integers(0, 2**32),
     st.integers(0, 40),
@@ -332,5 +333,5 @@ def test_loops_are_compiled_where_they_cannot_be_kept(monkeypatch: pytest.Monkey
         return lambda function: function
 
     monkeypatch.setattr("numba.njit", refuse)
-    assert kernels.compiled(len)([1, 2]) == 2
+    assert compiled(len)([1, 2]) == 2
     assert calls == [True, False]

@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedobd._errors import DecodeError, DecodeReason
+from fedobd import DecodeError, DecodeReason
 from fedobd.codec import compress, decompress, from_bytes, to_words
 from tests.helpers import law
 
@@ -69,7 +69,7 @@ def bytes_or_stream_error(frame: bytes, parts: Parts) -> None:
         assert len(came) == sum(len(part) for part, _ in parts)
 
 
-@law(300)
+@law(100)
 @given(part_lists())
 def test_round_trip(parts: Parts) -> None:
     assert decompressed(compressed(parts), parts) == b"".join(part for part, _ in parts)
@@ -141,7 +141,7 @@ def test_altered_frame_gives_bytes_or_a_stream_error() -> None:
             bytes_or_stream_error(bytes(altered), SAMPLE)
 
 
-@law(200)
+@law(100)
 @given(st.binary(max_size=60), part_lists())
 def test_foreign_bytes_are_refused(data: bytes, parts: Parts) -> None:
     for frame in (data, b"\x28\xb5\x2f\xfd" + data):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from torch import nn
 
-from fedobd._errors import UsageError
+from fedobd import UsageError
 from fedobd.blocks import DTYPES, Block, ModelSchema, Role, Segment, TensorSpec, decompose
 from tests.helpers import buffer, frozen, law, make_schema, parameter, tiny_model
 from tests.test_payload import Case, cases

@@ -100,7 +100,7 @@ class BlockRules:
 
 
 @dataclass(slots=True)
-class Group:
+class ModuleGroup:
     """A block in the making: its modules with their names, in order."""
 
     name: str
@@ -145,7 +145,7 @@ def decompose(model: nn.Module, rules: BlockRules | None = None) -> ModelSchema:
 def build_schema(
     specs: Sequence[TensorSpec],
     by_module: Mapping[str, Sequence[int]],
-    groups: Iterable[Group],
+    groups: Iterable[ModuleGroup],
     rules: BlockRules,
 ) -> ModelSchema:
     """Turn tensors and groups of modules into a schema; with style "tensor", groups are ignored.
@@ -172,26 +172,30 @@ def build_schema(
     return ModelSchema(tuple(specs), tuple(blocks))
 
 
-def _groups(model: nn.Module, rules: BlockRules) -> Iterator[Group]:
+def _groups(model: nn.Module, rules: BlockRules) -> Iterator[ModuleGroup]:
     """Yield groups of modules; every module with tensors is in exactly one."""
     if rules.style == "layer":
         for path, module in model.named_modules():
-            yield Group(path, type(module).__name__, [path])
+            yield ModuleGroup(path, type(module).__name__, [path])
         return
-    extra = [re.compile(pattern) for pattern in (*UNIT_CLASSES, *rules.unit_classes)]
+    classes = [re.compile(pattern) for pattern in (*UNIT_CLASSES, *rules.unit_classes)]
 
     def is_unit(path: str, module: nn.Module) -> bool:
-        if path and any(fnmatch.fnmatchcase(path, pattern) for pattern in rules.unit_names):
-            return True
-        return path != "" and any(p.fullmatch(type(module).__name__) for p in extra)
+        is_of_class = any(c.fullmatch(type(module).__name__) for c in classes)
+        return path != "" and (is_of_class or is_named(path, rules))
 
-    _check_patterns(model, rules)
+    check_rules(((path, type(m).__name__) for path, m in model.named_modules() if path), rules)
     yield from _walk(model, "", is_unit, set())
 
 
-def _check_patterns(model: nn.Module, rules: BlockRules) -> None:
-    """Raise UsageError where a pattern of the rules matches no module below the model."""
-    modules = [(path, type(m).__name__) for path, m in model.named_modules() if path]
+def is_named(path: str, rules: BlockRules) -> bool:
+    """Whether the rules want the module of this name as one block."""
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in rules.unit_names)
+
+
+def check_rules(modules: Iterable[tuple[str, str]], rules: BlockRules) -> None:
+    """Raise UsageError where a pattern of the rules matches none of these names and classes."""
+    modules = list(modules)
     for pattern in rules.unit_names:
         if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in modules):
             raise UsageError(f"unit_names: {pattern!r} matches no module of the model")
@@ -202,14 +206,14 @@ def _check_patterns(model: nn.Module, rules: BlockRules) -> None:
 
 def _walk(
     module: nn.Module, path: str, is_unit: Callable[[str, nn.Module], bool], seen: set[int]
-) -> Iterator[Group]:
+) -> Iterator[ModuleGroup]:
     if id(module) in seen:
         return
     if is_unit(path, module) or is_parametrized(module):
-        yield Group(path, type(module).__name__, _claim(module, path, seen))
+        yield ModuleGroup(path, type(module).__name__, _claim(module, path, seen))
         return
     seen.add(id(module))
-    yield Group(path, type(module).__name__, [path])
+    yield ModuleGroup(path, type(module).__name__, [path])
     children = [(f"{path}.{n}" if path else n, child) for n, child in module.named_children()]
     position = 0
     while position < len(children):
@@ -218,7 +222,7 @@ def _walk(
             run = children[position : position + length]
             kind = "+".join(type(child).__name__ for _, child in run if _holds_tensors(child))
             claimed = [inner for name, child in run for inner in _claim(child, name, seen)]
-            yield Group(run[0][0], kind, claimed)
+            yield ModuleGroup(run[0][0], kind, claimed)
         else:
             name, child = children[position]
             yield from _walk(child, name, is_unit, seen)
@@ -269,13 +273,13 @@ def _run_length(
 def _grouped_blocks(
     specs: Sequence[TensorSpec],
     by_module: Mapping[str, Sequence[int]],
-    groups: Iterable[Group],
+    groups: Iterable[ModuleGroup],
 ) -> list[Block]:
     """Turn groups of modules into blocks.
 
     Buffers without trainable company join the block before them.
     """
-    blocks: list[tuple[Group, list[int]]] = []
+    blocks: list[tuple[ModuleGroup, list[int]]] = []
     strays: list[int] = []
     for group in groups:
         numbers = [n for name in group.modules for n in by_module.get(name, ())]

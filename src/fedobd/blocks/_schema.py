@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -77,9 +78,10 @@ class TensorSpec:
                 f"tensor {self.name!r} has element type {self.dtype}; supported are "
                 f"{', '.join(DTYPES)}"
             )
-        own = not self.is_floating or (self.role is not Role.BUFFER and self.dtype in _SIXTEEN_BIT)
+        is_narrow = self.dtype in _SIXTEEN_BIT and self.role is not Role.BUFFER
+        keeps_type = is_narrow or not self.is_floating
         object.__setattr__(self, "num_elements", math.prod(self.shape))
-        object.__setattr__(self, "wire_dtype", self.dtype if own else torch.float32)
+        object.__setattr__(self, "wire_dtype", self.dtype if keeps_type else torch.float32)
 
     @property
     def is_floating(self) -> bool:
@@ -167,13 +169,13 @@ class ModelSchema:
         if len(set(names)) < len(names):
             double = next(name for name in names if names.count(name) > 1)
             raise UsageError(f"two tensors have the name {double!r}")
-        covered: list[list[tuple[int, int]]] = [[] for _ in self.tensors]
+        spans: list[list[tuple[int, int]]] = [[] for _ in self.tensors]
         for block in self.blocks:
             counted = 0
             for segment in block.segments:
                 if not 0 <= segment.tensor < len(self.tensors):
                     raise UsageError(f"block {block.name!r} names tensor number {segment.tensor}")
-                covered[segment.tensor].append((segment.start, segment.stop))
+                spans[segment.tensor].append((segment.start, segment.stop))
                 if self.tensors[segment.tensor].role is Role.PARAMETER:
                     counted += segment.num_elements
             if counted != block.num_parameters:
@@ -181,21 +183,8 @@ class ModelSchema:
                     f"block {block.name!r} says {block.num_parameters} parameters and holds "
                     f"{counted}"
                 )
-        for spec, spans in zip(self.tensors, covered, strict=True):
-            spans.sort()
-            position = 0
-            for start, stop in spans:
-                if start != position or stop < start:
-                    raise UsageError(f"blocks do not tile tensor {spec.name!r} at element {start}")
-                position = stop
-            wanted = 0 if spec.role is Role.FROZEN else spec.num_elements
-            pieces_wanted = spec.role is not Role.FROZEN
-            if position != wanted or bool(spans) is not pieces_wanted:
-                raise UsageError(
-                    f"blocks cover {position} of {wanted} elements of {spec.role} {spec.name!r}"
-                )
-            if spec.role is Role.BUFFER and len(spans) > 1:
-                raise UsageError(f"buffer {spec.name!r} is split between blocks")
+        for spec, tensor_spans in zip(self.tensors, spans, strict=True):
+            _check_tiling(spec, sorted(tensor_spans))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelSchema) and self.fingerprint == other.fingerprint
@@ -248,6 +237,23 @@ class ModelSchema:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UsageError(f"this is not a model schema: {error!r}") from error
         return cls(tensors, tuple(blocks))
+
+
+def _check_tiling(spec: TensorSpec, spans: Sequence[tuple[int, int]]) -> None:
+    """Raise UsageError unless spans (start, stop), in order, cover a tensor as its role wants."""
+    position = 0
+    for start, stop in spans:
+        if start != position or stop < start:
+            raise UsageError(f"blocks do not tile tensor {spec.name!r} at element {start}")
+        position = stop
+    is_frozen = spec.role is Role.FROZEN
+    wanted = 0 if is_frozen else spec.num_elements
+    if position != wanted or bool(spans) is is_frozen:  # one of no elements has a segment too
+        raise UsageError(
+            f"blocks cover {position} of {wanted} elements of {spec.role} {spec.name!r}"
+        )
+    if spec.role is Role.BUFFER and len(spans) > 1:
+        raise UsageError(f"buffer {spec.name!r} is split between blocks")
 
 
 def _whole(value: Any) -> int:

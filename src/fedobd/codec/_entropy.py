@@ -9,7 +9,7 @@ above them is coded with a table of frequencies. The stream of a block is:
 2. for each segment a table, as bits, the lowest of each byte first; then 0 bits up to a whole
    byte;
 3. for each chunk: the number of its words (LEB128; left out for the last), four lane states of 48
-   bits, and its words of 16 bits, all little endian. `_kernels` says how lanes and words hold
+   bits, and its words of 16 bits, all little endian. `_rans` says how lanes and words hold
    symbols.
 
 A table is, with w the bits of the largest symbol's number (at least 1):
@@ -33,7 +33,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -41,7 +41,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedobd._errors import DecodeError, DecodeReason
-from fedobd.codec._parallel import spread
 from fedobd.codec._quantization import Float32, Levels, SegmentCode, dequantize, level_shift
 from fedobd.codec._varint import read_varint, write_varint
 
@@ -55,11 +54,11 @@ _LANES = 4
 
 
 @cache
-def _kernels() -> Any:
+def _rans() -> Any:
     """Import the compiled loops when they are first needed: importing numba takes its time."""
-    import fedobd.codec.kernels as kernels
+    import fedobd.codec._rans as rans
 
-    return kernels
+    return rans
 
 
 @cache
@@ -83,6 +82,11 @@ def _alphabet(num_levels: int) -> tuple[int, int, int]:
     return shift, largest + 1, max(1, largest.bit_length())
 
 
+def _table_room(num_symbols: int) -> int:
+    """Return bytes that no table passes: an entry has a flag, a gap, a length and a mantissa."""
+    return 64 + num_symbols * (1 + 31 + 34 + 15) // 8
+
+
 @dataclass(frozen=True, slots=True)
 class _Table:
     """The frequencies of a segment, which add up to 2^k."""
@@ -99,13 +103,12 @@ def encode_levels(segments: Sequence[Levels], executor: Executor | None = None) 
         executor: spreads chunks; the bytes are the same with and without.
     """
     tables: list[_Table] = []
-    room = sum(64 + 24 * levels.counts.size for levels in segments)
-    bits = np.zeros(room, np.uint8)
+    bits = np.zeros(sum(_table_room(levels.counts.size) for levels in segments), np.uint8)
     position = cost = 0
     for levels in segments:
         _, size, width = _alphabet(levels.num_levels)
         frequencies = np.empty(size, np.int64)
-        scratch = np.zeros(64 + 24 * size, np.uint8)
+        scratch = np.zeros(_table_room(size), np.uint8)
         k, mantissa, largest, coded = _tables().choose_table(
             levels.counts, levels.symbols.size, width, _log2(), scratch, frequencies
         )
@@ -115,15 +118,13 @@ def encode_levels(segments: Sequence[Levels], executor: Executor | None = None) 
                 frequencies, largest, k, mantissa, width, bits, position
             )
         else:
-            position += 1
+            position += 1  # one bit 0, the uniform table
         tables.append(_Table(frequencies, k or 16))
     total = sum(levels.symbols.size for levels in segments)
     chunk_log2 = _chunk_log2(total, cost)
-    chunks = spread(
-        executor,
-        lambda bounds: _encode_chunk(segments, tables, *bounds),
-        _chunk_bounds(total, chunk_log2),
-    )
+    bounds = _chunk_bounds(total, chunk_log2)
+    encode = partial(_encode_chunk, segments, tables)
+    chunks = list((executor.map if executor else map)(encode, bounds))
     parts = [bytes([chunk_log2]), bits[: (position + 7) // 8].tobytes()]
     for number, (states, words) in enumerate(chunks):
         if number < len(chunks) - 1:
@@ -163,11 +164,12 @@ def _pieces(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, s
 
 
 def _encode_chunk(
-    segments: Sequence[Levels], tables: Sequence[_Table], start: int, stop: int
+    segments: Sequence[Levels], tables: Sequence[_Table], bounds: tuple[int, int]
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint16]]:
-    kernels = _kernels()
-    states = np.full(_LANES, kernels.LOWEST_STATE, np.uint64)
-    words = np.empty(2 * (stop - start) + 2, np.uint16)
+    rans = _rans()
+    start, stop = bounds
+    states = np.full(_LANES, rans.LOWEST_STATE, np.uint64)
+    words = np.empty(2 * (stop - start) + 2, np.uint16)  # a word for low bits, one for the rest
     position = words.size
     ends = list(accumulate(levels.symbols.size for levels in segments))
     for number, part, first in reversed(list(_pieces(ends, start, stop))):
@@ -177,13 +179,9 @@ def _encode_chunk(
         shift = level_shift(levels.num_levels)
         symbols = levels.symbols[part]
         if shift:
-            position = kernels.encode_symbols(
-                symbols, shift, entries, states, first, words, position
-            )
+            position = rans.encode_symbols(symbols, shift, entries, states, first, words, position)
         else:
-            position = kernels.encode_symbols_fast(
-                symbols, entries, states, first, words, position
-            )
+            position = rans.encode_symbols_fast(symbols, entries, states, first, words, position)
     return states, words[position:]
 
 
@@ -237,7 +235,9 @@ def decode_levels(
             reader.take(code, table, slots, first, values[number][part])
         reader.close()
 
-    spread(executor, decode, list(_cut_chunks(stream, (position + 7) // 8, sum(lengths))))
+    # All lengths are checked before the first chunk is decoded.
+    chunks = list(_cut_chunks(stream, (position + 7) // 8, sum(lengths)))
+    list((executor.map if executor else map)(decode, chunks))
     return values
 
 
@@ -280,7 +280,7 @@ class _ChunkReader:
             int.from_bytes(data[i : i + _STATE_BYTES], "little")
             for i in range(0, head, _STATE_BYTES)
         ]
-        lowest = _kernels().LOWEST_STATE
+        lowest = _rans().LOWEST_STATE
         if not all(lowest <= state < lowest << 16 for state in states):
             raise _damaged("has a lane state out of range")
         self._states = np.array(states, np.uint64)
@@ -298,7 +298,7 @@ class _ChunkReader:
         shift = level_shift(code.num_levels)
         if shift:
             step = np.float32(code.range) / np.float32(code.num_levels)
-            position = _kernels().decode_symbols(
+            position = _rans().decode_symbols(
                 self._words,
                 self._position,
                 self._states,
@@ -312,7 +312,7 @@ class _ChunkReader:
                 values,
             )
         else:
-            position = _kernels().decode_symbols_fast(
+            position = _rans().decode_symbols_fast(
                 self._words,
                 self._position,
                 self._states,
@@ -329,7 +329,7 @@ class _ChunkReader:
 
     def close(self) -> None:
         """Check that all words were read and all lanes are where they began."""
-        lowest = _kernels().LOWEST_STATE
+        lowest = _rans().LOWEST_STATE
         if self._position != self._words.size or bool((self._states != lowest).any()):
             raise _damaged("does not end where its last level does")
 

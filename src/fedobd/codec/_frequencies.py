@@ -11,17 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from fedobd.codec.kernels import compiled
+from fedobd.codec._compiled import compiled
+
+
+@compiled
+def _floor_log2(number: Any) -> Any:
+    """Return ⌊log2⌋ of a number from 1."""
+    whole = 0
+    while number >> (whole + 1):
+        whole += 1
+    return whole
 
 
 @compiled
 def log2_table(size: Any) -> Any:
-    """Return log2 of 0 (as 0) to size - 1, int64 in units of 2^-16, from integers alone."""
+    """Return log2 of 0 (as 0) to size - 1, int64 in units of 2^-16, from integers alone.
+
+    A library's log2 may differ in its last bit from machine to machine, and with it the table that
+    is chosen. Each bit of the fraction comes from squaring y in [1, 2): y² ≥ 2 says that it is 1.
+    """
     table = np.zeros(size, np.int64)
     for number in range(1, size):
-        whole = 0
-        while number >> (whole + 1):
-            whole += 1
+        whole = _floor_log2(number)
         y = np.uint64(number) << np.uint64(31 - whole)
         fraction = 0
         for _ in range(16):
@@ -40,6 +51,8 @@ def normalize(
 ) -> Any:
     """Turn counts into frequencies that add up to 2^k, all but one rounded to few leading bits.
 
+    Few leading bits make a table short, and it travels with every stream.
+
     Args:
         counts: int64, shape (symbols,).
         total: their sum.
@@ -51,6 +64,7 @@ def normalize(
     Returns:
         Whether the others leave at least 1.
     """
+    # The largest symbol takes what is left, since a unit more or less costs it least.
     wanted = max(1, ((counts[largest] << k) + total // 2) // total)
     mass, left = 1 << k, 0
     for _ in range(8):  # rounding up, to 1 above all, takes mass that others have to give
@@ -59,11 +73,8 @@ def normalize(
             frequency = 0
             if counts[symbol] > 0 and symbol != largest:
                 frequency = max(1, (counts[symbol] * mass + total // 2) // total)
-                length = 0
-                while frequency >> (length + 1):
-                    length += 1
-                if length > mantissa:
-                    cut = length - mantissa
+                cut = _floor_log2(frequency) - mantissa
+                if cut > 0:
                     frequency = ((frequency + (1 << (cut - 1))) >> cut) << cut
             frequencies[symbol] = frequency
             left -= frequency
@@ -95,9 +106,7 @@ def _write_bits(buffer: Any, position: Any, value: Any, count: Any) -> Any:
 @compiled
 def _write_gamma(buffer: Any, position: Any, value: Any) -> Any:
     """Write Elias's gamma code of a number from 1."""
-    length = 0
-    while value >> (length + 1):
-        length += 1
+    length = _floor_log2(value)
     position = _write_bits(buffer, position, 1 << length, length + 1)
     return _write_bits(buffer, position, value & ((1 << length) - 1), length)
 
@@ -140,9 +149,7 @@ def write_table(
         position = _write_bits(buffer, position, np.int64(gap > 0), 1)
         if gap:
             position = _write_gamma(buffer, position, gap)
-        length = 0
-        while frequency >> (length + 1):
-            length += 1
+        length = _floor_log2(frequency)
         change = length - before
         folded = 2 * change if change >= 0 else -2 * change - 1
         position = _write_bits(buffer, position, (np.int64(1) << folded) - 1, folded + 1)
@@ -183,6 +190,41 @@ def _read_gamma(buffer: Any, position: Any, longest: Any) -> Any:
 
 
 @compiled
+def _read_length(buffer: Any, position: Any, before: Any) -> Any:
+    """Return ⌊log2⌋ of a frequency after that of the one before, or -1; and the position after."""
+    folded = 0
+    bit = _read_bits(buffer, position, 1)
+    while bit == 1 and folded <= 32:
+        folded += 1
+        bit = _read_bits(buffer, position + folded, 1)
+    length = before + (folded >> 1 if folded & 1 == 0 else -((folded + 1) >> 1))
+    if bit != 0 or length < 0 or length > 15:
+        return -1, position
+    return length, position + folded + 1
+
+
+@compiled
+def _read_entry(buffer: Any, position: Any, before: Any, mantissa: Any) -> Any:
+    """Read a written frequency.
+
+    Returns:
+        How many symbols without one come before it, -1 where it is none; the frequency; ⌊log2⌋ of
+        it; and the position after.
+    """
+    gap = _read_bits(buffer, position, 1)
+    position += 1
+    if gap == 1:
+        gap, position = _read_gamma(buffer, position, 16)
+    length, position = _read_length(buffer, position, before)
+    kept = min(length, mantissa)
+    tail = _read_bits(buffer, position, kept) if kept >= 0 else -1
+    if gap < 0 or tail < 0:
+        return -1, 0, 0, position
+    frequency = ((np.int64(1) << kept) + tail) << (length - kept)
+    return gap, frequency, length, position + kept
+
+
+@compiled
 def read_table(buffer: Any, position: Any, width: Any, frequencies: Any) -> Any:
     """Read a table of frequencies.
 
@@ -201,45 +243,21 @@ def read_table(buffer: Any, position: Any, width: Any, frequencies: Any) -> Any:
     k = _read_bits(buffer, position + 1, 4) + 1
     mantissa = _read_bits(buffer, position + 5, 4)
     largest = _read_bits(buffer, position + 9, width)
-    position += 9 + width
-    if k < 1 or mantissa < 0 or largest < 0 or largest >= frequencies.size:
-        return -1, position
-    entries, position = _read_gamma(buffer, position, 16)
-    if entries < 1 or entries > frequencies.size:
+    entries, position = _read_gamma(buffer, position + 9 + width, 16)
+    # The last of these to be cut is -1 too, so it speaks for those before it.
+    if largest < 0 or largest >= frequencies.size or entries < 1 or entries > frequencies.size:
         return -1, position
     left = np.int64(1) << k
-    index, before = 0, 0
+    index, length = 0, 0
     for _ in range(entries - 1):
-        gap = _read_bits(buffer, position, 1)
-        position += 1
-        if gap == 1:
-            gap, position = _read_gamma(buffer, position, 16)
-        if gap < 0:
-            return -1, position
-        folded = 0
-        while True:
-            bit = _read_bits(buffer, position, 1)
-            position += 1
-            if bit < 0 or folded > 32:
-                return -1, position
-            if bit == 0:
-                break
-            folded += 1
-        length = before + (folded >> 1 if folded & 1 == 0 else -((folded + 1) >> 1))
-        if length < 0 or length > 15:
-            return -1, position
-        kept = min(length, mantissa)
-        tail = _read_bits(buffer, position, kept)
-        position += kept
+        gap, frequency, length, position = _read_entry(buffer, position, length, mantissa)
         index += gap
         symbol = index + (1 if index >= largest else 0)
-        if tail < 0 or symbol >= frequencies.size:
+        if gap < 0 or symbol >= frequencies.size:
             return -1, position
-        frequency = ((np.int64(1) << kept) + tail) << (length - kept)
         frequencies[symbol] = frequency
         left -= frequency
         index += 1
-        before = length
     if left < 1:
         return -1, position
     frequencies[largest] = left
@@ -273,11 +291,7 @@ def choose_table(
     Returns:
         k (0 for the uniform table), mantissa, the symbol that takes what is left, and all bits.
     """
-    largest, distinct = 0, 0
-    for symbol in range(counts.size):
-        distinct += counts[symbol] > 0
-        if counts[symbol] > counts[largest]:
-            largest = symbol
+    largest, distinct = counts.argmax(), np.count_nonzero(counts)
     uniform(frequencies)
     best = coded_bits(counts, frequencies, 16, log2) + (1 << 16)
     best_k, best_mantissa = 0, 0
@@ -289,11 +303,10 @@ def choose_table(
             if not normalize(counts, total, largest, k, mantissa, frequencies):
                 continue
             bits = coded_bits(counts, frequencies, k, log2)
-            if bits > best:
+            if bits > best:  # spares writing the table
                 continue
             end = write_table(frequencies, largest, k, mantissa, width, scratch, 0)
-            for i in range((end + 7) >> 3):
-                scratch[i] = 0
+            scratch[: (end + 7) >> 3] = 0
             bits += end << 16
             if bits < (best if k == best_k else best - (best >> 12)):
                 best, best_k, best_mantissa = bits, k, mantissa
@@ -306,11 +319,19 @@ def choose_table(
 
 @compiled
 def make_entries(frequencies: Any, k: Any, entries: Any) -> Any:
-    """Write what `encode_symbols` wants to know of each symbol."""
+    """Write what `encode_symbols` wants to know of each symbol.
+
+    Args:
+        frequencies: int64, shape (symbols,).
+        k: they add up to 2^k.
+        entries: uint64, shape (4 · symbols,); written: for each symbol of frequency f, whose slots
+            start at c, ⌈2^64 / f⌉, f·2^(47-k), c, and 2^k - f.
+    """
     start = 0
     for symbol in range(frequencies.size):
         f = np.uint64(frequencies[symbol])
         if frequencies[symbol] == 1:
+            # 2^64 has no place; 2^64 - 1 makes ⌊x / f⌋ one too small, which c makes good.
             entries[4 * symbol] = np.uint64(0xFFFFFFFFFFFFFFFF)
             entries[4 * symbol + 2] = np.uint64(start + (1 << k) - 1)
         elif frequencies[symbol] > 1:
@@ -323,7 +344,14 @@ def make_entries(frequencies: Any, k: Any, entries: Any) -> Any:
 
 @compiled
 def make_slots(frequencies: Any, contents: Any, slots: Any) -> Any:
-    """Write what `decode_symbols` looks up; `contents`, uint32, is what each symbol stands for."""
+    """Write what `decode_symbols` looks up: all that it wants to know of a slot in one word.
+
+    Args:
+        frequencies: int64, shape (symbols,).
+        contents: uint32, shape (symbols,): what each symbol stands for.
+        slots: uint64, shape (sum of the frequencies,); written: contents · 2^32 + (f - 1) · 2^16 +
+            the slot's place among those of its symbol. f - 1, since f may be 2^16.
+    """
     position = 0
     for symbol in range(frequencies.size):
         head = np.uint64(contents[symbol]) << np.uint64(32)

@@ -41,6 +41,7 @@ class Mask:
     @classmethod
     def of_rate(cls, seed: int, dropout_rate: float) -> Mask:
         """Return the mask that drops each element with probability `dropout_rate`, in [0, 1)."""
+        # Of the decimal digits that a user wrote: no float64 is 0.3 itself.
         return cls(seed, int(Fraction(str(dropout_rate)) * 2**64))
 
     def kept(self, start: int, stop: int) -> NDArray[np.bool_]:

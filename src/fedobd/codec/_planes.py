@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from fedobd._errors import DecodeError, DecodeReason
 
-_ZSTD_LEVEL = 3
+_ZSTD_LEVEL = 3  # zstandard's default
 _LEAST_BLOCK = 1024  # bytes of a plane that are worth a block
-
 
 Words = NDArray[np.unsignedinteger[Any]]
 
@@ -26,7 +25,13 @@ Words = NDArray[np.unsignedinteger[Any]]
 def to_words(values: torch.Tensor, dtype: torch.dtype) -> Words:
     """Return a tensor's elements in an element type, bit for bit as unsigned numbers.
 
-    They are views where the tensor lies on the CPU, in this type and without gaps.
+    Args:
+        values: any shape, element type and device.
+        dtype: the type to cast them to.
+
+    Returns:
+        Unsigned numbers of as many bytes, in the tensor's shape; views where the tensor lies on
+        the CPU, in this type and without gaps.
     """
     values = values.to("cpu", dtype).contiguous()
     if dtype is torch.bfloat16:  # which NumPy lacks
@@ -50,6 +55,9 @@ def compress(parts: Sequence[bytes | memoryview], itemsizes: Sequence[int]) -> b
     Args:
         parts: the bytes of each segment.
         itemsizes: the bytes of one element of each.
+
+    Returns:
+        One zstandard frame that says how many bytes it holds.
     """
     total = sum(map(len, parts))
     compressor = zstandard.ZstdCompressor(
@@ -94,6 +102,7 @@ def decompress(frame: memoryview, lengths: Sequence[int], itemsizes: Sequence[in
         raise DecodeError(
             DecodeReason.STREAM, f"a compressed frame is damaged: {error}"
         ) from error
+    # Of no bytes there are several frames; one alone is taken, as of any other values.
     if len(planes) != wanted or (wanted == 0 and bytes(frame) != compress([], [])):
         raise DecodeError(
             DecodeReason.STREAM, f"a compressed frame holds {len(planes)} bytes; wanted {wanted}"

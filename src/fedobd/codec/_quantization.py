@@ -25,7 +25,6 @@ import torch
 from numpy.typing import NDArray
 
 from fedobd._errors import UsageError
-from fedobd.codec._parallel import spread
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -41,7 +40,7 @@ MIN_DIVISIBLE_RANGE = 2.0**-104
 """Below this range, `range / num_levels` could be subnormal and lose precision; one level is used,
 which is exact."""
 
-_QUANTIZE_STEP = 1 << 18  # elements that are quantized and counted at a time
+_QUANTIZE_STEP = 1 << 18  # elements that one thread of an executor takes at a time
 
 
 class Coding(IntEnum):
@@ -82,7 +81,9 @@ def level_bits(num_levels: int) -> int:
 Symbols = NDArray[np.unsignedinteger[Any]]
 
 CODED_BITS = 12
-"""Bits of a symbol that are coded with frequencies; lower ones are coded as they are."""
+"""Bits of a symbol that are coded with frequencies; lower ones are coded as they are. Where there
+are so many levels, the low bits are nearly even, and tables of frequencies would outgrow a cache.
+"""
 
 
 def level_shift(num_levels: int) -> int:
@@ -126,27 +127,15 @@ def _symbol_type(num_levels: int) -> type[np.uint16] | type[np.uint32]:
 class Quantizer(Protocol):
     """Turns values into levels in two steps.
 
-    Ranges are thus known before the first level is made.
+    Ranges are thus known before the first level is made: the header of a payload holds them all.
     """
 
     def measure(self, values: Float32, repr_bits: int) -> SegmentCode:
         """Choose the coding, number of levels, offset and range.
 
         Args:
-            values: float32, shape (n,), all finite.
+            values: float32, shape (n,), all finite; the least and the largest of them will do.
             repr_bits: bits of the type that the values have in the model.
-        """
-        ...
-
-    def quantize(
-        self, values: Float32, code: SegmentCode, generator: torch.Generator | None = None
-    ) -> Levels:
-        """Return the levels for a code whose coding is LEVELS.
-
-        Args:
-            values: float32, shape (n,), n ≥ 1.
-            code: what `measure` chose.
-            generator: draws of a stochastic quantizer.
         """
         ...
 
@@ -157,15 +146,24 @@ class Quantizer(Protocol):
         generator: Callable[[int], torch.Generator | None],
         executor: Executor | None = None,
     ) -> list[Levels]:
-        """Return the levels of several clients' values of a segment, as `quantize` gives each.
+        """Return the levels of several clients' values of a segment.
 
         Args:
             values: float32, shape (clients, n), n ≥ 1, on any device.
-            codes: what `measure` chose for each client.
+            codes: what `measure` chose for each client; the coding of each is LEVELS.
             generator: gives a client's draws, by its row; asked where they are wanted.
             executor: spreads the work; the levels are the same with and without.
+
+        Raises:
+            UsageError: the quantizer is stochastic and a client has no generator.
         """
         ...
+
+    def quantize(
+        self, values: Float32, code: SegmentCode, generator: torch.Generator | None = None
+    ) -> Levels:
+        """Return the levels of one client's values, float32, shape (n,); see `quantize_all`."""
+        return self.quantize_all(torch.from_numpy(values)[None], [code], lambda _: generator)[0]
 
 
 def _code(offset: np.float32, span: np.float32, num_levels: int) -> SegmentCode:
@@ -179,13 +177,15 @@ def _code(offset: np.float32, span: np.float32, num_levels: int) -> SegmentCode:
 
 
 @dataclass(frozen=True, slots=True)
-class NNADQ:
+class NNADQ(Quantizer):
     """Adaptive deterministic quantization for neural networks.
 
     Centres the values, `a = max/2 + min/2`, takes `d = max(max - a, a - min)` and
-    `s = max(1, ⌊√(ln 4 · REPR · d / β)⌋)`, where `β · log2(s) / REPR + d / s²` is smallest. The
-    error of each element is at most `d / (2 s) + 5 ulp(max |v|)`. d = 0 gives a constant; more
-    nominal bits than REPR - 1 give raw values.
+    `s = max(1, ⌊√(ln 4 · REPR · d / β)⌋)`: there `β · log2(s) / REPR + d / s²`, the bits of an
+    element weighed against its error, is smallest (section 3.3 of the paper; its derivative by s
+    is 0 at s² = 2 · ln 2 · REPR · d / β). The error of each element is at most
+    `d / (2 s) + 5 ulp(max |v|)`. d = 0 gives a constant; more nominal bits than REPR - 1 give raw
+    values.
 
     Args:
         weight: β > 0, the weight of bits against error; smaller is finer.
@@ -208,19 +208,16 @@ class NNADQ:
             return RAW
         low, high = values.min(), values.max()
         half = np.float32(0.5)
-        offset = np.float32(high * half + low * half) + np.float32(0)  # never -0
+        # Halved first: high + low may pass the largest float32. And never -0, which would make
+        # payloads of equal values differ.
+        offset = np.float32(high * half + low * half) + np.float32(0)
         span = np.float32(max(high - offset, offset - low))
+        # The limit stands inside the root, since a tiny β makes this infinite.
         squared = math.log(4) * repr_bits * float(span) / self.weight
         num_levels = max(1, math.floor(math.sqrt(min(squared, float(MAX_LEVELS) ** 2))))
         if level_bits(num_levels) >= repr_bits:
             return RAW
         return _code(offset, span, num_levels)
-
-    def quantize(
-        self, values: Float32, code: SegmentCode, generator: torch.Generator | None = None
-    ) -> Levels:
-        """See `Quantizer.quantize`; the generator is not used."""
-        return _round_here(values[np.newaxis], [code], None)[0]
 
     def quantize_all(
         self,
@@ -270,7 +267,7 @@ def _round_here(
             counts[number],
         )
 
-    spread(executor, quantize, range(len(starts)))
+    list((executor.map if executor else map)(quantize, range(len(starts))))
     return _split(symbols, counts[0] if len(starts) == 1 else counts.sum(axis=0), num_levels)
 
 
@@ -284,9 +281,11 @@ def _round_there(values: torch.Tensor, codes: Sequence[SegmentCode]) -> list[Lev
         dtype=torch.float32,
         device=values.device,
     ).unbind(1)
+    # Eager operations, one kernel each: a compiled graph might fuse them into other roundings.
     levels = ((values - offset) / span * most).round()
     made = (torch.minimum(torch.maximum(levels, -most), most) + most).to(torch.int32)
     numbers = torch.arange(0, size * len(codes), size, device=values.device).unsqueeze(1)
+    # One count for all clients: each has `size` numbers of its own.
     coded = (made >> torch.tensor(shifts, device=values.device).unsqueeze(1)) + numbers
     counts = torch.bincount(coded.reshape(-1), minlength=size * len(codes))
     narrow = made.to(torch.int16) if 2 * max(num_levels) < 1 << 15 else made
@@ -308,7 +307,7 @@ def _split(
 
 
 @dataclass(frozen=True, slots=True)
-class Stochastic:
+class Stochastic(Quantizer):
     """QSGD's unbiased stochastic quantization by the largest magnitude.
 
     `y = |v| / max|v| · s` is rounded up with probability `y - ⌊y⌋`, else down; the sign is kept.
@@ -332,16 +331,6 @@ class Stochastic:
             return RAW
         span = np.float32(max(values.max(), -values.min()))
         return _code(np.float32(0), span, self.num_levels)
-
-    def quantize(
-        self, values: Float32, code: SegmentCode, generator: torch.Generator | None = None
-    ) -> Levels:
-        """See `Quantizer.quantize`.
-
-        Raises:
-            UsageError: there is no generator.
-        """
-        return _round_at_random(values[np.newaxis], [code], lambda _: generator)[0]
 
     def quantize_all(
         self,
@@ -381,22 +370,12 @@ def _round_at_random(
 
 
 @dataclass(frozen=True, slots=True)
-class Unquantized:
+class Unquantized(Quantizer):
     """Leaves values as they are: every segment travels raw."""
 
     def measure(self, values: Float32, repr_bits: int) -> SegmentCode:
         """See `Quantizer.measure`."""
         return RAW
-
-    def quantize(
-        self, values: Float32, code: SegmentCode, generator: torch.Generator | None = None
-    ) -> Levels:
-        """Never called by the codec, since no segment is coded in levels.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError("values that are not quantized have no levels")
 
     def quantize_all(
         self,
@@ -405,12 +384,24 @@ class Unquantized:
         generator: Callable[[int], torch.Generator | None],
         executor: Executor | None = None,
     ) -> list[Levels]:
-        """See `quantize`."""
+        """Never called by the codec, since no segment is coded in levels.
+
+        Raises:
+            UsageError: always.
+        """
         raise UsageError("values that are not quantized have no levels")
 
 
 def dequantize(levels: Int32, code: SegmentCode) -> Float32:
-    """Return `level * (range / num_levels) + offset`, float32, the same on every machine."""
+    """Return `level * (range / num_levels) + offset`, the same on every machine.
+
+    Args:
+        levels: int32, shape (n,), from -s to s.
+        code: a code with levels.
+
+    Returns:
+        float32, shape (n,).
+    """
     values = levels.astype(np.float32)
     values *= np.float32(code.range) / np.float32(code.num_levels)
     values += np.float32(code.offset)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from fedobd.payload._cursor import DEFAULT_LIMITS, Bytes, Limits
 from fedobd.payload._decode import (
-    Block,
+    DecodedBlock,
     DecodedSegment,
-    Found,
     Payload,
     PayloadStream,
+    SegmentView,
     refuse_not_finite,
 )
 from fedobd.payload._encode import (
@@ -18,29 +19,19 @@ from fedobd.payload._encode import (
     encode_payloads,
 )
 from fedobd.payload._frames import check_finite
-from fedobd.payload._wire import (
-    DEFAULT_LIMITS,
-    VERSION,
-    BlockTraffic,
-    ByteCount,
-    Bytes,
-    Header,
-    Kind,
-    Limits,
-    Report,
-    add_traffic,
-)
+from fedobd.payload._header import Header, Kind, Report
+from fedobd.payload._traffic import BlockTraffic, ByteCount, add_traffic
+from fedobd.payload._wire import VERSION
 
 __all__ = [
     "DEFAULT_LIMITS",
     "VERSION",
-    "Block",
     "BlockTraffic",
     "ByteCount",
     "Bytes",
+    "DecodedBlock",
     "DecodedSegment",
     "EncodedPayload",
-    "Found",
     "Header",
     "Kind",
     "Limits",
@@ -48,6 +39,7 @@ __all__ = [
     "PayloadStream",
     "PayloadTraffic",
     "Report",
+    "SegmentView",
     "Source",
     "add_traffic",
     "check_finite",

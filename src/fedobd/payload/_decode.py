@@ -21,16 +21,12 @@ from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd.blocks import ModelSchema, Role, Segment, TensorSpec
 from fedobd.codec import Coding, Float32, SegmentCode, decode_levels, decompress, from_bytes
 from fedobd.payload._checksum import crc32
+from fedobd.payload._cursor import DEFAULT_LIMITS, Bytes, Cursor, Limits
 from fedobd.payload._frames import BlockLayout, PlainPart, check_finite, frozen_parts, lay_out
+from fedobd.payload._header import Header
+from fedobd.payload._traffic import BlockTraffic, ByteCount
 from fedobd.payload._wire import (
     CHECKSUM,
-    DEFAULT_LIMITS,
-    BlockTraffic,
-    ByteCount,
-    Bytes,
-    Cursor,
-    Header,
-    Limits,
     check_checksum,
     check_length,
     check_version,
@@ -39,8 +35,6 @@ from fedobd.payload._wire import (
 )
 
 _FLOAT32 = np.dtype("<f4")
-
-Codes = tuple[tuple[SegmentCode, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +67,7 @@ class SegmentView:
     mask: torch.Tensor | None = None
 
 
-Found = DecodedSegment | SegmentView
-
-Block = tuple[int, Sequence[Found]]
+DecodedBlock = tuple[int, Sequence[DecodedSegment | SegmentView]]
 """A block's number and its segments."""
 
 
@@ -98,22 +90,22 @@ class _BlockFrames:
         executor: Executor | None,
         *,
         in_place: bool = False,
-    ) -> list[Found]:
+    ) -> list[DecodedSegment | SegmentView]:
         """Return its segments; plain float32 ones as views, where they may stay in place."""
         levels = iter(self._decode_levels(executor))
         raw = _decode_plain(schema, header, self.layout.raw, self.raw, in_place)
         buffers = _decode_plain(schema, header, self.layout.buffers, self.buffers, in_place)
-        found: list[Found] = []
+        segments: list[DecodedSegment | SegmentView] = []
         for segment, code in zip(schema.blocks[self.number].segments, self.codes, strict=True):
             if code.coding is Coding.LEVELS:
-                found.append(next(levels))
+                segments.append(next(levels))
             elif code.coding is Coding.CONSTANT:
                 constant = torch.full((segment.num_elements,), code.offset, dtype=torch.float32)
-                found.append(DecodedSegment(segment, constant))
+                segments.append(DecodedSegment(segment, constant))
             else:
                 is_buffer = schema.tensors[segment.tensor].role is Role.BUFFER
-                found.append(next(buffers if is_buffer else raw))
-        return found
+                segments.append(next(buffers if is_buffer else raw))
+        return segments
 
     def _decode_levels(self, executor: Executor | None) -> list[DecodedSegment]:
         if self.levels is None:
@@ -132,7 +124,7 @@ def _decode_plain(
     parts: tuple[PlainPart, ...],
     frame: memoryview | None,
     in_place: bool = False,
-) -> Iterator[Found]:
+) -> Iterator[DecodedSegment | SegmentView]:
     """Yield the segments of a frame of plain values."""
     if frame is None:
         return
@@ -141,12 +133,13 @@ def _decode_plain(
         frame = memoryview(decompress(frame, lengths, [part.dtype.itemsize for part in parts]))
     position = 0
     for part in parts:
-        own = frame[position : position + part.num_bytes]
+        part_bytes = frame[position : position + part.num_bytes]
         position += part.num_bytes
+        # As NumPy, since torch warns of read-only memory; aggregation looks for NaN as it adds.
         if in_place and part.dtype is torch.float32:
-            yield SegmentView(part.segment, np.frombuffer(own, _FLOAT32), part.mask)
+            yield SegmentView(part.segment, np.frombuffer(part_bytes, _FLOAT32), part.mask)
         else:
-            values = from_bytes(own, part.dtype)
+            values = from_bytes(part_bytes, part.dtype)
             refuse_not_finite(schema.tensors[part.segment.tensor], values)
             yield DecodedSegment(part.segment, values, part.mask)
 
@@ -168,7 +161,7 @@ class _FrameReader:
         self._cursor = cursor
         self._schema = schema
         self.header = read_header(cursor, schema)
-        self.codes: Codes = tuple(
+        self.codes = tuple(
             tuple(read_code(cursor, schema, self.header, s) for s in schema.blocks[n].segments)
             for n in self.header.coded
         )
@@ -205,6 +198,7 @@ class _FrameReader:
             yield _BlockFrames(number, codes, layout, levels, raw, buffers, length)
 
     def _level_frame(self, layout: BlockLayout, what: str) -> memoryview:
+        # Lengths are limited before their bytes are waited for: a stream could name any.
         length = self._cursor.varint(f"the length of {what}")
         if length > layout.most_level_bytes:
             raise DecodeError(
@@ -217,6 +211,7 @@ class _FrameReader:
         wanted = sum(part.num_bytes for part in parts)
         length = self._cursor.varint(f"the length of {what}")
         if self.header.is_lossless:
+            # zstandard grows what it cannot compress by less than 1 part in 128.
             if length > wanted + wanted // 128 + 1024:
                 raise DecodeError(
                     DecodeReason.LIMIT, f"{what} say they take {length} bytes for {wanted}"
@@ -264,6 +259,7 @@ class Payload:
         """
         buffer = memoryview(data).cast("B")
         check_length(buffer, limits)
+        # Before the checksum: another version may have another one.
         check_version(bytes(buffer[:4]), buffer[4])
         check_checksum(crc32(buffer[: -CHECKSUM.size]), buffer[-CHECKSUM.size :])
         cursor = Cursor(buffer[: -CHECKSUM.size], limits)
@@ -277,6 +273,7 @@ class Payload:
                 f"{left} bytes follow the last frame at offset {cursor.position}",
             )
         count = reader.num_bytes
+        # Whatever is in no frame: header, codes, lengths and checksum.
         count.header = len(buffer) - count.levels - count.raw - count.buffers
         return cls(schema, reader.header, count, frames, frozen)
 
@@ -300,17 +297,17 @@ class Payload:
             DecodeError: a stream is damaged or a value is not finite.
         """
         for frames in self._frames:
-            found = frames.decode(self.schema, self.header, executor)
-            yield frames.number, cast(list[DecodedSegment], found)
+            segments = frames.decode(self.schema, self.header, executor)
+            yield frames.number, cast(list[DecodedSegment], segments)
 
-    def views(self, executor: Executor | None = None) -> Iterator[Block]:
+    def views(self, executor: Executor | None = None) -> Iterator[DecodedBlock]:
         """Decode block by block, but leave plain float32 values where they lie.
 
         Whoever takes them looks for values that are not finite; else see `blocks`.
         """
         for frames in self._frames:
-            found = frames.decode(self.schema, self.header, executor, in_place=True)
-            yield frames.number, found
+            segments = frames.decode(self.schema, self.header, executor, in_place=True)
+            yield frames.number, segments
 
     def codes(self) -> Iterator[tuple[int, Segment, SegmentCode]]:
         """Yield block number, segment and code of all that the payload holds."""
@@ -346,6 +343,7 @@ class _ChunkCursor(Cursor):
                 DecodeReason.LIMIT,
                 f"{what} would end past {self.limits.max_payload_bytes} bytes, the most taken",
             )
+        # A view of the chunk where it holds them all; else they are copied together.
         whole, self._buffer = self._buffer[:count], self._buffer[count:]
         if len(whole) < count:
             whole = memoryview(self._gathered(bytearray(whole), count, what))
@@ -419,6 +417,6 @@ class PayloadStream:
                 hold, or something follows it.
         """
         for frames in self._reader.blocks():
-            found = frames.decode(self.schema, self.header, executor)
-            yield frames.number, cast(list[DecodedSegment], found)
+            segments = frames.decode(self.schema, self.header, executor)
+            yield frames.number, cast(list[DecodedSegment], segments)
         self._cursor.close()

@@ -32,6 +32,7 @@ from fedobd.codec import (
     write_varint,
 )
 from fedobd.payload._checksum import crc32
+from fedobd.payload._cursor import Bytes
 from fedobd.payload._frames import (
     BlockLayout,
     PlainPart,
@@ -40,7 +41,9 @@ from fedobd.payload._frames import (
     lay_out,
     plain_dtype,
 )
-from fedobd.payload._wire import CHECKSUM, BlockTraffic, ByteCount, Bytes, Header, pack_header
+from fedobd.payload._header import Header
+from fedobd.payload._traffic import BlockTraffic, ByteCount
+from fedobd.payload._wire import CHECKSUM, pack_header
 
 Source = Callable[[Segment], torch.Tensor]
 """Gives the elements of a segment, 1-D, or (clients, elements) where there are several."""

@@ -16,7 +16,7 @@ import torch
 from fedobd._errors import UsageError
 from fedobd.blocks import ModelSchema, Role, Segment
 from fedobd.codec import RAW, Coding, SegmentCode, level_bits
-from fedobd.payload._wire import Header
+from fedobd.payload._header import Header
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,9 @@ class BlockLayout:
     raw: tuple[PlainPart, ...]
     buffers: tuple[PlainPart, ...]
     most_level_bytes: int = field(init=False)
-    """Bytes that no frame of these levels passes: 1.25 times the nominal ones, and 4,096."""
+    """Bytes that no frame of these levels passes: 1.25 times the nominal ones, and 4,096.
+
+    Coded levels take about the nominal ones at most; the rest is for tables and lane states."""
     nominal_bits: int = field(init=False)
     """Bits by the papers' formula."""
     mean_levels: float = field(init=False)
@@ -71,6 +73,7 @@ def lay_out(
     schema: ModelSchema, header: Header, number: int, codes: Sequence[SegmentCode]
 ) -> BlockLayout:
     """Return the frames of a block, by its number, whose segments have these codes."""
+    # A model sent raw has many small segments, and time goes into laying them out anew.
     if codes.count(RAW) == len(codes):
         return _lay_out_plain(schema, number, header.is_difference)
     levels: list[tuple[Segment, SegmentCode]] = []
@@ -133,7 +136,7 @@ def _is_finite(values: torch.Tensor) -> bool:
 
 
 def check_finite(name: str, values: torch.Tensor) -> None:
-    """Raise UsageError where a floating tensor holds NaN or an infinity."""
+    """Raise UsageError where a floating tensor, of any shape, holds NaN or an infinity."""
     if values.is_floating_point() and not _is_finite(values):
         kind = "NaN" if bool(values.isnan().any()) else "an infinity"
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The layout of a payload, format version 2, and its header.
+"""The layout of a payload, format version 2: its header to bytes and back.
 
 A payload is, in this order, all numbers little endian:
 
@@ -24,26 +24,15 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 
 from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd.blocks import ModelSchema, Role, Segment
-from fedobd.codec import (
-    MASKED,
-    MAX_LEVELS,
-    MAX_RANGE,
-    MAX_VARINT_BYTES,
-    RAW,
-    Coding,
-    Mask,
-    SegmentCode,
-    read_varint,
-    write_varint,
-)
+from fedobd.codec import MASKED, MAX_RANGE, RAW, Coding, Mask, SegmentCode, write_varint
+from fedobd.payload._cursor import Cursor, Limits
+from fedobd.payload._header import Header, Kind, Report
 
 MAGIC = b"FOBD"
 VERSION = 2
@@ -86,44 +75,7 @@ _LEVELS = struct.Struct("<ff")
 CHECKSUM = struct.Struct("<I")
 """The CRC-32 that ends a payload."""
 
-_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _NEEDS_ELEMENTS = (Coding.CONSTANT, Coding.LEVELS)
-
-Bytes = bytes | bytearray | memoryview
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a reader takes at most; a caller may lower it.
-
-    Args:
-        max_payload_bytes: length of a payload.
-        max_levels: number of levels s of a segment, at most 2^22.
-
-    Raises:
-        UsageError: a limit is below 1, or above what the format allows.
-    """
-
-    max_payload_bytes: int = 2**62
-    max_levels: int = MAX_LEVELS
-
-    def __post_init__(self) -> None:
-        for name, most in (("max_payload_bytes", 2**62), ("max_levels", MAX_LEVELS)):
-            if not 1 <= getattr(self, name) <= most:
-                raise UsageError(f"{name} is {getattr(self, name)}; allowed are 1 to {most}")
-
-
-DEFAULT_LIMITS = Limits()
-"""What a reader takes unless its caller lowers it: all that the format allows."""
-
-
-class Kind(IntEnum):
-    """What a payload is for."""
-
-    INITIAL = 0
-    BROADCAST = 1
-    UPLOAD = 2
-    DELIVERY = 3
 
 
 class Flag(IntEnum):
@@ -139,141 +91,10 @@ class Flag(IntEnum):
 
 _ALL_FLAGS = sum(Flag)
 
+# Looked up for each segment of each payload: making an enum member of a number takes its time.
 _KINDS = {int(kind): kind for kind in Kind}
 _CODINGS = frozenset(map(int, Coding))
 _CODING_BYTES = {coding: bytes([coding]) for coding in Coding}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What a client says of its local training.
-
-    Args:
-        num_examples: training examples, the client's weight in the mean; at least 1.
-        train_loss: mean training loss of the last local epoch.
-        num_validation_examples: examples on which the received model was validated; 0 for none.
-        validation_loss: mean loss of the received model on them.
-        validation_metric: its metric, such as accuracy in [0, 1].
-    """
-
-    num_examples: int
-    train_loss: float
-    num_validation_examples: int = 0
-    validation_loss: float = 0.0
-    validation_metric: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("num_examples", "num_validation_examples"):
-            value = getattr(self, name)
-            if not 0 <= value < 2**63:
-                raise UsageError(f"{name} is {value}; allowed are 0 to 2^63 - 1")
-        for name in ("train_loss", "validation_loss", "validation_metric"):
-            if not abs(getattr(self, name)) <= _MAX_FLOAT32:
-                raise UsageError(f"{name} is {getattr(self, name)}; wanted a finite float32")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """What a payload says before its values.
-
-    Args:
-        kind: opening, broadcast, upload or delivery.
-        method: the method's number in the format.
-        round: round number, from 1; 0 in an initial payload that belongs to none.
-        stage: stage number, from 1.
-        block_ids: numbers of the blocks that it holds, ascending.
-        is_lossless: whether plain values are compressed.
-        is_difference: whether parameters are differences to the round's broadcast; else they are
-            values.
-        client: the uploading client; None in other payloads.
-        report: the client's report; None in other payloads.
-        mask: the mask over parameters, if they are masked.
-        block_differences: mean block difference of each block, if the method sends it.
-        start: fingerprint of the initial model, if the payload stands for it and holds no values.
-    """
-
-    kind: Kind
-    method: int
-    round: int
-    stage: int
-    block_ids: tuple[int, ...]
-    is_difference: bool = False
-    is_lossless: bool = False
-    client: int | None = None
-    report: Report | None = None
-    mask: Mask | None = None
-    block_differences: tuple[float, ...] | None = None
-    start: bytes | None = None
-
-    def __post_init__(self) -> None:
-        limits = {"method": 2**8, "round": 2**32, "stage": 2**8, "client": 2**32}
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < limit:
-                raise UsageError(f"{name} is {value}; allowed are 0 to {limit - 1}")
-
-    def holds_frozen(self, schema: ModelSchema) -> bool:
-        """Whether the payload has a frame of frozen tensors."""
-        return self.kind is Kind.INITIAL and self.start is None and bool(schema.frozen())
-
-    @property
-    def coded(self) -> tuple[int, ...]:
-        """Numbers of the blocks whose values it holds."""
-        return self.block_ids if self.start is None else ()
-
-
-@dataclass(slots=True)
-class ByteCount:
-    """Bytes of a payload by what they are for; `total` is the length of the payload.
-
-    Args:
-        header: header, lengths and checksum.
-        levels: compressed levels.
-        raw: plain parameter values, frozen ones included.
-        buffers: buffers.
-        nominal_bits: bits by the papers' formula, which counts levels and plain values only.
-    """
-
-    header: int = 0
-    levels: int = 0
-    raw: int = 0
-    buffers: int = 0
-    nominal_bits: int = 0
-
-    @property
-    def total(self) -> int:
-        """All bytes."""
-        return self.header + self.levels + self.raw + self.buffers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockTraffic:
-    """What a block took in some payloads.
-
-    Args:
-        payloads: how many of them held it.
-        num_bytes: bytes of its frames in all of them, with the frames' lengths.
-        nominal_bits: bits by the papers' formula.
-        levels: mean number of levels s over its quantized elements; 0 where there are none.
-    """
-
-    payloads: int = 0
-    num_bytes: int = 0
-    nominal_bits: int = 0
-    levels: float = 0.0
-
-
-def add_traffic(found: Iterable[BlockTraffic]) -> BlockTraffic:
-    """Return what a block took in several groups of payloads together."""
-    found = list(found)
-    payloads = sum(traffic.payloads for traffic in found)
-    levels = math.fsum(traffic.levels * traffic.payloads for traffic in found)
-    return BlockTraffic(
-        payloads=payloads,
-        num_bytes=sum(traffic.num_bytes for traffic in found),
-        nominal_bits=sum(traffic.nominal_bits for traffic in found),
-        levels=levels / payloads if payloads else 0.0,
-    )
 
 
 def pack_header(
@@ -329,49 +150,6 @@ def pack_header(
     return b"".join([fixed, *parts])
 
 
-class Cursor:
-    """Reads a buffer from front to back, never past its end.
-
-    Args:
-        buffer: the bytes.
-        limits: what is taken at most.
-    """
-
-    def __init__(self, buffer: memoryview, limits: Limits = DEFAULT_LIMITS) -> None:
-        self._buffer = buffer
-        self.limits = limits
-        self.position = 0
-
-    def take(self, count: int, what: str) -> memoryview:
-        """Return the next bytes; DecodeError where fewer are left."""
-        left = len(self._buffer) - self.position
-        if count > left:
-            raise DecodeError(
-                DecodeReason.TRUNCATED,
-                f"the payload ends inside {what}: {count} bytes wanted at offset "
-                f"{self.position}, {left} left",
-            )
-        part = self._buffer[self.position : self.position + count]
-        self.position += count
-        return part
-
-    def varint(self, what: str) -> int:
-        """Return the LEB128 number that is next; DecodeError where it is no proper one."""
-        digits = bytes(self.take(1, what))
-        while digits[-1] >= 0x80 and len(digits) < MAX_VARINT_BYTES:
-            digits += self.take(1, what)
-        try:
-            return read_varint(digits, 0, what)[0]
-        except DecodeError as error:
-            raise DecodeError(
-                error.reason, f"{what} before offset {self.position} is not a proper number"
-            ) from None
-
-    def unpack(self, layout: struct.Struct, what: str) -> tuple[Any, ...]:
-        """Return the fields of the next bytes; DecodeError where too few are left."""
-        return layout.unpack(self.take(layout.size, what))
-
-
 def check_length(buffer: memoryview, limits: Limits) -> None:
     """Refuse what is shorter than any payload, or longer than is taken."""
     if len(buffer) > limits.max_payload_bytes:
@@ -419,13 +197,12 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
     Raises:
         DecodeError: a field is illegal, or the payload is for another model.
     """
-    magic, version, kind_number, method, flags, number, stage, fingerprint = cursor.unpack(
-        _HEADER, "the header"
-    )
+    fixed = cursor.unpack(_HEADER, "the header")
+    magic, version, kind_number, method, flags, round_number, stage, fingerprint = fixed
     check_version(magic, version)
-    kind = _KINDS.get(kind_number)
-    if kind is None:
+    if kind_number not in _KINDS:
         raise DecodeError(DecodeReason.KIND, f"payload kind {kind_number} is not known")
+    kind = _KINDS[kind_number]
     if flags & ~_ALL_FLAGS:
         raise DecodeError(DecodeReason.FIELD, f"flags {flags:#x} hold an unknown bit")
     if fingerprint != schema.fingerprint:
@@ -447,17 +224,11 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
         (start,) = cursor.unpack(_START, "the start")
     differences = None
     if flags & Flag.BLOCK_DIFFERENCES:
-        part = cursor.take(4 * len(schema.blocks), "the block differences")
-        as_array = np.frombuffer(part, "<f4")
-        if not bool((np.isfinite(as_array) & (as_array >= 0)).all()):
-            raise DecodeError(
-                DecodeReason.FIELD, "a mean block difference is negative or not finite"
-            )
-        differences = tuple(map(float, as_array))
+        differences = _read_differences(cursor, len(schema.blocks))
     return Header(
         kind=kind,
         method=method,
-        round=number,
+        round=round_number,
         stage=stage,
         block_ids=_read_bitmap(cursor, len(schema.blocks)),
         is_difference=bool(flags & Flag.DIFFERENCES),
@@ -479,9 +250,16 @@ def _read_report(cursor: Cursor) -> tuple[int, Report]:
         raise DecodeError(DecodeReason.FIELD, f"client {client}: {error}") from error
 
 
+def _read_differences(cursor: Cursor, num_blocks: int) -> tuple[float, ...]:
+    differences = np.frombuffer(cursor.take(4 * num_blocks, "the block differences"), "<f4")
+    if not bool((np.isfinite(differences) & (differences >= 0)).all()):
+        raise DecodeError(DecodeReason.FIELD, "a mean block difference is negative or not finite")
+    return tuple(map(float, differences))
+
+
 def _read_bitmap(cursor: Cursor, num_blocks: int) -> tuple[int, ...]:
     part = cursor.take((num_blocks + 7) // 8, "the block bitmap")
-    if int.from_bytes(part, "little") == (1 << num_blocks) - 1:
+    if int.from_bytes(part, "little") == (1 << num_blocks) - 1:  # all, as in every broadcast
         return tuple(range(num_blocks))
     bits = np.unpackbits(np.frombuffer(part, np.uint8), bitorder="little")
     if bits[num_blocks:].any():
@@ -499,7 +277,7 @@ def read_code(
     """
     spec = schema.tensors[segment.tensor]
     (coding,) = cursor.take(1, "the codings")
-    if coding == Coding.RAW and header.mask is None:
+    if coding == Coding.RAW and header.mask is None:  # most codes there are, and always legal
         return RAW
     where = f"of tensor {spec.name!r} at offset {cursor.position - 1}"
     if coding not in _CODINGS:
@@ -518,22 +296,25 @@ def read_code(
         )
     if coding == Coding.CONSTANT:
         (offset,) = cursor.unpack(_OFFSET, f"the offset {where}")
-        code = SegmentCode(Coding.CONSTANT, offset=offset)
-    elif coding == Coding.LEVELS:
-        num_levels = cursor.varint(f"the number of levels {where}")
-        offset, span = cursor.unpack(_LEVELS, f"the range {where}")
-        if not 1 <= num_levels <= cursor.limits.max_levels:
-            raise DecodeError(
-                DecodeReason.LIMIT,
-                f"{num_levels} levels {where}; allowed are 1 to {cursor.limits.max_levels}",
-            )
-        if not 0 < span <= MAX_RANGE or not abs(offset) <= MAX_RANGE:
-            raise DecodeError(
-                DecodeReason.FIELD, f"range {span} and offset {offset} {where} are out of range"
-            )
-        code = SegmentCode(Coding.LEVELS, num_levels, offset, span)
-    else:
-        code = RAW if coding == Coding.RAW else MASKED
-    if not math.isfinite(code.offset):
-        raise DecodeError(DecodeReason.NOT_FINITE, f"the offset {where} is {code.offset}")
-    return code
+        if not math.isfinite(offset):
+            raise DecodeError(DecodeReason.NOT_FINITE, f"the offset {where} is {offset}")
+        return SegmentCode(Coding.CONSTANT, offset=offset)
+    if coding == Coding.LEVELS:
+        return _read_levels(cursor, where)
+    return RAW if coding == Coding.RAW else MASKED
+
+
+def _read_levels(cursor: Cursor, where: str) -> SegmentCode:
+    num_levels = cursor.varint(f"the number of levels {where}")
+    offset, span = cursor.unpack(_LEVELS, f"the range {where}")
+    if not 1 <= num_levels <= cursor.limits.max_levels:
+        raise DecodeError(
+            DecodeReason.LIMIT,
+            f"{num_levels} levels {where}; allowed are 1 to {cursor.limits.max_levels}",
+        )
+    # Written so that NaN, which no comparison holds for, is refused too.
+    if not 0 < span <= MAX_RANGE or not abs(offset) <= MAX_RANGE:
+        raise DecodeError(
+            DecodeReason.FIELD, f"range {span} and offset {offset} {where} are out of range"
+        )
+    return SegmentCode(Coding.LEVELS, num_levels, offset, span)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError
 from fedobd.blocks import ModelSchema, ModelState, Role, Segment, TensorSpec
-from fedobd.payload import Block, DecodedSegment, Found, refuse_not_finite
+from fedobd.payload import DecodedBlock, DecodedSegment, SegmentView, refuse_not_finite
 
 _ROOM_BITS = {Role.PARAMETER: 10, Role.BUFFER: 20}
 """A legal difference is below 2^room times the largest value of its tensor on the server."""
@@ -143,7 +143,7 @@ class WeightedMean:
 
     def accumulate(
         self,
-        blocks: Callable[[], Iterable[Block]],
+        blocks: Callable[[], Iterable[DecodedBlock]],
         num_examples: int,
         *,
         differences: bool,
@@ -182,7 +182,7 @@ class WeightedMean:
 
     def _take_back(
         self,
-        blocks: Callable[[], Iterable[Block]],
+        blocks: Callable[[], Iterable[DecodedBlock]],
         added: int,
         num_examples: int,
         differences: bool,
@@ -198,7 +198,7 @@ class WeightedMean:
 
     def _add(
         self,
-        one: Found,
+        one: DecodedSegment | SegmentView,
         num_examples: int,
         differences: bool,
         *,

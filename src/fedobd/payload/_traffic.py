@@ -1,0 +1,65 @@
+"""What payloads take: bytes that were really made, and bits by the papers' formula beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class ByteCount:
+    """Bytes of a payload by what they are for; `total` is the length of the payload.
+
+    Args:
+        header: header, lengths and checksum.
+        levels: compressed levels.
+        raw: plain parameter values, frozen ones included.
+        buffers: buffers.
+        nominal_bits: bits by the papers' formula, which counts levels and plain values only.
+    """
+
+    header: int = 0
+    levels: int = 0
+    raw: int = 0
+    buffers: int = 0
+    nominal_bits: int = 0
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.header + self.levels + self.raw + self.buffers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockTraffic:
+    """What a block took in some payloads.
+
+    Args:
+        payloads: how many of them held it.
+        num_bytes: bytes of its frames in all of them, with the frames' lengths.
+        nominal_bits: bits by the papers' formula.
+        levels: mean number of levels s over its quantized elements; 0 where there are none.
+    """
+
+    payloads: int = 0
+    num_bytes: int = 0
+    nominal_bits: int = 0
+    levels: float = 0.0
+
+
+def add_traffic(parts: Iterable[BlockTraffic]) -> BlockTraffic:
+    """Return what a block took in several groups of payloads together.
+
+    `levels` becomes the mean of the payloads' means: each payload counts once, however many of its
+    elements were quantized.
+    """
+    parts = list(parts)
+    payloads = sum(part.payloads for part in parts)
+    levels = math.fsum(part.levels * part.payloads for part in parts)
+    return BlockTraffic(
+        payloads=payloads,
+        num_bytes=sum(part.num_bytes for part in parts),
+        nominal_bits=sum(part.nominal_bits for part in parts),
+        levels=levels / payloads if payloads else 0.0,
+    )

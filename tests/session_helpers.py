@@ -40,7 +40,7 @@ from fedobd import (
     get_state,
 )
 from fedobd.codec import Mask, Quantizer, Unquantized
-from fedobd.payload import Kind, encode_payload
+from fedobd.payload import DEFAULT_LIMITS, Kind, Limits, encode_payload
 from fedobd.payload._wire import HEADER_FIELDS, UPLOAD_FIELDS
 
 NUM_CLIENTS = 5
@@ -267,7 +267,7 @@ def set_up(
     num_clients: int = NUM_CLIENTS,
     seed: int = SEED,
     state_seed: int = 0,
-    max_examples: int = 10_000_000,
+    limits: Limits = DEFAULT_LIMITS,
     shared_start: bool = False,
     executor: Executor | None = None,
 ) -> tuple[ServerSession, Engine]:
@@ -280,10 +280,10 @@ def set_up(
         state,
         num_clients=num_clients,
         seed=seed,
-        max_examples=max_examples,
+        limits=limits,
         shared_start=shared_start,
-        executor=executor,
     )
+    server.executor = executor
     start = state if shared_start else None
     return server, Engine(method, schema, seed, start=start, executor=executor)
 
@@ -387,7 +387,9 @@ class Scene:
     def __init__(self, method: Method, kind: str = "batch_norm") -> None:
         self.method = method
         self.model = MODELS[kind]()
-        self.server, self.engine = set_up(method, self.model, max_examples=MAX_EXAMPLES)
+        self.server, self.engine = set_up(
+            method, self.model, limits=Limits(max_examples=MAX_EXAMPLES)
+        )
         self.schema = self.engine.schema
         first = self.engine.play(self.server)
         assert first is not None

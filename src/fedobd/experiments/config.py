@@ -24,7 +24,8 @@ from fedobd.blocks import BlockRules
 from fedobd.data import Columns, ImageOptions, PartitionOptions, Splits, TextOptions
 from fedobd.experiments.presets import preset_text
 from fedobd.methods import METHODS
-from fedobd.sessions import MAX_EXAMPLES, Method
+from fedobd.payload import MAX_EXAMPLES
+from fedobd.sessions import Method
 from fedobd.tracking import TrackerName
 from fedobd.training import TrainingOptions
 

@@ -31,7 +31,7 @@ from fedobd.experiments.folder import (
     RunFolder,
     claim_folder,
 )
-from fedobd.payload import Kind
+from fedobd.payload import Kind, Limits
 from fedobd.sessions import Broadcast, RoundPlan, ServerSession
 from fedobd.simulation import (
     ClientStates,
@@ -211,8 +211,8 @@ def run(
         experiment.initial,
         num_clients=config.federation.clients,
         seed=config.federation.seed,
-        max_examples=config.federation.max_examples,
         shared_start=config.federation.shared_start,
+        limits=Limits(max_examples=config.federation.max_examples),
     )
     folder = RunFolder(path)
     claim_folder(path, CONFIG_FILE, resume=resume)

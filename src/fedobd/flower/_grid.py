@@ -43,6 +43,7 @@ from fedobd.flower._opening import Opening
 from fedobd.methods import Codec, FedOBD
 from fedobd.payload import (
     DEFAULT_LIMITS,
+    MAX_EXAMPLES,
     Header,
     Kind,
     Limits,
@@ -50,7 +51,7 @@ from fedobd.payload import (
     encode_payload,
     refuse_not_finite,
 )
-from fedobd.sessions import MAX_EXAMPLES, all_blocks, check_addressed
+from fedobd.sessions import all_blocks, check_addressed
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
 
@@ -24,9 +25,8 @@ from fedobd.flower._layout import Layout, describe
 from fedobd.flower._opening import MetricKeys, Opening
 from fedobd.flower._roster import Roster
 from fedobd.methods import FedOBD
-from fedobd.payload import DEFAULT_LIMITS, Limits
+from fedobd.payload import DEFAULT_LIMITS, MAX_EXAMPLES, Limits
 from fedobd.sessions import (
-    MAX_EXAMPLES,
     Method,
     RoundPlan,
     RoundRecord,
@@ -198,9 +198,8 @@ class FedOBDStrategy(Strategy):
             layout.to_state(initial_arrays, schema),
             num_clients=self.num_clients,
             seed=self._seed,
-            max_examples=self._max_examples,
             shared_start=self._shared_start,
-            limits=self._limits,
+            limits=replace(self._limits, max_examples=self._max_examples),
         )
         folder = self._open_folder(schema, server)
         result = Result()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedobd.payload._cursor import DEFAULT_LIMITS, Bytes, Limits
+from fedobd.payload._cursor import DEFAULT_LIMITS, MAX_EXAMPLES, Bytes, Limits
 from fedobd.payload._decode import (
     DecodedBlock,
     DecodedSegment,
@@ -13,18 +13,18 @@ from fedobd.payload._decode import (
 )
 from fedobd.payload._encode import (
     EncodedPayload,
-    PayloadTraffic,
     Source,
     encode_payload,
     encode_payloads,
 )
 from fedobd.payload._frames import check_finite
 from fedobd.payload._header import Header, Kind, Report
-from fedobd.payload._traffic import BlockTraffic, ByteCount, add_traffic
+from fedobd.payload._traffic import BlockTraffic, ByteCount, PayloadTraffic, add_traffic
 from fedobd.payload._wire import VERSION
 
 __all__ = [
     "DEFAULT_LIMITS",
+    "MAX_EXAMPLES",
     "VERSION",
     "BlockTraffic",
     "ByteCount",

@@ -11,6 +11,9 @@ from fedobd.codec import MAX_LEVELS, MAX_VARINT_BYTES, read_varint
 
 Bytes = bytes | bytearray | memoryview
 
+MAX_EXAMPLES = 10_000_000
+"""Largest number of examples that an upload may claim, unless the operator says otherwise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -19,6 +22,8 @@ class Limits:
     Args:
         max_payload_bytes: length of a payload.
         max_levels: number of levels s of a segment, at most 2^22.
+        max_examples: number of examples that an upload may claim. An honest client has fewer than
+            ten million; one that claims more would decide the mean alone.
 
     Raises:
         UsageError: a limit is below 1, or above what the format allows.
@@ -26,9 +31,14 @@ class Limits:
 
     max_payload_bytes: int = 2**62
     max_levels: int = MAX_LEVELS
+    max_examples: int = MAX_EXAMPLES
 
     def __post_init__(self) -> None:
-        for name, most in (("max_payload_bytes", 2**62), ("max_levels", MAX_LEVELS)):
+        for name, most in (
+            ("max_payload_bytes", 2**62),
+            ("max_levels", MAX_LEVELS),
+            ("max_examples", 2**40 - 1),
+        ):
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name} is {getattr(self, name)}; allowed are 1 to {most}")
 

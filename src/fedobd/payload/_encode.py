@@ -42,26 +42,13 @@ from fedobd.payload._frames import (
     plain_dtype,
 )
 from fedobd.payload._header import Header
-from fedobd.payload._traffic import BlockTraffic, ByteCount
+from fedobd.payload._traffic import BlockTraffic, ByteCount, PayloadTraffic
 from fedobd.payload._wire import CHECKSUM, pack_header
 
 Source = Callable[[Segment], torch.Tensor]
 """Gives the elements of a segment, 1-D, or (clients, elements) where there are several."""
 
 Codes = list[list[SegmentCode]]
-
-
-@dataclass(frozen=True, slots=True)
-class PayloadTraffic:
-    """What a payload takes.
-
-    Args:
-        total: its bytes by what they are for.
-        blocks: what each held block takes, by block number.
-    """
-
-    total: ByteCount
-    blocks: dict[int, BlockTraffic]
 
 
 @dataclass(frozen=True, slots=True)

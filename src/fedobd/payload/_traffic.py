@@ -63,3 +63,16 @@ def add_traffic(parts: Iterable[BlockTraffic]) -> BlockTraffic:
         nominal_bits=sum(part.nominal_bits for part in parts),
         levels=levels / payloads if payloads else 0.0,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadTraffic:
+    """What a payload takes.
+
+    Args:
+        total: its bytes by what they are for.
+        blocks: what each held block takes, by block number.
+    """
+
+    total: ByteCount
+    blocks: dict[int, BlockTraffic]

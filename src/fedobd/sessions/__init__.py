@@ -24,11 +24,10 @@ from fedobd.sessions._selection import (
     parameter_budget,
     random_order,
 )
-from fedobd.sessions._server import MAX_EXAMPLES, SavedSession, ServerSession
+from fedobd.sessions._server import SavedSession, ServerSession
 from fedobd.sessions._upload import Received, encode_uploads
 
 __all__ = [
-    "MAX_EXAMPLES",
     "Aggregator",
     "Broadcast",
     "ClientSession",

@@ -24,13 +24,11 @@ class UploadRules:
     Args:
         plan: the round's plan.
         block_ids: numbers of the blocks that its broadcast holds.
-        max_examples: the largest number of examples that an upload may claim.
         limits: what an upload may take at most.
     """
 
     plan: RoundPlan
     block_ids: tuple[int, ...]
-    max_examples: int
     limits: Limits
 
 
@@ -121,7 +119,7 @@ class Aggregator:
 
     def _check(self, client: int, header: Header) -> None:
         """Raise DecodeError for an upload of another client or round, or an illegal report."""
-        plan, most, report = self.rules.plan, self.rules.max_examples, header.report
+        plan, most, report = self.rules.plan, self.rules.limits.max_examples, header.report
         check_addressed(header, Kind.UPLOAD, self.method, plan.round, plan.stage)
         assert report is not None
         if header.client != client:
@@ -154,7 +152,7 @@ class Aggregator:
                 self.schema,
                 self.reference,
                 cohort_size=len(self.rules.plan.cohort),
-                max_examples=self.rules.max_examples,
+                max_examples=self.rules.limits.max_examples,
                 per_element=self.method.per_element_mean,
                 memory=self._memory,
             )

@@ -52,9 +52,6 @@ from fedobd.sessions._rounds import (
     sample_cohort,
 )
 
-MAX_EXAMPLES = 10_000_000
-"""Largest number of examples that an upload may claim, unless the operator says otherwise."""
-
 
 @dataclass(frozen=True, slots=True)
 class SavedSession:
@@ -79,12 +76,10 @@ class ServerSession:
         num_clients: how many clients there are; they are known by the numbers 0 to
             num_clients - 1.
         seed: the run's seed.
-        max_examples: the largest number of examples that an upload may claim.
         shared_start: clients hold the initial model already (the same seed and factory, the same
             checkpoint): the first broadcast and initial payloads are then its fingerprint, not its
             values.
         limits: what an upload may take at most.
-        executor: spreads the work on large blocks; the bytes are the same with and without.
 
     Raises:
         UsageError: the state does not fit the schema, or there are fewer clients than a cohort
@@ -99,20 +94,15 @@ class ServerSession:
         *,
         num_clients: int,
         seed: int = 0,
-        max_examples: int = MAX_EXAMPLES,
         shared_start: bool = False,
         limits: Limits = DEFAULT_LIMITS,
-        executor: Executor | None = None,
     ) -> None:
         if num_clients < 1:
             raise UsageError(f"num_clients is {num_clients}; allowed are numbers from 1")
-        if not 1 <= max_examples < 2**40:
-            raise UsageError(f"max_examples is {max_examples}; allowed are 1 to 2^40 - 1")
         self.method = method
         self.schema = schema
         self.num_clients = num_clients
         self.seed = seed
-        self.max_examples = max_examples
         _check_unit(method, schema)
         self._stages = method.stages()
         for stage in self._stages:
@@ -121,7 +111,8 @@ class ServerSession:
         start = state_fingerprint(schema, self.state).hex() if shared_start else None
         self._progress = Progress(uploads_by_block=[0] * len(schema.blocks), start=start)
         self._limits = limits
-        self._executor = executor
+        self.executor: Executor | None = None
+        """Spreads the work on large blocks; the bytes are the same with and without."""
         self._open: OpenRound | None = None
 
     @property
@@ -185,13 +176,12 @@ class ServerSession:
         rules = UploadRules(
             plan=plan,
             block_ids=transfer.block_ids,
-            max_examples=self.max_examples,
             limits=self._limits,
         )
         self._open = OpenRound(
             plan,
             transfer,
-            Aggregator(self.method, self.schema, rules, self._state, executor=self._executor),
+            Aggregator(self.method, self.schema, rules, self._state, executor=self.executor),
         )
         return plan
 
@@ -272,7 +262,7 @@ class ServerSession:
             transfer.quantizer,
             generator=make_generator(self.seed, "downlink", number),
             frozen=lambda spec: state[spec.name],
-            executor=self._executor,
+            executor=self.executor,
         )
         return payload.copied()  # it outlives the round, whose end changes the values
 

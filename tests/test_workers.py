@@ -47,7 +47,7 @@ from fedobd.simulation import (
     _pool,
     simulate,
 )
-from fedobd.training import LocalResult
+from fedobd.training import ClientStart, LocalResult
 from tests import toy
 from tests.helpers import heed_ctrl_c
 from tests.toy import config
@@ -145,15 +145,13 @@ def die_once(
 
 def die_once_together(
     model: nn.Module,
-    starts: Sequence[ModelState],
-    data: Sequence[ClientData],
+    clients: Sequence[ClientStart],
     plan: RoundPlan,
-    seeds: Sequence[int],
     *,
     marker: Path,
     together: StackedTraining,
 ) -> tuple[Sequence[ModelState], list[LocalResult]]:
-    trained = together(model, starts, data, plan, seeds)
+    trained = together(model, clients, plan)
     if plan.round == 2 and not marker.exists():
         marker.touch()
         die()

@@ -25,19 +25,14 @@ from fedobd.sessions import (
     encode_uploads,
 )
 from fedobd.simulation._files import map_file
-from fedobd.training import Evaluation, LocalResult, LocalTraining
+from fedobd.training import ClientStart, Evaluation, LocalResult, LocalTraining
 
 
 class StackedTraining(Protocol):
     """Trains several models at once; see `fedobd.training.train_stacked`."""
 
     def __call__(
-        self,
-        model: nn.Module,
-        starts: Sequence[ModelState],
-        data: Sequence[ClientData],
-        plan: RoundPlan,
-        seeds: Sequence[int],
+        self, model: nn.Module, clients: Sequence[ClientStart], plan: RoundPlan
     ) -> tuple[Sequence[ModelState], list[LocalResult]]: ...
 
 
@@ -162,16 +157,21 @@ class LocalClient:
         setup, plan = self._setup, tasks[0].plan
         clock = _Clock()
         sessions = [self._session(task) for task in tasks]
-        starts = [
+        received = [
             session.receive(self._decode(Kind.BROADCAST, task.broadcast))
             for session, task in zip(sessions, tasks, strict=True)
         ]
         clock.lap("decode")
-        data = [setup.data(task.client) for task in tasks]
-        validations = [self._validate(start, own) for start, own in zip(starts, data, strict=True)]
+        clients = [
+            ClientStart(
+                state, setup.data(task.client),
+                derive_seed(setup.seed, "train", plan.round, task.client),
+            )
+            for task, state in zip(tasks, received, strict=True)
+        ]  # fmt: skip
+        validations = [self._validate(client) for client in clients]
         clock.lap("validate")
-        seeds = [derive_seed(setup.seed, "train", plan.round, task.client) for task in tasks]
-        trained, results = self._train(starts, data, plan, seeds)
+        trained, results = self._train(clients, plan)
         clock.lap("train")
         reports = list(map(_report, results, validations))
         uploads: list[list[Bytes]] = [[] for _ in tasks]
@@ -201,27 +201,24 @@ class LocalClient:
             session.open(self._decode(Kind.OPENING, task.opening))
         return session
 
-    def _validate(self, start: ModelState, data: ClientData) -> Evaluation | None:
-        if self._setup.validate is None or len(data.validation) == 0:
+    def _validate(self, client: ClientStart) -> Evaluation | None:
+        if self._setup.validate is None or len(client.data.validation) == 0:
             return None
-        load_state(self._model, start)
-        return self._setup.validate(self._model, data)
+        load_state(self._model, client.state)
+        return self._setup.validate(self._model, client.data)
 
     def _train(
-        self,
-        starts: Sequence[ModelState],
-        data: Sequence[ClientData],
-        plan: RoundPlan,
-        seeds: Sequence[int],
+        self, clients: Sequence[ClientStart], plan: RoundPlan
     ) -> tuple[StateStack, list[LocalResult]]:
         setup = self._setup
         if setup.stack > 1:
             assert setup.train_together is not None
-            states, results = setup.train_together(self._model, starts, data, plan, seeds)
+            states, results = setup.train_together(self._model, clients, plan)
             return StateStack.of(states), results
-        ((start,), (own,), (seed,)) = starts, data, seeds
-        load_state(self._model, start)
-        result = setup.train(self._model, own, plan, seed)
+        (client,) = clients
+        load_state(self._model, client.state)
+        result = setup.train(self._model, client.data, plan, client.seed)
+        # A view: the upload is encoded before the model trains the next client.
         return StateStack.of([view_state(self._model)]), [result]
 
     def _decode(self, kind: Kind, payload: bytes | Path) -> Broadcast:

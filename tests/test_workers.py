@@ -311,9 +311,7 @@ def test_a_worker_that_dies_is_replaced_and_the_bytes_are_the_same(
 def test_a_worker_that_dies_each_time_ends_the_run(tmp_path: Path) -> None:
     experiment = build_experiment(config("fedavg"))
     setup = replace(experiment.setup, train=partial(die_always, folder=tmp_path))
-    message = (
-        r"client \d, round 1: the worker process that played it died 4 times, with exit status"
-    )
+    message = r"client \d, round 1: its worker process died 4 times, with exit status"
     with pytest.raises(FedOBDError, match=message):
         play(experiment, ProcessPool(setup, 1))
     assert _pool.MAX_ATTEMPTS == 4  # the first time and three more

@@ -1,4 +1,4 @@
-"""LocalClient: plays any client of a run in this process, one at a time, with one model object."""
+"""LocalClient: runs any client of a run in this process, with one model object for all of them."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class ClientResult:
 
 
 class LocalClient:
-    """Plays clients.
+    """Runs clients.
 
     Args:
         setup: what they share.
@@ -138,7 +138,7 @@ class LocalClient:
         self._decoded = {}
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
-        """Play some clients' parts in a round; together where clients are stacked.
+        """Run some clients' parts in a round; together where clients are stacked.
 
         Yields:
             Each client's result when its upload is encoded.
@@ -222,7 +222,10 @@ class LocalClient:
         return StateStack.of([view_state(self._model)]), [result]
 
     def _decode(self, kind: Kind, payload: bytes | Path) -> Broadcast:
-        """Decode what all clients of a round share once for all of them."""
+        """Decode what clients of a round share, once for all of them.
+
+        Once by kind: a round has one broadcast, and all its initial payloads hold the same.
+        """
         if kind not in self._decoded:
             whole = map_file(payload) if isinstance(payload, Path) else payload
             decoded = Broadcast.decode(whole, self._setup.method, self._setup.schema, kind)

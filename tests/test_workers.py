@@ -34,7 +34,7 @@ from fedobd.blocks import ModelState
 from fedobd.data import ClientData
 from fedobd.experiments import run
 from fedobd.experiments._build import Experiment, build_experiment
-from fedobd.sessions import Intake
+from fedobd.sessions import Aggregator
 from fedobd.simulation import (
     ClientPool,
     ClientResult,
@@ -276,7 +276,7 @@ def tasks_of(
     )
     plan = server.begin_round()
     assert plan is not None
-    broadcast = b"".join(server.broadcast())
+    broadcast = server.broadcast().data
     for client in clients:
         yield ClientTask(
             plan=replace(plan, cohort=cohort or plan.cohort), client=client, broadcast=broadcast
@@ -392,9 +392,9 @@ class NoUploads(ProcessPool):
     """Fails where an upload comes back."""
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
-        for result in super().run(tasks, intake):
+        for result in super().run(tasks, aggregator):
             assert result.upload is None
             assert result.outcome is not None
             yield result
@@ -476,7 +476,7 @@ def test_uploads_and_states_of_megabytes_and_no_files_left(method: str) -> None:
     folder, counts, contents = Path(pool._folder.name), [], []
 
     def look() -> None:
-        assert not any(worker.taken for worker in pool._workers)  # tasks hold states
+        assert not any(worker.accumulated for worker in pool._workers)  # tasks hold states
         counts.append(len(list(folder.iterdir())))
         contents.append(sum(file.stat().st_size for file in folder.iterdir()))
 

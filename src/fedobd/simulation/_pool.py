@@ -21,7 +21,7 @@ from typing import Protocol, Self
 import torch
 
 from fedobd._errors import FedOBDError, UsageError
-from fedobd.sessions import Intake
+from fedobd.sessions import Aggregator
 from fedobd.simulation._client import ClientResult, ClientSetup, ClientTask, LocalClient
 from fedobd.simulation._files import write_over
 from fedobd.simulation._process import prepare_process
@@ -45,14 +45,14 @@ class ClientPool(Protocol):
     """Runs the clients of a round; a context manager that holds its processes."""
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
         """Yield the results in whatever order they come.
 
         Args:
             tasks: of one round.
-            intake: the server's. With it a pool may take uploads in where they are made; it has
-                them once the last result was yielded, and those results come without.
+            aggregator: the server's. With it a pool may take uploads in where they are made; it
+                has them once the last result was yielded, and those results come without.
         """
         ...
 
@@ -105,7 +105,7 @@ class SequentialPool(_SingleThread):
         self._client = LocalClient(setup)
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
         """See `ClientPool.run`; uploads come with the results."""
         self._client.begin()
@@ -144,7 +144,7 @@ class ProcessPool(_SingleThread):
         self._names = (Path(self._folder.name) / str(number) for number in count())
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
         """See `ClientPool.run`.
 
@@ -153,7 +153,7 @@ class ProcessPool(_SingleThread):
         """
         self._round += 1
         files = self._round_files()
-        share = None if intake is None else ShareTerms.write(intake, next(files))
+        share = None if aggregator is None else ShareTerms.write(aggregator, next(files))
         backlog = _Backlog(_groups(_with_files(tasks, files), self._setup.stack))
         self._prepare_workers()
         finished: set[int] = set()
@@ -164,15 +164,15 @@ class ProcessPool(_SingleThread):
                 if result.client in finished:
                     continue
                 finished.add(result.client)
-                if intake is not None and result.outcome is not None:
-                    intake.note(result.outcome)
+                if aggregator is not None and result.outcome is not None:
+                    aggregator.note(result.outcome)
                 yield result
         # Not before all are done: a worker that dies takes its sums with it.
-        if intake is not None:
-            num_sums = Intake.num_sums(intake.method, intake.schema)
+        if aggregator is not None:
+            num_sums = Aggregator.num_sums(aggregator.method, aggregator.schema)
             for worker in self._workers:
                 if worker.num_examples:
-                    intake.merge(worker.sums(num_sums), worker.num_examples)
+                    aggregator.merge(worker.sums(num_sums), worker.num_examples)
 
     def _prepare_workers(self) -> None:
         """Have as many idle workers as there should be.
@@ -227,7 +227,7 @@ class ProcessPool(_SingleThread):
             died_of[0].plan.round,
             exit_status,
         )
-        backlog.put_first([died_of, *queued, *worker.taken])
+        backlog.put_first([died_of, *queued, *worker.accumulated])
         self._workers[self._workers.index(worker)] = self._start_worker()
 
     def _round_files(self) -> Iterator[Path]:
@@ -314,9 +314,9 @@ def _with_files(tasks: Iterable[ClientTask], files: Iterator[Path]) -> Iterator[
         return stored[id(payload)][1]
 
     for task in tasks:
-        broadcast, opening = store(task.broadcast), store(task.opening)
+        broadcast, initial = store(task.broadcast), store(task.initial_payload)
         assert broadcast is not None
-        yield dataclasses.replace(task, broadcast=broadcast, opening=opening)
+        yield dataclasses.replace(task, broadcast=broadcast, initial_payload=initial)
 
 
 def _make_folder(base: Path) -> TemporaryDirectory[str]:

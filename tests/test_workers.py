@@ -30,6 +30,7 @@ from fedobd import (
     ServerSession,
     UsageError,
 )
+from fedobd._seeds import derive_seed
 from fedobd.blocks import ModelState
 from fedobd.data import ClientData
 from fedobd.experiments import run
@@ -201,23 +202,28 @@ def fail(
     raise error
 
 
-def dawdle(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int) -> LocalResult:
-    """Train; the client with the smallest seed of three is the last to be done."""
-    if seed % 2:
-        time.sleep(0.3)
-    return toy.train(model, data, plan, seed)
-
-
-def sleep(
+def finish_last(
     model: nn.Module, data: ClientData, plan: RoundPlan, seed: int, *, folder: Path
 ) -> LocalResult:
-    """Never be done."""
+    """Train; of a cohort of two, the first client is done when the second is."""
+    result = toy.train(model, data, plan, seed)
+    second_is_done = folder / str(plan.round)
+    if seed == derive_seed(1, "train", plan.round, plan.cohort[0]):
+        wait_for(second_is_done.exists)
+    else:
+        second_is_done.touch()
+    return result
+
+
+def never_finish(
+    model: nn.Module, data: ClientData, plan: RoundPlan, seed: int, *, folder: Path
+) -> LocalResult:
     (folder / str(os.getpid())).touch()
-    time.sleep(1000)
+    signal.pause()
     raise AssertionError
 
 
-# Playing
+# Running
 
 
 def play(
@@ -456,12 +462,14 @@ def test_uploads_that_are_taken_in_leave_no_files() -> None:
 # Any order, any number, any size
 
 
-def test_more_workers_than_clients_and_results_in_any_order() -> None:
+def test_more_workers_than_clients_and_results_in_any_order(tmp_path: Path) -> None:
     experiment = build_experiment(
         config("fedavg", methods={"fedavg": {"rounds": 3, "epochs": 1, "cohort": 2}})
     )
     wanted = play(experiment, SequentialPool(replace(experiment.setup, train=toy.train)))
-    assert same(play(experiment, ProcessPool(replace(experiment.setup, train=dawdle), 3)), wanted)
+    setup = replace(experiment.setup, train=partial(finish_last, folder=tmp_path))
+    assert same(play(experiment, ProcessPool(setup, 3)), wanted)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("method", ["fedavg", "smafd"])
@@ -538,7 +546,7 @@ def test_many_clients_do_not_take_an_open_file_each() -> None:
 
 def test_closing_a_pool_in_mid_round_ends_its_workers(tmp_path: Path) -> None:
     experiment = build_experiment(config("fedavg"))
-    pool = ProcessPool(replace(experiment.setup, train=partial(sleep, folder=tmp_path)), 2)
+    pool = ProcessPool(replace(experiment.setup, train=partial(never_finish, folder=tmp_path)), 2)
     folder = Path(pool._folder.name)
 
     def look(*_: Any) -> None:
@@ -624,8 +632,11 @@ def test_ctrl_c_while_workers_start(tmp_path: Path) -> None:
         start_new_session=True, preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     try:
-        wait_for(lambda: (tmp_path / "environment.json").exists() or process.poll() is not None)
-        time.sleep(0.7)
+        # The pool's folder is made just before its workers are started.
+        folders = f"fedobd-pool-{process.pid}-*"
+        wait_for(
+            lambda: any(Path(tempfile.gettempdir()).glob(folders)) or process.poll() is not None
+        )
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=30)
     finally:

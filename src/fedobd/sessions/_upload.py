@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -76,28 +76,14 @@ def encode_uploads(
     for one, report in zip(received, reports, strict=True):
         if report.num_examples < 1:
             raise UsageError(f"client {one.client} trained on no examples; at least 1 is wanted")
-    broadcast = received[0].header
     changes = _Changes(schema, [one.start for one in received], trained)
-    means = cache(lambda: mean_block_differences(schema, changes.squared_norms))
-
-    def decide(place: int) -> TransferSpec:
-        return method.uplink(
-            UplinkContext(
-                schema=schema,
-                round=broadcast.round,
-                stage=broadcast.stage,
-                received=broadcast.block_ids,
-                seed=derive_seed(seed, "uplink", broadcast.round, received[place].client),
-                block_differences=lambda: means()[place],
-            )
-        )
-
-    transfers = [decide(place) for place in range(len(received))]
+    transfers = _decide(method, schema, received, changes, seed)
     changes.check_dropped(transfers)
     source: Source = changes.difference_or_value if method.sends_differences else changes.value
     if any(transfer.bound_norm for transfer in transfers):
         bounded = [one.quantizer if one.bound_norm else None for one in transfers]
         source = bound_norms(source, schema, bounded)
+    number = received[0].header.round
     return encode_payloads(
         schema,
         [
@@ -106,11 +92,41 @@ def encode_uploads(
         ],
         source,
         [transfer.quantizer for transfer in transfers],
+        # Cached: one generator a client draws for all of its segments, block after block.
         generator=cache(
-            lambda place: make_generator(seed, "rounding", broadcast.round, received[place].client)
+            lambda place: make_generator(seed, "rounding", number, received[place].client)
         ),
         executor=executor,
     )
+
+
+def _decide(
+    method: Method,
+    schema: ModelSchema,
+    received: Sequence[Received],
+    changes: _Changes,
+    seed: int,
+) -> list[TransferSpec]:
+    """Return how each client's state is to travel."""
+    broadcast = received[0].header
+
+    @cache  # computed for all clients when the first is asked for; FedAvg asks for none
+    def means() -> list[tuple[float, ...]]:
+        return mean_block_differences(schema, changes.squared_norms)
+
+    return [
+        method.uplink(
+            UplinkContext(
+                schema=schema,
+                round=broadcast.round,
+                stage=broadcast.stage,
+                received=broadcast.block_ids,
+                seed=derive_seed(seed, "uplink", broadcast.round, one.client),
+                block_differences=partial(lambda place: means()[place], place),
+            )
+        )
+        for place, one in enumerate(received)
+    ]
 
 
 def _header(method: Method, received: Received, report: Report, transfer: TransferSpec) -> Header:

@@ -234,14 +234,14 @@ def test_every_optimizer_is_that_of_torch(change: dict[str, Any]) -> None:
     check_same(linear().double(), images([20, 16, 11, 3], 3, 4), options=options)
 
 
-@pytest.mark.parametrize("plan", [PLAN, STAGE_TWO, replace(PLAN, epochs=3, schedule_epochs=3)])
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "cosine-run"])
+@pytest.mark.parametrize("plan", [PLAN, STAGE_TWO])
+@pytest.mark.parametrize("schedule", ["cosine", "cosine-run"])
 @pytest.mark.parametrize("step", ["epoch", "batch"])
-@pytest.mark.parametrize("warmup", [0.0, 0.6, 1.5])
 def test_every_client_has_its_own_place_in_the_schedule(
-    plan: RoundPlan, schedule: Any, step: Any, warmup: float
+    plan: RoundPlan, schedule: Any, step: Any
 ) -> None:
-    options = replace(OPTIONS, schedule=schedule, schedule_step=step, warmup_epochs=warmup)
+    """Clients with two, three and four batches an epoch, with and after a warm-up."""
+    options = replace(OPTIONS, schedule=schedule, schedule_step=step, warmup_epochs=0.6)
     check_same(linear().double(), images([17, 9, 30], 3, 4), plan, options)
 
 

@@ -46,6 +46,7 @@ from fedobd.simulation import (
     StackedTraining,
     Watcher,
     _pool,
+    _worker,
     simulate,
 )
 from fedobd.training import ClientStart, LocalResult
@@ -102,21 +103,20 @@ def name_start(
 
 
 @pytest.mark.parametrize(
-    ("obstacle", "wanted"),
+    ("has_long_path", "wanted"),
     [
-        pytest.param(None, "forked", marks=pytest.mark.skipif("sys.platform != 'linux'")),
-        ("long path", "spawned"),
-        ("GPU", "spawned"),
+        pytest.param(False, "forked", marks=pytest.mark.skipif("sys.platform != 'linux'")),
+        (True, "spawned"),
     ],
 )
 def test_workers_are_forked_from_a_process_that_has_imported_all_where_that_can_be(
-    obstacle: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    has_long_path: bool, wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if obstacle == "long path":  # of a socket among temporary files
+    if has_long_path:  # of a socket among temporary files
         folder = tmp_path / ("x" * 80)
         folder.mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: obstacle == "GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     seen = tmp_path / "seen"
     seen.mkdir()
     experiment = build_experiment(config("fedavg"))
@@ -124,6 +124,11 @@ def test_workers_are_forked_from_a_process_that_has_imported_all_where_that_can_
     played = play(experiment, ProcessPool(setup, 1))
     assert [file.name for file in seen.iterdir()] == [wanted]
     assert played[0] == play(experiment, SequentialPool(experiment.setup))[0]
+
+
+def test_workers_are_not_forked_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _worker._context().get_start_method() == "spawn"
 
 
 # Training functions that misbehave in a worker
@@ -406,8 +411,17 @@ class NoUploads(ProcessPool):
             yield result
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedpaq", "feddropoutavg", "fedobd"])
-@pytest.mark.parametrize(("stack", "dtype"), [(1, "float32"), (1, "bfloat16"), (3, "float32")])
+@pytest.mark.parametrize(
+    ("method", "stack", "dtype"),
+    [
+        ("fedavg", 1, "float32"),
+        ("fedpaq", 1, "bfloat16"),
+        ("feddropoutavg", 1, "bfloat16"),
+        ("feddropoutavg", 3, "float32"),
+        ("fedobd", 1, "float32"),
+        ("fedobd", 3, "bfloat16"),
+    ],
+)
 def test_workers_take_uploads_in_as_the_server_does(method: str, stack: int, dtype: str) -> None:
     options = {"dtype": dtype}
     experiment = build_experiment(

@@ -27,7 +27,7 @@ from fedobd.data import (
     gather,
 )
 from fedobd.experiments import build_data
-from fedobd.training import TrainingOptions, train_locally, train_stacked
+from fedobd.training import ClientStart, TrainingOptions, train_locally, train_stacked
 from tests.data_helpers import (
     image_folder,
     image_rows,
@@ -433,9 +433,8 @@ def test_a_client_sees_the_same_images_alone_and_in_a_stack() -> None:
         model = small_model()
         train_locally(model, client, PLAN, seed, options=OPTIONS, augment=alone)
         trained.append(get_state(model))
-    states, _ = train_stacked(
-        small_model(), [start] * 3, clients, PLAN, SEEDS, options=OPTIONS, augment=together
-    )
+    stack = [ClientStart(start, data, seed) for data, seed in zip(clients, SEEDS, strict=True)]
+    states, _ = train_stacked(small_model(), stack, PLAN, options=OPTIONS, augment=together)
     assert set(alone.seen) == set(together.seen) == set(SEEDS)
     for seed in SEEDS:
         assert len(alone.seen[seed]) == len(together.seen[seed])

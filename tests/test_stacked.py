@@ -47,6 +47,7 @@ from fedobd.simulation import (
     simulate,
 )
 from fedobd.training import (
+    ClientStart,
     LocalResult,
     Loss,
     TrainingOptions,
@@ -160,8 +161,14 @@ def stacked(
     options: TrainingOptions = OPTIONS,
     loss: Loss = rounded_loss,
 ) -> tuple[Sequence[ModelState], list[LocalResult]]:
-    seeds = range(10, 10 + len(data))
-    return train_stacked(model, starts, data, plan, seeds, options=options, loss=loss)
+    clients = begin(starts, data, range(10, 10 + len(data)))
+    return train_stacked(model, clients, plan, options=options, loss=loss)
+
+
+def begin(
+    starts: Sequence[ModelState], data: Sequence[ClientData], seeds: Sequence[int]
+) -> list[ClientStart]:
+    return [ClientStart(*client) for client in zip(starts, data, seeds, strict=True)]
 
 
 def check_close(
@@ -227,14 +234,14 @@ def test_every_optimizer_is_that_of_torch(change: dict[str, Any]) -> None:
     check_same(linear().double(), images([20, 16, 11, 3], 3, 4), options=options)
 
 
-@pytest.mark.parametrize("plan", [PLAN, STAGE_TWO, replace(PLAN, epochs=3, schedule_epochs=3)])
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "cosine-run"])
+@pytest.mark.parametrize("plan", [PLAN, STAGE_TWO])
+@pytest.mark.parametrize("schedule", ["cosine", "cosine-run"])
 @pytest.mark.parametrize("step", ["epoch", "batch"])
-@pytest.mark.parametrize("warmup", [0.0, 0.6, 1.5])
 def test_every_client_has_its_own_place_in_the_schedule(
-    plan: RoundPlan, schedule: Any, step: Any, warmup: float
+    plan: RoundPlan, schedule: Any, step: Any
 ) -> None:
-    options = replace(OPTIONS, schedule=schedule, schedule_step=step, warmup_epochs=warmup)
+    """Clients with two, three and four batches an epoch, with and after a warm-up."""
+    options = replace(OPTIONS, schedule=schedule, schedule_step=step, warmup_epochs=0.6)
     check_same(linear().double(), images([17, 9, 30], 3, 4), plan, options)
 
 
@@ -455,15 +462,14 @@ def test_attention_is_computed_for_all_clients_at_once() -> None:
 
 
 def test_dropout_draws_for_each_client_and_follows_from_the_seeds() -> None:
-    model, (own,) = transformer(0.5), texts([16])
+    model, (data,) = transformer(0.5), texts([16])
     starts = [get_state(model)] * 2
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
 
     def trained(*seeds: int) -> Sequence[ModelState]:
-        states, _ = train_stacked(
-            model, starts, [own, own], PLAN, seeds, options=OPTIONS, loss=classify
-        )
+        clients = begin(starts, [data, data], seeds)
+        states, _ = train_stacked(model, clients, PLAN, options=OPTIONS, loss=classify)
         return states
 
     first = trained(7, 7)
@@ -671,12 +677,12 @@ def test_starts_may_differ_from_client_to_client() -> None:
 def test_a_stack_of_one_and_any_company_give_the_same() -> None:
     model, data = normalized().double(), images([19, 17, 8, 2], 1, 3, 4)
     starts = [get_state(model)] * 4
+    clients = begin(starts, data, range(10, 14))
     together, results = stacked(model, starts, data)
     for number in range(4):
         alone, (result,) = train_stacked(
-            model, starts[:1], data[number : number + 1], PLAN, [10 + number],
-            options=OPTIONS, loss=rounded_loss,
-        )  # fmt: skip
+            model, clients[number : number + 1], PLAN, options=OPTIONS, loss=rounded_loss
+        )
         for name, value in alone[0].items():
             check_close(together[number][name], value)
         assert result.loss == pytest.approx(results[number].loss, rel=1e-5)
@@ -687,7 +693,7 @@ def test_the_order_of_a_stack_does_not_matter() -> None:
     starts = [get_state(model)] * 3
     one, _ = stacked(model, starts, data)
     two, _ = train_stacked(
-        model, starts, data[::-1], PLAN, [12, 11, 10], options=OPTIONS, loss=rounded_loss
+        model, begin(starts, data, (10, 11, 12))[::-1], PLAN, options=OPTIONS, loss=rounded_loss
     )
     for a, b in zip(one, two[::-1], strict=True):
         for name in a:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -183,47 +183,6 @@ def test_a_last_batch_of_one_is_left_out_only_with_batch_norm() -> None:
     single = ClientData(examples.take(torch.tensor([0])), examples)
     with pytest.raises(UsageError, match="a single training example"):
         train_locally(Watch(True), single, plan, 0, options=TrainingOptions())
-
-
-class Watched(torch.autograd.Function):
-    """Hands everything on, and notes how gradients lie in memory."""
-
-    layouts: ClassVar[list[bool]] = []
-
-    @staticmethod
-    def forward(_: object, values: torch.Tensor) -> torch.Tensor:
-        return values.clone()
-
-    @staticmethod
-    def backward(_: object, gradient: torch.Tensor) -> torch.Tensor:
-        Watched.layouts.append(gradient.is_contiguous(memory_format=torch.channels_last))
-        return gradient
-
-
-class Watch(nn.Module):
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return Watched.apply(values)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def test_gradients_keep_their_channels_last() -> None:
-    """What `nn.Flatten` hands back is laid out anew; the values are those of any layout."""
-
-    def train(memory_format: torch.memory_format) -> list[torch.Tensor]:
-        Watched.layouts.clear()
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), Watch(), nn.Flatten())
-        model.append(nn.Linear(36, 2)).to(memory_format=memory_format)  # type: ignore[call-overload]
-        inputs = torch.randn(12, 3, 8, 8).to(memory_format=memory_format)
-        own = Examples(inputs, torch.arange(12) % 2)
-        train_locally(model, ClientData(own, own), PLAN, 3, options=TrainingOptions())
-        assert not any(module._forward_pre_hooks for module in model.modules())
-        return [parameter.detach() for parameter in model.parameters()]
-
-    usual = train(torch.contiguous_format)
-    assert Watched.layouts
-    assert not any(Watched.layouts)
-    torch.testing.assert_close(train(torch.channels_last), usual, check_stride=False)
-    assert all(Watched.layouts)
 
 
 def test_evaluate_weights_batches_and_joins_a_last_single_example() -> None:

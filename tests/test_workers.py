@@ -30,6 +30,7 @@ from fedobd import (
     ServerSession,
     UsageError,
 )
+from fedobd._seeds import derive_seed
 from fedobd.blocks import ModelState
 from fedobd.data import ClientData
 from fedobd.experiments import run
@@ -45,9 +46,10 @@ from fedobd.simulation import (
     StackedTraining,
     Watcher,
     _pool,
+    _worker,
     simulate,
 )
-from fedobd.training import LocalResult
+from fedobd.training import ClientStart, LocalResult
 from tests import toy
 from tests.helpers import heed_ctrl_c
 from tests.toy import config
@@ -101,21 +103,20 @@ def name_start(
 
 
 @pytest.mark.parametrize(
-    ("obstacle", "wanted"),
+    ("has_long_path", "wanted"),
     [
-        pytest.param(None, "forked", marks=pytest.mark.skipif("sys.platform != 'linux'")),
-        ("long path", "spawned"),
-        ("GPU", "spawned"),
+        pytest.param(False, "forked", marks=pytest.mark.skipif("sys.platform != 'linux'")),
+        (True, "spawned"),
     ],
 )
 def test_workers_are_forked_from_a_process_that_has_imported_all_where_that_can_be(
-    obstacle: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    has_long_path: bool, wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if obstacle == "long path":  # of a socket among temporary files
+    if has_long_path:  # of a socket among temporary files
         folder = tmp_path / ("x" * 80)
         folder.mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: obstacle == "GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     seen = tmp_path / "seen"
     seen.mkdir()
     experiment = build_experiment(config("fedavg"))
@@ -123,6 +124,11 @@ def test_workers_are_forked_from_a_process_that_has_imported_all_where_that_can_
     played = play(experiment, ProcessPool(setup, 1))
     assert [file.name for file in seen.iterdir()] == [wanted]
     assert played[0] == play(experiment, SequentialPool(experiment.setup))[0]
+
+
+def test_workers_are_not_forked_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _worker._context().get_start_method() == "spawn"
 
 
 # Training functions that misbehave in a worker
@@ -145,15 +151,13 @@ def die_once(
 
 def die_once_together(
     model: nn.Module,
-    starts: Sequence[ModelState],
-    data: Sequence[ClientData],
+    clients: Sequence[ClientStart],
     plan: RoundPlan,
-    seeds: Sequence[int],
     *,
     marker: Path,
     together: StackedTraining,
 ) -> tuple[Sequence[ModelState], list[LocalResult]]:
-    trained = together(model, starts, data, plan, seeds)
+    trained = together(model, clients, plan)
     if plan.round == 2 and not marker.exists():
         marker.touch()
         die()
@@ -203,23 +207,28 @@ def fail(
     raise error
 
 
-def dawdle(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int) -> LocalResult:
-    """Train; the client with the smallest seed of three is the last to be done."""
-    if seed % 2:
-        time.sleep(0.3)
-    return toy.train(model, data, plan, seed)
-
-
-def sleep(
+def finish_last(
     model: nn.Module, data: ClientData, plan: RoundPlan, seed: int, *, folder: Path
 ) -> LocalResult:
-    """Never be done."""
+    """Train; of a cohort of two, the first client is done when the second is."""
+    result = toy.train(model, data, plan, seed)
+    second_is_done = folder / str(plan.round)
+    if seed == derive_seed(1, "train", plan.round, plan.cohort[0]):
+        wait_for(second_is_done.exists)
+    else:
+        second_is_done.touch()
+    return result
+
+
+def never_finish(
+    model: nn.Module, data: ClientData, plan: RoundPlan, seed: int, *, folder: Path
+) -> LocalResult:
     (folder / str(os.getpid())).touch()
-    time.sleep(1000)
+    signal.pause()
     raise AssertionError
 
 
-# Playing
+# Running
 
 
 def play(
@@ -313,9 +322,7 @@ def test_a_worker_that_dies_is_replaced_and_the_bytes_are_the_same(
 def test_a_worker_that_dies_each_time_ends_the_run(tmp_path: Path) -> None:
     experiment = build_experiment(config("fedavg"))
     setup = replace(experiment.setup, train=partial(die_always, folder=tmp_path))
-    message = (
-        r"client \d, round 1: the worker process that played it died 4 times, with exit status"
-    )
+    message = r"client \d, round 1: its worker process died 4 times, with exit status"
     with pytest.raises(FedOBDError, match=message):
         play(experiment, ProcessPool(setup, 1))
     assert _pool.MAX_ATTEMPTS == 4  # the first time and three more
@@ -404,8 +411,17 @@ class NoUploads(ProcessPool):
             yield result
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedpaq", "feddropoutavg", "fedobd"])
-@pytest.mark.parametrize(("stack", "dtype"), [(1, "float32"), (1, "bfloat16"), (3, "float32")])
+@pytest.mark.parametrize(
+    ("method", "stack", "dtype"),
+    [
+        ("fedavg", 1, "float32"),
+        ("fedpaq", 1, "bfloat16"),
+        ("feddropoutavg", 1, "bfloat16"),
+        ("feddropoutavg", 3, "float32"),
+        ("fedobd", 1, "float32"),
+        ("fedobd", 3, "bfloat16"),
+    ],
+)
 def test_workers_take_uploads_in_as_the_server_does(method: str, stack: int, dtype: str) -> None:
     options = {"dtype": dtype}
     experiment = build_experiment(
@@ -460,12 +476,14 @@ def test_uploads_that_are_taken_in_leave_no_files() -> None:
 # Any order, any number, any size
 
 
-def test_more_workers_than_clients_and_results_in_any_order() -> None:
+def test_more_workers_than_clients_and_results_in_any_order(tmp_path: Path) -> None:
     experiment = build_experiment(
         config("fedavg", methods={"fedavg": {"rounds": 3, "epochs": 1, "cohort": 2}})
     )
     wanted = play(experiment, SequentialPool(replace(experiment.setup, train=toy.train)))
-    assert same(play(experiment, ProcessPool(replace(experiment.setup, train=dawdle), 3)), wanted)
+    setup = replace(experiment.setup, train=partial(finish_last, folder=tmp_path))
+    assert same(play(experiment, ProcessPool(setup, 3)), wanted)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("method", ["fedavg", "smafd"])
@@ -480,7 +498,7 @@ def test_uploads_and_states_of_megabytes_and_no_files_left(method: str) -> None:
     folder, counts, contents = Path(pool._folder.name), [], []
 
     def look() -> None:
-        assert not any(worker.taken for worker in pool._workers)  # tasks hold states
+        assert not any(worker.accumulated for worker in pool._workers)  # tasks hold states
         counts.append(len(list(folder.iterdir())))
         contents.append(sum(file.stat().st_size for file in folder.iterdir()))
 
@@ -542,7 +560,7 @@ def test_many_clients_do_not_take_an_open_file_each() -> None:
 
 def test_closing_a_pool_in_mid_round_ends_its_workers(tmp_path: Path) -> None:
     experiment = build_experiment(config("fedavg"))
-    pool = ProcessPool(replace(experiment.setup, train=partial(sleep, folder=tmp_path)), 2)
+    pool = ProcessPool(replace(experiment.setup, train=partial(never_finish, folder=tmp_path)), 2)
     folder = Path(pool._folder.name)
 
     def look(*_: Any) -> None:
@@ -628,8 +646,11 @@ def test_ctrl_c_while_workers_start(tmp_path: Path) -> None:
         start_new_session=True, preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     try:
-        wait_for(lambda: (tmp_path / "environment.json").exists() or process.poll() is not None)
-        time.sleep(0.7)
+        # The pool's folder is made just before its workers are started.
+        folders = f"fedobd-pool-{process.pid}-*"
+        wait_for(
+            lambda: any(Path(tempfile.gettempdir()).glob(folders)) or process.poll() is not None
+        )
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=30)
     finally:

@@ -37,7 +37,7 @@ def measure_stack(experiment: Experiment, server: ServerSession) -> int:
         c: server.initial_payload(c).data for c in plan.cohort if server.needs_initial_payload(c)
     }
     tasks = [
-        ClientTask(plan=plan, client=c, broadcast=broadcast, opening=openings.get(c))
+        ClientTask(plan=plan, client=c, broadcast=broadcast, initial_payload=openings.get(c))
         for c in plan.cohort
     ]
     server.restore(before)

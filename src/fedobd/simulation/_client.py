@@ -1,4 +1,4 @@
-"""LocalClient: plays any client of a run in this process, one at a time, with one model object."""
+"""LocalClient: runs any client of a run in this process, with one model object for all of them."""
 
 from __future__ import annotations
 
@@ -25,19 +25,14 @@ from fedobd.sessions import (
     encode_uploads,
 )
 from fedobd.simulation._files import map_file
-from fedobd.training import Evaluation, LocalResult, LocalTraining
+from fedobd.training import ClientStart, Evaluation, LocalResult, LocalTraining
 
 
 class StackedTraining(Protocol):
     """Trains several models at once; see `fedobd.training.train_stacked`."""
 
     def __call__(
-        self,
-        model: nn.Module,
-        starts: Sequence[ModelState],
-        data: Sequence[ClientData],
-        plan: RoundPlan,
-        seeds: Sequence[int],
+        self, model: nn.Module, clients: Sequence[ClientStart], plan: RoundPlan
     ) -> tuple[Sequence[ModelState], list[LocalResult]]: ...
 
 
@@ -54,7 +49,7 @@ class ClientSetup:
         train: trains a model in place.
         validate: evaluates a received model on a client's validation examples; None leaves that
             out.
-        frozen: values of the frozen tensors, which clients have once they were opened.
+        frozen: values of the frozen tensors, which clients have once they are initialized.
         start: the initial model, in a run whose clients hold it already.
         device: where to train.
         stack: how many clients are trained together; 1 trains one after another.
@@ -89,14 +84,14 @@ class ClientTask:
         plan: the round's plan.
         client: the client's number.
         broadcast: the round's broadcast, or the file that holds it.
-        opening: the client's initial payload, if it is sent one, or its file.
+        initial_payload: the client's initial payload, if it is sent one, or its file.
         state: what the client kept from its last round.
     """
 
     plan: RoundPlan
     client: int
     broadcast: bytes | Path
-    opening: bytes | Path | None = None
+    initial_payload: bytes | Path | None = None
     state: ModelState | None = None
 
 
@@ -121,7 +116,7 @@ class ClientResult:
 
 
 class LocalClient:
-    """Plays clients.
+    """Runs clients.
 
     Args:
         setup: what they share.
@@ -143,7 +138,7 @@ class LocalClient:
         self._decoded = {}
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
-        """Play some clients' parts in a round; together where clients are stacked.
+        """Run some clients' parts in a round; together where clients are stacked.
 
         Yields:
             Each client's result when its upload is encoded.
@@ -162,16 +157,21 @@ class LocalClient:
         setup, plan = self._setup, tasks[0].plan
         clock = _Clock()
         sessions = [self._session(task) for task in tasks]
-        starts = [
+        received = [
             session.receive(self._decode(Kind.BROADCAST, task.broadcast))
             for session, task in zip(sessions, tasks, strict=True)
         ]
         clock.lap("decode")
-        data = [setup.data(task.client) for task in tasks]
-        validations = [self._validate(start, own) for start, own in zip(starts, data, strict=True)]
+        clients = [
+            ClientStart(
+                state, setup.data(task.client),
+                derive_seed(setup.seed, "train", plan.round, task.client),
+            )
+            for task, state in zip(tasks, received, strict=True)
+        ]  # fmt: skip
+        validations = [self._validate(client) for client in clients]
         clock.lap("validate")
-        seeds = [derive_seed(setup.seed, "train", plan.round, task.client) for task in tasks]
-        trained, results = self._train(starts, data, plan, seeds)
+        trained, results = self._train(clients, plan)
         clock.lap("train")
         reports = list(map(_report, results, validations))
         uploads = encode_uploads(
@@ -202,35 +202,35 @@ class LocalClient:
             state={**setup.frozen, **(task.state or {})},
             start=setup.start,
         )
-        if task.opening is not None:
-            session.initialize(self._decode(Kind.INITIAL, task.opening))
+        if task.initial_payload is not None:
+            session.initialize(self._decode(Kind.INITIAL, task.initial_payload))
         return session
 
-    def _validate(self, start: ModelState, data: ClientData) -> Evaluation | None:
-        if self._setup.validate is None or len(data.validation) == 0:
+    def _validate(self, client: ClientStart) -> Evaluation | None:
+        if self._setup.validate is None or len(client.data.validation) == 0:
             return None
-        load_state(self._model, start)
-        return self._setup.validate(self._model, data)
+        load_state(self._model, client.state)
+        return self._setup.validate(self._model, client.data)
 
     def _train(
-        self,
-        starts: Sequence[ModelState],
-        data: Sequence[ClientData],
-        plan: RoundPlan,
-        seeds: Sequence[int],
+        self, clients: Sequence[ClientStart], plan: RoundPlan
     ) -> tuple[StateStack, list[LocalResult]]:
         setup = self._setup
         if setup.stack > 1:
             assert setup.train_together is not None
-            states, results = setup.train_together(self._model, starts, data, plan, seeds)
+            states, results = setup.train_together(self._model, clients, plan)
             return StateStack.of(states), results
-        ((start,), (own,), (seed,)) = starts, data, seeds
-        load_state(self._model, start)
-        result = setup.train(self._model, own, plan, seed)
+        (client,) = clients
+        load_state(self._model, client.state)
+        result = setup.train(self._model, client.data, plan, client.seed)
+        # A view: the upload is encoded before the model trains the next client.
         return StateStack.of([view_state(self._model)]), [result]
 
     def _decode(self, kind: Kind, payload: bytes | Path) -> Broadcast:
-        """Decode what all clients of a round share once for all of them."""
+        """Decode what clients of a round share, once for all of them.
+
+        Once by kind: a round has one broadcast, and all its initial payloads hold the same.
+        """
         if kind not in self._decoded:
             whole = map_file(payload) if isinstance(payload, Path) else payload
             decoded = Broadcast.decode(whole, self._setup.method, self._setup.schema, kind)

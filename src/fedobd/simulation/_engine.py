@@ -150,7 +150,7 @@ def _play(
             plan=plan,
             client=client,
             broadcast=broadcast,
-            opening=openings.get(client),
+            initial_payload=openings.get(client),
             state=states.load(client),
         )
         for client in plan.cohort

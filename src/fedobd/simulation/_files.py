@@ -13,7 +13,10 @@ from fedobd.sessions import Sums
 
 
 def map_file(path: Path) -> memoryview:
-    """Return the bytes of a file, which stay when it is removed."""
+    """Return the bytes of a file, which stay when it is removed.
+
+    Without a copy, and until the last view of them is gone.
+    """
     with path.open("rb") as stream:
         return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
 
@@ -25,8 +28,11 @@ def write_over(file: Path, chunks: Iterable[Bytes]) -> None:
 
 
 def map_sums(file: Path, count: int) -> Sums:
-    """Return sums in a file, all 0 where it is made for them."""
-    length = max(1, count) * np.dtype(np.int64).itemsize
+    """Return sums in a file, int64, shape (count,), all 0 where it is made for them.
+
+    Whoever maps the file sees the same numbers, and may change them.
+    """
+    length = max(1, count) * np.dtype(np.int64).itemsize  # nothing cannot be mapped
     with file.open("a+b") as stream:
         stream.truncate(length)
         return np.frombuffer(mmap.mmap(stream.fileno(), length), np.int64, count)

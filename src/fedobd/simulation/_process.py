@@ -6,9 +6,9 @@ import ctypes
 
 import torch
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: malloc.h
 _KEPT_BYTES = 2**30
-_LARGEST_KEPT_BYTES = 2**25  # the most that glibc allows
+_LARGEST_KEPT_BYTES = 2**25  # DEFAULT_MMAP_THRESHOLD_MAX of 64 bits: glibc refuses more
 
 
 def prepare_process() -> None:

@@ -1,4 +1,4 @@
-"""Worker: a process that plays clients, as seen from the process that started it.
+"""Worker: a process that runs clients, as seen from the process that started it.
 
 Payloads do not go through the pipe between the two, which copies them several times: they lie in
 files of a folder that both see, in memory where there is room. What all clients share lies in a
@@ -42,16 +42,16 @@ _PORTION_BYTES = 2**20  # of uploads that go back at once
 
 
 class Worker:
-    """A process that plays groups of clients, one after another.
+    """A process that runs groups of clients, one after another.
 
     Args:
         setup: the file with what the clients share; see `write_setup`.
-        file: where it leaves uploads and sums; no other worker's.
+        file: the name, no other worker's, from which those of its uploads and sums are made.
     """
 
     def __init__(self, setup: Path, file: Path) -> None:
-        self.taken: list[list[ClientTask]] = []
-        """The groups of this round whose uploads it has taken in."""
+        self.accumulated: list[list[ClientTask]] = []
+        """Groups of this round whose uploads are in its sums: if it dies, they run again."""
         self.num_examples = 0
         """The weight of the uploads that it has taken in."""
         self._sums: Sums | None = None
@@ -60,18 +60,19 @@ class Worker:
         self._file = file
         self._process = context.Process(target=_work, args=(theirs, setup, file), daemon=True)
         self._process.start()
-        theirs.close()
+        theirs.close()  # so that the pipe ends for us when the worker does
         self.groups: deque[list[ClientTask]] = deque()
         """What it has been sent and has not answered, in order."""
 
     def begin(self) -> None:
         """Forget the last round."""
-        self.taken, self.num_examples = [], 0
+        self.accumulated, self.num_examples = [], 0
 
     def send(self, number: int, group: list[ClientTask], share: ShareTerms | None) -> None:
-        """Have it play a group of clients, and take their uploads in where it has terms.
+        """Have it run a group of clients, and take their uploads in where it has terms.
 
-        The number tells rounds apart, even those that are played again.
+        The number tells rounds apart: a round that is run again after it was broken off has the
+        same number in its plan.
         """
         self.groups.append(group)
         with suppress(OSError):  # it has died, which `receive` says
@@ -87,7 +88,7 @@ class Worker:
         """Return the next results of its first group; None where it has died.
 
         Raises:
-            FedOBDError: what playing the group has raised.
+            FedOBDError: what running the group has raised.
         """
         try:
             answer: _Portion | FedOBDError = _receive(self.connection)
@@ -102,12 +103,12 @@ class Worker:
         if answer.is_last:
             group = self.groups.popleft()
             if results[-1].outcome is not None:
-                self.taken.append(group)
+                self.accumulated.append(group)
         return results
 
     def exit_status(self) -> int | None:
         """Return the exit status of a process whose connection has ended; None if it hangs."""
-        self._process.join(_STOP_SECONDS)
+        self._process.join(_STOP_SECONDS)  # its pipe ends a little before it does
         return self._process.exitcode
 
     def stop(self) -> None:
@@ -115,7 +116,11 @@ class Worker:
         self._process.terminate()
 
     def close(self) -> None:
-        """End the process and wait until it has."""
+        """End the process, wait until it has, and remove its sums.
+
+        It may have died with an upload's file half written or unread: that one goes with the
+        pool's folder.
+        """
         self.stop()
         self._process.join(_STOP_SECONDS)
         if self._process.is_alive():
@@ -128,10 +133,13 @@ class Worker:
 def _context() -> ForkServerContext | SpawnContext:
     """Return how workers are started.
 
-    Where it can be done, they are forked from a process that has imported all they need and has
-    no threads; elsewhere each imports it anew, which takes seconds. With a GPU they are not, since
-    a process that is forked cannot use CUDA if anything has asked for devices before.
+    Where it can be done, they are forked from a server process that has imported all they need:
+    each starts at once and shares the imported pages. Not from this process: one of its threads
+    could hold a lock at the fork, which nobody in the child would ever release. Elsewhere each
+    imports all anew, which takes seconds. With a GPU they are not forked, since a process that is
+    forked cannot use CUDA if anything has asked for devices before.
     """
+    # The fork server listens on a socket in a folder of its own among temporary files.
     has_room = len(gettempdir()) <= _LONGEST_FOLDER
     if sys.platform != "linux" or not has_room or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
@@ -142,7 +150,7 @@ def _context() -> ForkServerContext | SpawnContext:
 
 def write_setup(setup: ClientSetup, file: Path) -> None:
     """Write what the clients of a run share to a file, for workers to map."""
-    torch.save(setup, file)
+    torch.save(setup, file)  # whose tensors `torch.load` can map; pickle would copy them
 
 
 def _send(connection: Connection, value: object) -> None:
@@ -205,7 +213,7 @@ class _Outbox:
         self._setup = setup
         self._file = file
         self._share: ShareTerms | None = None
-        self._intake: Aggregator | None = None
+        self._aggregator: Aggregator | None = None
         self._number = 0
         self._bare: list[ClientResult] = []
         self._lengths: list[int] = []
@@ -213,15 +221,18 @@ class _Outbox:
 
     def begin(self, share: ShareTerms | None) -> None:
         """In this round take uploads in on these terms; on none they are left in files."""
-        self._share, self._intake = share, None
+        self._share, self._aggregator = share, None
 
     def _open(self, share: ShareTerms) -> Aggregator:
-        """Return the round's aggregator, made when the first client has been trained."""
-        if self._intake is None:
+        """Return the round's aggregator, made when the first client has been trained.
+
+        Not when the round begins: a worker without a client has no use for it.
+        """
+        if self._aggregator is None:
             method, schema = self._setup.method, self._setup.schema
             memory = map_sums(_sums_of(self._file), Aggregator.num_sums(method, schema))
-            self._intake = share.open(method, schema, memory)
-        return self._intake
+            self._aggregator = share.open(method, schema, memory)
+        return self._aggregator
 
     def join(self, chunks: Sequence[Bytes]) -> bytes:
         """Return an upload of its chunks, or write it and return what stands for it."""
@@ -264,20 +275,26 @@ def _taken(aggregator: Aggregator, result: ClientResult) -> ClientResult:
 
 
 def _work(connection: Connection, setup: Path, file: Path) -> None:
-    """Play groups until the connection ends; Ctrl-C is for the process that started this one."""
+    """Run groups until the connection ends.
+
+    Ctrl-C reaches every process of a terminal, and is for the one that started this: it ends its
+    workers, each with a traceback of its own otherwise.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare_process()
     if hasattr(os, "SCHED_BATCH"):
-        with suppress(OSError):  # not allowed; it only makes fewer switches
+        # A worker that wakes up does not interrupt the process that hands out the tasks, which
+        # would then keep the other workers waiting. Where it is not allowed, all works as well.
+        with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     shared: ClientSetup = torch.load(setup, mmap=True, weights_only=False)
     outbox = _Outbox(connection, shared, file)
     client = LocalClient(shared, outbox.join)
     with suppress(EOFError, ConnectionError):  # the process that started this one is gone
-        _play_groups(connection, client, outbox)
+        _run_groups(connection, client, outbox)
 
 
-def _play_groups(connection: Connection, client: LocalClient, outbox: _Outbox) -> None:
+def _run_groups(connection: Connection, client: LocalClient, outbox: _Outbox) -> None:
     current = None
     while True:
         number, group, share = _receive(connection)
@@ -289,7 +306,7 @@ def _play_groups(connection: Connection, client: LocalClient, outbox: _Outbox) -
             for done, result in enumerate(client.run(group), start=1):
                 outbox.add(result, is_last=done == len(group))
         except ConnectionError:
-            raise
+            raise  # there is nobody to tell
         except FedOBDError as error:
             outbox.clear()
             _send(connection, error)

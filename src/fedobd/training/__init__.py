@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from fedobd.training._local import (
+from fedobd.training._evaluation import (
     LOSSES,
     METRICS,
-    Augment,
     Evaluation,
-    LocalResult,
-    LocalTraining,
     Loss,
     Metric,
-    TrainingOptions,
     accuracy,
-    autocast,
     binary_cross_entropy,
     cross_entropy,
     evaluate,
-    has_batch_norm,
-    rate_factor,
+)
+from fedobd.training._local import (
+    Augment,
+    LocalResult,
+    LocalTraining,
     seed_device,
     train_locally,
 )
-from fedobd.training._stacked import train_stacked
+from fedobd.training._options import TrainingOptions, rate_factor
+from fedobd.training._stacked import ClientStart, train_stacked
 
 __all__ = [
     "LOSSES",
     "METRICS",
     "Augment",
+    "ClientStart",
     "Evaluation",
     "LocalResult",
     "LocalTraining",
@@ -35,11 +35,9 @@ __all__ = [
     "Metric",
     "TrainingOptions",
     "accuracy",
-    "autocast",
     "binary_cross_entropy",
     "cross_entropy",
     "evaluate",
-    "has_batch_norm",
     "rate_factor",
     "seed_device",
     "train_locally",

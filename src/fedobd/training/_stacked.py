@@ -25,91 +25,32 @@ from fedobd._errors import UsageError
 from fedobd.blocks import ModelState, StateStack, named_tensors
 from fedobd.data import ClientData, Examples, take_together
 from fedobd.sessions import RoundPlan
-from fedobd.training._acceleration import pooling_first
+from fedobd.training._evaluation import Loss, cross_entropy
 from fedobd.training._local import (
     Augment,
     LocalResult,
-    Loss,
-    TrainingOptions,
     autocast,
-    cross_entropy,
+    draw_batches,
     has_batch_norm,
-    rate_factor,
-    seed_device,
+    seeded,
 )
-
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.AdamW
-
-Tensors = dict[str, torch.Tensor]
-Gradient = Callable[..., tuple[Tensors, tuple[torch.Tensor, Tensors]]]
-ClientLoss = Callable[..., tuple[torch.Tensor, tuple[torch.Tensor, Tensors]]]
-"""One client's loss from trained values, buffers, inputs and targets; also its value alone, and
-the new buffers."""
+from fedobd.training._options import TrainingOptions, learning_rate
+from fedobd.training._stack import ClientStack, Tensors, clip
 
 
-@dataclass(slots=True)
-class _Stack:
-    """The clients' values and the state of their optimizers; each tensor has them first.
+@dataclass(frozen=True, slots=True)
+class ClientStart:
+    """What one client of a stack begins a round with.
 
     Args:
-        trained: parameters that are trained.
-        buffers: buffers.
-        moments: the optimizer's running means by their names.
-        steps: how many steps each client has made, shape (clients,).
+        state: its values by name; frozen ones are the same for all clients.
+        data: its data.
+        seed: of the order of its batches.
     """
 
-    trained: Tensors
-    buffers: Tensors
-    moments: dict[str, Tensors]
-    steps: torch.Tensor
-
-    @classmethod
-    def of(
-        cls,
-        starts: Sequence[ModelState],
-        parameters: Collection[str],
-        frozen: Collection[str],
-        options: TrainingOptions,
-        device: torch.device,
-    ) -> _Stack:
-        """Stack what the clients start from; their optimizers are fresh."""
-        values = {
-            name: _stacked([start[name] for start in starts], device)
-            for name in starts[0]
-            if name not in frozen
-        }
-        trained = {name: value for name, value in values.items() if name in parameters}
-        return cls(
-            trained=trained,
-            buffers={name: value for name, value in values.items() if name not in parameters},
-            moments={
-                kind: {name: torch.zeros_like(value) for name, value in trained.items()}
-                for kind in _moments(options)
-            },
-            steps=torch.zeros(len(starts), dtype=torch.float64, device=device),
-        )
-
-    def take(self, clients: torch.Tensor) -> _Stack:
-        """Return copies of some clients' tensors."""
-        return _Stack(
-            trained={name: value[clients] for name, value in self.trained.items()},
-            buffers={name: value[clients] for name, value in self.buffers.items()},
-            moments={
-                kind: {name: value[clients] for name, value in values.items()}
-                for kind, values in self.moments.items()
-            },
-            steps=self.steps[clients],
-        )
-
-    def put(self, clients: torch.Tensor, part: _Stack) -> None:
-        """Put such copies back."""
-        pairs = [(self.trained, part.trained), (self.buffers, part.buffers)]
-        pairs += [(self.moments[kind], part.moments[kind]) for kind in self.moments]
-        for whole, some in pairs:
-            for name, value in some.items():
-                whole[name] = _own(whole[name])
-                whole[name][clients] = value
-        self.steps[clients] = part.steps
+    state: ModelState
+    data: ClientData
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +70,8 @@ class _Step:
 
 def train_stacked(
     model: nn.Module,
-    starts: Sequence[ModelState],
-    data: Sequence[ClientData],
+    clients: Sequence[ClientStart],
     plan: RoundPlan,
-    seeds: Sequence[int],
     *,
     options: TrainingOptions,
     loss: Loss = cross_entropy,
@@ -142,212 +81,169 @@ def train_stacked(
 
     Args:
         model: gives the computation and its device; its values are not used.
-        starts: the values that each client starts from, by name; frozen ones are the same.
-        data: each client's data.
+        clients: what each client begins with.
         plan: epochs, and the place in the schedule.
-        seeds: of each client's order of batches.
         options: optimizer, schedule, batch size.
         loss: mean loss of a batch; called under `torch.func.vmap`.
         augment: changes the inputs of each client's batch, with that client's draws.
 
     Returns:
-        The clients' values, and what each reports. Dropout draws other numbers than in
-        `train_locally`.
+        The clients' values, each tensor with shape (clients, *shape in the model), and what each
+        client reports. Dropout draws other numbers than in `train_locally`.
 
     Raises:
         UsageError: a client's only batch has one example, and the model has batch normalization;
             or examples have unequal shapes, or the model cannot be computed under `vmap`.
     """
-    device = next(model.parameters()).device
-    parameters = {name: p for name, p, _ in named_tensors(model) if isinstance(p, nn.Parameter)}
-    frozen = {n: starts[0][n].to(device) for n, p in parameters.items() if not p.requires_grad}
-    sizes = [len(own.train) for own in data]
-    stack = _Stack.of(starts, parameters, frozen, options, device)
-    trainer = _Trainer(stack, _loss_of_one(model, frozen, loss, options, device), options, sizes)
-    orders = [torch.Generator().manual_seed(seed) for seed in seeds]
+    trainer = _Trainer(model, clients, options, loss)
+    orders = [torch.Generator().manual_seed(client.seed) for client in clients]
+    sizes = [len(client.data.train) for client in clients]
+    leave_single_out = has_batch_norm(model)
     model.train()
-    generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with generators, pooling_first(model):
-        seed_device(seeds[0], device)
+    with seeded(clients[0].seed, trainer.device):
         for epoch in range(plan.epochs):
-            batches = _draw(sizes, orders, options.batch_size, has_batch_norm(model))
-            total = torch.zeros(len(data), device=device)
+            batches = [
+                draw_batches(size, options.batch_size, order, leave_single_out)
+                for size, order in zip(sizes, orders, strict=True)
+            ]
+            total = torch.zeros(len(clients), device=trainer.device)
             for step in _steps(batches):
-                batch = take_together([data[k].train for k in step.clients], step.batches)
+                batch = take_together([clients[k].data.train for k in step.clients], step.batches)
                 if augment is not None:
                     batch = _augmented(batch, augment, [orders[k] for k in step.clients])
                 rates = [
-                    _rate(options, plan, epoch, step.number, len(batches[k])) for k in step.clients
+                    learning_rate(options, plan, epoch, step.number, len(batches[k]))
+                    for k in step.clients
                 ]
-                losses = trainer.move(step, batch, rates)
+                losses = trainer.step(step.clients, batch, rates)
                 total[step.clients] += losses.to(total.dtype) * len(step.batches[0])
-    seen = [sum(map(len, own)) for own in batches]
+    seen = [sum(map(len, drawn)) for drawn in batches]
     results = [
-        LocalResult(size, loss / count)
-        for size, loss, count in zip(sizes, total.tolist(), seen, strict=True)
+        LocalResult(size, loss_sum / count)
+        for size, loss_sum, count in zip(sizes, total.tolist(), seen, strict=True)
     ]
-    whole = {**stack.trained, **stack.buffers}
-    whole |= {name: value.expand(len(data), *value.shape) for name, value in frozen.items()}
-    return StateStack({name: whole[name] for name in starts[0]}), results
-
-
-def _draw(
-    sizes: Sequence[int],
-    orders: Sequence[torch.Generator],
-    batch_size: int,
-    leave_single_out: bool,
-) -> list[list[torch.Tensor]]:
-    """Return each client's batches of an epoch, in order: the numbers of their examples."""
-    drawn = [
-        _batches(torch.randperm(size, generator=order), batch_size)
-        for size, order in zip(sizes, orders, strict=True)
-    ]
-    if leave_single_out:
-        drawn = [[batch for batch in batches if len(batch) > 1] for batches in drawn]
-    if not all(drawn):
-        raise UsageError(
-            "a client has a single training example, which batch normalization cannot use"
-        )
-    return drawn
-
-
-def _batches(order: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Return its parts; as `torch.split`, which takes three times as long for a single one."""
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    return trainer.states(), results
 
 
 def _augmented(batch: Examples, augment: Augment, orders: Sequence[torch.Generator]) -> Examples:
     """Change the inputs of each client's batch, with that client's draws."""
-    changed = [augment(own, order) for own, order in zip(batch.inputs, orders, strict=True)]
+    changed = [augment(inputs, order) for inputs, order in zip(batch.inputs, orders, strict=True)]
     return Examples(torch.stack(changed), batch.targets)
 
 
-def _moments(options: TrainingOptions) -> tuple[str, ...]:
-    if options.optimizer == "adamw":
-        return "first", "second"
-    return ("momentum",) if options.momentum else ()
-
-
-def _stacked(values: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Return values one a client; where several are the same tensor, they share its memory."""
-    if len(values) > 1 and all(value is values[0] for value in values):
-        one = values[0].detach().to(device)
-        return one.unsqueeze(0).expand(len(values), *one.shape)
-    return torch.stack([value.detach().to(device) for value in values])
-
-
-def _own(value: torch.Tensor) -> torch.Tensor:
-    """Return a stacked tensor that can be written to: no client shares another's memory."""
-    return value.clone() if value.stride(0) == 0 else value
-
-
-def _loss_of_one(
-    model: nn.Module,
-    frozen: Tensors,
-    loss: Loss,
-    options: TrainingOptions,
-    device: torch.device,
-) -> ClientLoss:
-    """Return the function that gives the loss of one client's batch."""
-
-    def loss_of(
-        trained: Tensors, buffers: Tensors, inputs: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, Tensors]]:
-        values = {**trained, **{n: v.clone() for n, v in buffers.items()}, **frozen}
-        with autocast(options, device), sdpa_kernel(SDPBackend.MATH):
-            outputs = functional_call(model, values, (inputs,))
-            value = loss(outputs, targets)
-        return value, (value.detach(), {name: values[name] for name in buffers})
-
-    return loss_of
-
-
 def _steps(epochs: Sequence[list[torch.Tensor]]) -> Iterator[_Step]:
-    """Yield the steps of an epoch: full batches of all clients that have one, then last ones."""
+    """Yield the steps of an epoch: full batches of all clients that have one, then last ones.
+
+    Each client's batches come in its own order, whoever it is stacked with: last batches may wait
+    for all full ones, since they are the last of their client.
+
+    Args:
+        epochs: each client's batches, at least one.
+    """
     most = max(len(batches[0]) for batches in epochs)
-    longest = max(map(len, epochs))
-    last: defaultdict[int, list[int]] = defaultdict(list)
-    for number in range(longest):
+    last: defaultdict[int, defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number in range(max(map(len, epochs))):
         full = []
         for client, batches in enumerate(epochs):
             if number < len(batches):
                 if len(batches[number]) == most:
                     full.append(client)
                 else:
-                    last[len(batches[number])].append(client)
+                    last[len(batches[number])][number].append(client)
         if full:
             yield _Step(full, [epochs[client][number] for client in full], number)
-    for clients in last.values():
-        by_number: defaultdict[int, list[int]] = defaultdict(list)
-        for client in clients:
-            by_number[len(epochs[client]) - 1].append(client)
-        for number, members in sorted(by_number.items()):
-            yield _Step(members, [epochs[client][number] for client in members], number)
-
-
-def _rate(
-    options: TrainingOptions, plan: RoundPlan, epoch: int, number: int, batches: int
-) -> float:
-    step = 1 / batches if options.schedule_step == "batch" else 1.0
-    done = number * step if options.schedule_step == "batch" else 0.0
-    return options.learning_rate * rate_factor(options, plan, epoch + done, step)
+    for by_number in last.values():
+        for number, clients in by_number.items():
+            yield _Step(clients, [epochs[client][number] for client in clients], number)
 
 
 class _Trainer:
     """Makes the steps of stacked clients.
 
     Args:
-        stack: their values, which it changes.
-        loss_of: gives the loss of one client's batch.
+        model: gives the computation and its device.
+        clients: what each client begins with.
         options: optimizer, schedule, batch size.
-        sizes: how many training examples each client has.
+        loss: mean loss of a batch.
     """
 
     def __init__(
-        self, stack: _Stack, loss_of: ClientLoss, options: TrainingOptions, sizes: Sequence[int]
+        self,
+        model: nn.Module,
+        clients: Sequence[ClientStart],
+        options: TrainingOptions,
+        loss: Loss,
     ) -> None:
-        decay = options.weight_decay
-        decays = [1 / n if decay == "1/n" else float(decay) for n in sizes]
-        self._stack, self._loss_of, self._options = stack, loss_of, options
-        self._gradient: Gradient = vmap(grad(loss_of, has_aux=True), randomness="different")
+        self.device = next(model.parameters()).device
+        starts = [client.state for client in clients]
+        parameters = {n: p for n, p, _ in named_tensors(model) if isinstance(p, nn.Parameter)}
+        self._names = list(starts[0])
+        self._frozen = {
+            name: starts[0][name].to(self.device)
+            for name, parameter in parameters.items()
+            if not parameter.requires_grad
+        }
+        self._stack = ClientStack.of(starts, parameters, self._frozen, options, self.device)
+        decays = [options.decay_of(len(client.data.train)) for client in clients]
+        self._decays = torch.tensor(decays, device=self.device)
+        self._options = options
+        self._client_loss = _client_loss(model, self._frozen, loss, options)
+        # "different": each client draws a dropout mask of its own, as it would alone.
+        self._gradients: Callable[..., tuple[Tensors, tuple[torch.Tensor, Tensors]]] = vmap(
+            grad(self._client_loss, has_aux=True), randomness="different"
+        )
+        # Looked for only where it matters: without decay a gradient of 0 moves nothing.
         self._unused: Collection[str] | None = None if any(decays) else ()
-        self._device = stack.steps.device
-        self._decays = torch.tensor(decays, device=self._device)
 
-    def move(self, step: _Step, batch: Examples, rates: Sequence[float]) -> torch.Tensor:
-        """Make one step of some clients; return their losses, shape (clients of the step,)."""
-        stack, options, device = self._stack, self._options, self._device
-        numbers = torch.tensor(step.clients, device=device)
-        part = stack if len(step.clients) == len(stack.steps) else stack.take(numbers)
-        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
+    def step(
+        self, clients: Sequence[int], batch: Examples, rates: Sequence[float]
+    ) -> torch.Tensor:
+        """Make one step of some clients.
+
+        Args:
+            clients: their numbers in the stack, ascending.
+            batch: their examples, inputs and targets with shape (clients, batch, ...).
+            rates: their learning rates.
+
+        Returns:
+            Their mean losses, shape (clients,).
+        """
+        stack, options = self._stack, self._options
+        numbers = torch.tensor(clients, device=self.device)
+        part = stack if len(clients) == len(stack.steps) else stack.take(numbers)
+        gradients, losses, part.buffers = self._differentiate(part, batch)
+        if options.max_gradient_norm is not None:
+            gradients = clip(gradients, options.max_gradient_norm)
+        unused = self._unused or ()
+        gradients = {name: value for name, value in gradients.items() if name not in unused}
+        rates_here = torch.tensor(rates, device=self.device)
+        part.update(options, gradients, rates_here, self._decays[numbers])
+        if part is not stack:
+            stack.put(numbers, part)
+        return losses
+
+    def _differentiate(
+        self, part: ClientStack, batch: Examples
+    ) -> tuple[Tensors, torch.Tensor, Tensors]:
+        """Return the clients' gradients, their losses and their new buffers."""
+        inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
         try:
             if self._unused is None:
                 self._unused = self._find_unused(part, inputs[0], targets[0])
-            gradients, (losses, buffers) = self._gradient(
+            gradients, (losses, buffers) = self._gradients(
                 part.trained, part.buffers, inputs, targets
             )
         except torch.cuda.OutOfMemoryError:
-            raise
+            raise  # also a RuntimeError, and no fault of the model: a smaller stack may fit
         except RuntimeError as error:
             raise UsageError(
                 f"the model or the loss cannot be computed for several clients at once ({error}); "
                 "wanted simulation.stack = 1"
             ) from error
-        if options.max_gradient_norm is not None:
-            _clip(gradients, options.max_gradient_norm)
-        part.steps += 1
-        part.buffers = buffers
-        update = _sgd if options.optimizer == "sgd" else _adamw
-        rates_here = torch.tensor(rates, device=device)
-        for name, gradient in gradients.items():
-            if name not in self._unused:
-                update(options, part, name, gradient, rates_here, self._decays[numbers])
-        if part is not stack:
-            stack.put(numbers, part)
-        return losses
+        return gradients, losses, buffers
 
     def _find_unused(
-        self, part: _Stack, inputs: torch.Tensor, targets: torch.Tensor
+        self, part: ClientStack, inputs: torch.Tensor, targets: torch.Tensor
     ) -> Collection[str]:
         """Return the parameters that the loss does not depend on, from one client's batch.
 
@@ -355,60 +251,38 @@ class _Trainer:
         """
         trained = {n: value[0].clone().requires_grad_() for n, value in part.trained.items()}
         buffers = {n: value[0] for n, value in part.buffers.items()}
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            loss, _ = self._loss_of(trained, buffers, inputs, targets)
+        with seeded(0, self.device):  # what it draws here does not change what it draws later
+            loss, _ = self._client_loss(trained, buffers, inputs, targets)
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        return {name for name, found in zip(trained, gradients, strict=True) if found is None}
+        return {name for name, value in zip(trained, gradients, strict=True) if value is None}
+
+    def states(self) -> StateStack:
+        """Return the clients' values; frozen ones share one memory."""
+        stack = self._stack
+        values = {**stack.trained, **stack.buffers}
+        for name, value in self._frozen.items():
+            values[name] = value.expand(len(stack.steps), *value.shape)
+        return StateStack({name: values[name] for name in self._names})
 
 
-def _clip(gradients: Tensors, most: float) -> None:
-    """Scale each client's gradients down to a Euclidean norm."""
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
-    factors = (most / (norms + 1e-6)).clamp(max=1.0)
-    for name, value in gradients.items():
-        gradients[name] = value * _column(factors, value).to(value.dtype)
+def _client_loss(
+    model: nn.Module, frozen: Tensors, loss: Loss, options: TrainingOptions
+) -> Callable[..., tuple[torch.Tensor, tuple[torch.Tensor, Tensors]]]:
+    """Return the function that gives the loss of one client's batch.
 
+    It takes trained values, buffers, inputs and targets. It returns the loss to differentiate,
+    and beside it the loss as a value and the new buffers.
+    """
 
-def _column(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return one number a client in the shape that multiplies a stacked tensor."""
-    return numbers.reshape(-1, *(1 for _ in like.shape[1:]))
+    def client_loss(
+        trained: Tensors, buffers: Tensors, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, Tensors]]:
+        # Layers change buffers in place, and the stack's may lie in memory that clients share.
+        values = {**trained, **{n: v.clone() for n, v in buffers.items()}, **frozen}
+        # Fused attention has no rule for `vmap`, which would compute it client by client.
+        with autocast(options, inputs.device), sdpa_kernel(SDPBackend.MATH):
+            outputs = functional_call(model, values, (inputs,))
+            value = loss(outputs, targets)
+        return value, (value.detach(), {name: values[name] for name in buffers})
 
-
-def _sgd(
-    options: TrainingOptions,
-    stack: _Stack,
-    name: str,
-    gradient: torch.Tensor,
-    rates: torch.Tensor,
-    decays: torch.Tensor,
-) -> None:
-    """Make a step of `torch.optim.SGD` with one rate and decay a client."""
-    value = stack.trained[name]
-    if options.weight_decay:
-        gradient = gradient.addcmul(_column(decays, value), value)  # others may share its memory
-    if options.momentum:
-        gradient = stack.moments["momentum"][name].mul_(options.momentum).add_(gradient)
-    if value.stride(0) == 0:  # clients share it: one pass writes to memory of their own
-        stack.trained[name] = value.addcmul(_column(-rates, value), gradient).to(value.dtype)
-    else:
-        value.addcmul_(_column(-rates, value), gradient)
-
-
-def _adamw(
-    options: TrainingOptions,
-    stack: _Stack,
-    name: str,
-    gradient: torch.Tensor,
-    rates: torch.Tensor,
-    decays: torch.Tensor,
-) -> None:
-    """Make a step of `torch.optim.AdamW`, its defaults apart from rate and decay."""
-    value = stack.trained[name] = _own(stack.trained[name])
-    first, second = stack.moments["first"][name], stack.moments["second"][name]
-    value.mul_(_column(1 - rates * decays, value))
-    first.lerp_(gradient, 1 - _BETAS[0])
-    second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-    sizes = (rates / (1 - _BETAS[0] ** stack.steps)).to(rates.dtype)
-    bias = (1 - _BETAS[1] ** stack.steps).sqrt().to(rates.dtype)
-    roots = (second.sqrt() / _column(bias, value)).add_(_EPSILON)
-    value.addcmul_(_column(-sizes, value), first / roots)
+    return client_loss

@@ -12,7 +12,7 @@ import fedobd
 PACKAGE = Path(fedobd.__file__).parent
 
 LAYERS = (
-    ("_errors", "_checksum"),
+    ("_errors", "_checksum", "_format"),
     ("_seeds", "_imports", "_checkpoint", "_parallel", "_kernels", "_varint", "_planes"),
     ("_tables",),
     ("_schema",),
@@ -37,8 +37,7 @@ LAYERS = (
     ("tracking",),
     ("experiments",),
     ("flower", "planning"),
-    ("display",),
-    ("report",),
+    ("display", "report"),
     ("data_commands", "plan_commands", "report_commands"),
     ("cli",),
     ("__main__",),

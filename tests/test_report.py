@@ -18,8 +18,8 @@ import pytest
 from safetensors.torch import load_file
 
 from fedobd import ModelSchema, Payload, Role, ServerSession, UsageError
+from fedobd._format import format_bytes
 from fedobd._quantization import Coding
-from fedobd.display import format_bytes
 from fedobd.experiments import compare, load_config
 from fedobd.report import _traffic
 from fedobd.report._bits import bits_plot, levels_plot
@@ -38,7 +38,7 @@ from fedobd.report._headline import headline
 from fedobd.report._links import round_seconds, run_seconds, train_seconds
 from fedobd.report._plot import block_color, plain, shorten, thin, typed
 from fedobd.report._run import Run
-from fedobd.report._tables import (
+from fedobd.report._summary_tables import (
     Table,
     block_table,
     environment_table,

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedobd._errors import UsageError
-from fedobd.display import block_table, format_bytes, format_duration, format_share, plain_table
+from fedobd._format import format_bytes, format_duration, format_share
+from fedobd.display import block_table, plain_table
 from fedobd.experiments import RunConfig, list_presets, load_config
 from fedobd.experiments.config import parse_config
 from fedobd.methods import METHODS, FedAvg

@@ -11,17 +11,12 @@ from fedobd.display._tables import (
     plain_table,
     summary_table,
 )
-from fedobd.display._text import format_bytes, format_duration, format_metric, format_share
 
 __all__ = [
     "Display",
     "JsonLines",
     "block_table",
     "comparison_table",
-    "format_bytes",
-    "format_duration",
-    "format_metric",
-    "format_share",
     "payload_tables",
     "plain_table",
     "summary_table",

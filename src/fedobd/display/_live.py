@@ -15,9 +15,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedobd._format import fit_number, format_bytes, format_metric, format_share
 from fedobd._rounds import RoundPlan, cohort_size
 from fedobd._schema import ModelSchema
-from fedobd.display._text import fit_number, format_bytes, format_metric, format_share
 from fedobd.experiments.config import RunConfig
 from fedobd.experiments.folder import RunFolder
 from fedobd.experiments.runner import Summary

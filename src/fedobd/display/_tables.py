@@ -8,12 +8,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from fedobd._format import format_bytes, format_metric, format_share
 from fedobd._payload import Payload
 from fedobd._quantization import Coding
 from fedobd._schema import ModelSchema, Role
 from fedobd._selection import oversized_blocks, parameter_budget
 from fedobd._wire import Header
-from fedobd.display._text import format_bytes, format_metric, format_share
 from fedobd.experiments.compare import Comparison, Row
 from fedobd.experiments.runner import Summary
 from fedobd.methods import method_of_wire_id

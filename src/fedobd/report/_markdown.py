@@ -10,7 +10,7 @@ from fedobd.report._bits import MEANING
 from fedobd.report._content import lead, read_deliveries, reproductions
 from fedobd.report._gather import Section
 from fedobd.report._headline import headline
-from fedobd.report._tables import (
+from fedobd.report._summary_tables import (
     Table,
     block_table,
     environment_table,

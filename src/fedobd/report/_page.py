@@ -23,7 +23,7 @@ from fedobd.report._content import (
 from fedobd.report._gather import Section
 from fedobd.report._headline import headline
 from fedobd.report._plot import Plot, Switch, Trace
-from fedobd.report._tables import (
+from fedobd.report._summary_tables import (
     Table,
     block_table,
     environment_table,

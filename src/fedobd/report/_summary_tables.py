@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from fedobd.display import format_bytes, format_duration, format_share
+from fedobd._format import format_bytes, format_duration, format_share
 from fedobd.methods import FedAvg
 from fedobd.report._delivery import LevelBits
 from fedobd.report._gather import Section, Variant

@@ -7,13 +7,23 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedobd.report._bits import Deliveries, bits_plot, levels_plot
-from fedobd.report._curves import accuracy_plot
+from fedobd.report._bits import Deliveries, bits_chart, levels_chart
+from fedobd.report._chart import Chart
+from fedobd.report._curves import accuracy_chart
 from fedobd.report._delivery import delivery_bits
 from fedobd.report._gather import Section
-from fedobd.report._plot import Plot
-from fedobd.report._traffic import traffic_plot
-from fedobd.report._uploads import drops_blocks, upload_map
+from fedobd.report._headline import headline
+from fedobd.report._summary_tables import (
+    Table,
+    block_table,
+    environment_table,
+    link_table,
+    part_table,
+    run_table,
+    summary_table,
+)
+from fedobd.report._traffic import traffic_chart
+from fedobd.report._uploads import drops_blocks, upload_map, warning
 
 MOST_CELLS = 120_000
 """Blocks times rounds that are drawn in a report at most, so that its page stays small."""
@@ -30,43 +40,87 @@ def read_deliveries(section: Section) -> Deliveries:
     return {variant.label: delivery_bits(variant.shown) for variant in section.variants}
 
 
-def plots_of(section: Section, deliveries: Deliveries, step: int) -> list[Plot]:
-    """Return the plots of a section, in their order."""
-    found = (
-        accuracy_plot(section),
-        traffic_plot(section, step),
+def charts_of(section: Section, deliveries: Deliveries, step: int) -> list[Chart]:
+    """Return the charts of a section, in their order."""
+    charts = (
+        accuracy_chart(section),
+        traffic_chart(section, step),
         upload_map(section, step),
-        bits_plot(section, deliveries),
-        levels_plot(section, step),
+        bits_chart(section, deliveries),
+        levels_chart(section, step),
     )
-    return [plot for plot in found if plot is not None]
+    return [chart for chart in charts if chart is not None]
 
 
 def left_out(section: Section) -> Iterator[str]:
-    """Yield a sentence for each plot that the run folders do not suffice for."""
+    """Yield a sentence for each picture that the run folders do not suffice for."""
     if all(run.results.final_metric is None for run in section.runs):
         yield "Nothing was tested on the server, so there is no picture of it."
     if not any(map(drops_blocks, section.variants)):
         yield "Every client uploaded every block in every round, so there is no picture of it."
-    missing = [v.label for v in section.variants if v.shown.uplink is None]
     untold = [
         v.label
         for v in section.variants
-        if v.is_finished
-        and not v.shown.model_file.is_file()
-        and v.shown.downlink is not None
-        and v.shown.downlink.levels.any()
+        if v.is_finished and not v.shown.model_file.is_file() and v.shown.downlink.levels.any()
     ]
     if untold:
         yield (
             f"The trained model of {', '.join(untold)} is missing: bits of its delivery and their "
             "entropy are left out."
         )
-    if missing:
-        yield (
-            f"The run folders of {', '.join(missing)} were written before records said what each "
-            "block took: bytes by block, bits for each parameter and levels are left out."
-        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """What every format of the report shows of a section.
+
+    Args:
+        section: which.
+        deliveries: bits of the trained models' deliveries.
+        warnings: of blocks that starved.
+        headline: what came of it.
+        summary: a row for each variant.
+        runs: a row for each run.
+        parts: what bytes were for.
+        blocks: a table for each variant.
+        links: time over links.
+        environment: versions and machine.
+        reproductions: how to run it again.
+    """
+
+    section: Section
+    deliveries: Deliveries
+    warnings: tuple[str, ...]
+    headline: str
+    summary: Table
+    runs: Table
+    parts: Table
+    blocks: tuple[Table, ...]
+    links: Table
+    environment: Table
+    reproductions: tuple[Reproduction, ...]
+
+
+def content_of(section: Section) -> Content:
+    """Return what a report says of a section.
+
+    Raises:
+        UsageError: the model of a run cannot be read.
+    """
+    deliveries = read_deliveries(section)
+    return Content(
+        section=section,
+        deliveries=deliveries,
+        warnings=tuple(filter(None, map(warning, section.variants))),
+        headline=headline(section),
+        summary=summary_table(section),
+        runs=run_table(section),
+        parts=part_table(section),
+        blocks=tuple(block_table(v, deliveries[v.label]) for v in section.variants),
+        links=link_table(section),
+        environment=environment_table(section),
+        reproductions=reproductions(section),
+    )
 
 
 @dataclass(frozen=True, slots=True)

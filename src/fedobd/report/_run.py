@@ -47,7 +47,7 @@ class BlockBits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
+class TrafficByBlock:
     """What blocks took in one direction; every array has the shape (rounds, blocks).
 
     Args:
@@ -158,8 +158,8 @@ class Run:
         starved: blocks that were never or rarely uploaded in stage 1.
         differences: mean block difference over the clients of a round, the same shape; None where
             the method sends none.
-        uplink: what each block took in accepted uploads; None in folders that do not say.
-        downlink: what each block took in one broadcast; None in folders that do not say.
+        uplink: what each block took in accepted uploads.
+        downlink: what each block took in one broadcast.
         results: what came of it.
         is_finished: whether the run has ended.
     """
@@ -174,8 +174,8 @@ class Run:
     uploads: Values
     starved: tuple[StarvedBlock, ...]
     differences: Values | None
-    uplink: Traffic | None
-    downlink: Traffic | None
+    uplink: TrafficByBlock
+    downlink: TrafficByBlock
     results: Results
     is_finished: bool
 
@@ -232,7 +232,9 @@ def _reading(name: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UsageError(f"{name} is missing, which `fedobd run` writes") from error
     except ValidationError as error:
-        faults = (f"{'.'.join(map(str, own['loc']))}: {own['msg']}" for own in error.errors())
+        faults = (
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
+        )
         raise UsageError(f"{name} is damaged: {'; '.join(faults)}") from error
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UsageError(f"{name} is damaged: {type(error).__name__}: {error}") from error
@@ -283,7 +285,7 @@ def _round(record: Record) -> Round:
     clients = record["clients"]
     if not clients or not record["cohort"]:
         raise ValueError(f"round {record['round']} names no clients")
-    broadcasts = len(record["cohort"]) + len(record.get("reopened", ()))
+    broadcasts = len(record["cohort"]) + len(record["reopened"])
     up = {part: sum(c["uplink"][part] for c in clients) for part in BYTE_PARTS}
     up["refused or repeated"] = record["uplink_bytes"] - sum(up.values())
     down = {part: record["broadcast"][part] * broadcasts for part in BYTE_PARTS}
@@ -322,15 +324,12 @@ def _differences(records: Sequence[Record], num_blocks: int) -> Values | None:
     return _shaped(means, len(records), num_blocks)
 
 
-def _traffic(records: Sequence[Record], key: str, num_blocks: int) -> Traffic | None:
-    if any(key not in record for record in records):
-        return None
-
+def _traffic(records: Sequence[Record], key: str, num_blocks: int) -> TrafficByBlock:
     def values(name: str) -> Values:
-        found = np.array([[own[name] for own in record[key]] for record in records], np.float64)
-        return _shaped(found, len(records), num_blocks)
+        rows = [[block[name] for block in record[key]] for record in records]
+        return _shaped(np.array(rows, np.float64), len(records), num_blocks)
 
-    return Traffic(
+    return TrafficByBlock(
         payloads=values("payloads"),
         num_bytes=values("num_bytes"),
         nominal_bits=values("nominal_bits"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from fedobd.report._chart import (
     quantity,
     rounds_across,
     spec_of,
+    step_note,
+    thin,
     tooltip,
     unless_hidden,
     zoom,
@@ -41,6 +43,9 @@ MEASURES = {
     "rounds": "round",
 }
 """Titles of the horizontal axes of the picture; the first is the default."""
+
+MOST_POINTS = 4_000
+"""Points of all lines that are drawn at most, so that a page of many runs opens soon."""
 
 _SHAPES = (
     *("circle", "square", "triangle-up", "diamond"),
@@ -72,8 +77,8 @@ class Curve:
     number: Values
     stage: Values
 
-    def at(self, points: NDArray[np.bool_]) -> Curve:
-        """Return the curve of some of the points, by a mask."""
+    def at(self, points: NDArray[np.bool_] | list[int]) -> Curve:
+        """Return the curve of some of the points, by a mask or by their numbers."""
         return Curve(
             self.sent[:, points], self.metric[points], self.number[points], self.stage[points]
         )
@@ -136,11 +141,13 @@ def accuracy_chart(section: Section) -> Chart | None:
         caption += "; filled marks are stage 1, open ones stage 2"
     if len(section.variants) > MOST_NAMED:
         caption += "; hovering names a line"
-    data = _accuracy_data(section)
+    lines = _accuracy_lines(section)
+    step = max(1, math.ceil(sum(len(line.spread) for line in lines) / MOST_POINTS))
+    data = _accuracy_data(section, [line.thinned(step) for line in lines])
     return Chart(
         name="accuracy",
         title=f"{section.metric.capitalize()} against traffic",
-        caption=caption + ".",
+        caption=f"{caption}.{step_note(step)}",
         switches=(Switch("horizontal axis", tuple(MEASURES)), Switch("scale", ("linear", "log"))),
         views={
             (number, kind): View(
@@ -157,57 +164,59 @@ def accuracy_chart(section: Section) -> Chart | None:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A line of the picture: a single run's curve, or a mean, which has a standard deviation."""
+    """A line of the picture, with the standard deviation that a mean has."""
 
     variant: Variant
     name: str
     curve: Curve
-    spread: Values | None = None
+    spread: Values
+    is_mean: bool
+
+    def thinned(self, step: int) -> _Line:
+        """Return the line at each `step`-th point, and the last."""
+        drawn = thin(len(self.spread), step)
+        return replace(self, curve=self.curve.at(drawn), spread=self.spread[drawn])
 
 
 _FILES = {"total": "bytes", "up": "up", "down": "down", "rounds": "rounds"}
 
 
-def _accuracy_data(section: Section) -> dict[str, Columns]:
-    """Return the points of single runs, where there are several seeds, and of all mean lines."""
-    lines: list[_Line] = []
+def _accuracy_lines(section: Section) -> list[_Line]:
+    """Return the lines of single runs, where there are several seeds, and of means."""
+    lines = []
     for variant in section.variants:
         if len(variant.runs) > 1:
             for run, curve in tested_curves(variant.runs):
-                lines.append(_Line(variant, f"{variant.label}, seed {run.seed}", curve))
+                name, spread = f"{variant.label}, seed {run.seed}", np.zeros(len(curve.metric))
+                lines.append(_Line(variant, name, curve, spread, is_mean=False))
         counted = tested_curves(variant.counted)
         if counted:
             mean, spread = mean_curve([curve for _, curve in counted])
-            lines.append(_Line(variant, variant.label, mean, spread))
-    lengths = [len(line.curve.metric) for line in lines]
+            lines.append(_Line(variant, variant.label, mean, spread, is_mean=True))
+    return lines
+
+
+def _accuracy_data(section: Section, lines: Sequence[_Line]) -> dict[str, Columns]:
+    """Return the points of the lines, line by line."""
+    lengths = [len(line.spread) for line in lines]
+    numbers = np.repeat(np.arange(len(lines), dtype="u2"), lengths)
     sent = np.concatenate([line.curve.sent for line in lines], axis=1).astype("f4")
     metric = np.concatenate([line.curve.metric for line in lines])
-    spread = np.concatenate(
-        [
-            np.zeros(len(line.curve.metric)) if line.spread is None else line.spread
-            for line in lines
-        ]
-    )
-    stages = [line.curve.stage for line in lines]
-    labels = [variant.label for variant in section.variants]
+    spread = np.concatenate([line.spread for line in lines])
+    labels = tuple(variant.label for variant in section.variants)
     methods = np.array([labels.index(line.variant.label) for line in lines], "u2")
-    numbers = np.repeat(np.arange(len(lines), dtype="u2"), lengths)
     points: Columns = {
         **dict(zip(MEASURES, sent, strict=True)),
         "metric": metric.astype("f4"),
         "low": (metric - spread).astype("f4"),
         "high": (metric + spread).astype("f4"),
         "round": np.concatenate([line.curve.number for line in lines]).astype("u2"),
-        "stage": np.concatenate(stages).astype("u1"),
-        "mark": np.concatenate([_marks(stage) for stage in stages]).astype("u1"),
-        "mean": np.repeat(np.array([line.spread is not None for line in lines], "u1"), lengths),
-        "method": Labels(tuple(labels), np.repeat(methods, lengths)),
-        # By number, since two runs of one seed have the same name.
-        "number": np.repeat(np.arange(len(lines), dtype="u2"), lengths),
-        "line": Labels(
-            tuple(line.name for line in lines),
-            np.repeat(np.arange(len(lines), dtype="u2"), lengths),
-        ),
+        "stage": np.concatenate([line.curve.stage for line in lines]).astype("u1"),
+        "mark": np.concatenate([_marks(line.curve.stage) for line in lines]).astype("u1"),
+        "mean": np.repeat([np.uint8(line.is_mean) for line in lines], lengths),
+        "method": Labels(labels, np.repeat(methods, lengths)),
+        "line": Labels(tuple(line.name for line in lines), numbers),
+        "number": numbers,  # two runs of one seed have the same name
     }
     return {"points": points}
 
@@ -276,10 +285,9 @@ def _accuracy_spec(section: Section, measure: str, scale: str) -> Spec:
     if measure != "rounds":
         told[measure] = (MEASURES[measure], ",.3f")
     told |= {"round": ("round", "d"), "stage": ("stage", "d")}
-    data, shared = {"name": "points"}, {"x": x, "color": color}
-    is_mean: Spec = {"filter": "datum.mean"}
+    shared, is_mean = {"x": x, "color": color}, {"filter": "datum.mean"}
     band = {
-        "data": data,
+        "data": {"name": "points"},
         "transform": [is_mean],
         "mark": {"type": "area", "clip": True},
         "encoding": {
@@ -291,7 +299,7 @@ def _accuracy_spec(section: Section, measure: str, scale: str) -> Spec:
     }
     singles = {
         "name": "runs",
-        "data": data,
+        "data": {"name": "points"},
         "transform": [{"filter": "!datum.mean"}],
         "mark": {"type": "line", "strokeWidth": 1, "clip": True},
         "encoding": {
@@ -303,8 +311,9 @@ def _accuracy_spec(section: Section, measure: str, scale: str) -> Spec:
     }
     lines = _lines(section, "points", x, y, is_mean)
     lines[0]["params"] = [zoom("x", "y"), legend_choice("method")]
-    hover = {"data": data, **hover_layer(**shared, y=y, tooltip=tooltip(**told))}
-    return spec_of([band, singles, *lines, hover], labels)
+    hover = {"data": {"name": "points"}} | hover_layer(**shared, y=y, tooltip=tooltip(**told))
+    runs = [singles] if any(len(variant.runs) > 1 for variant in section.variants) else []
+    return spec_of([band, *runs, *lines, hover], labels)
 
 
 def _metric_scale(section: Section) -> Spec:

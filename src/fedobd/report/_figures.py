@@ -35,6 +35,7 @@ _LOOK: Spec = {
     "font": "Liberation Serif, Times New Roman, serif",
     "padding": 2,
     "view": {"stroke": None},
+    "aria": False,
     "axis": {
         "labelFontSize": 8,
         "titleFontSize": 9,

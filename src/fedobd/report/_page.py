@@ -106,7 +106,7 @@ def _library() -> str:
         from vl_convert import javascript_bundle
     except ModuleNotFoundError as error:
         raise not_installed("this", error, "report") from error
-    return javascript_bundle(None)
+    return javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _policy(*scripts: str) -> str:

@@ -248,6 +248,8 @@ def _lines(section: Section, data: str, x: Spec, y: Spec, *filters: Spec) -> lis
         filters: transforms that leave the rows of these lines.
     """
     color = _by_method(section, 0)
+    # Another column with the same texts: of the same one the legend's marks were dashed too.
+    dash = {**_by_method(section, 2), "field": "line", "legend": None}
     shared = {"x": x, "y": y, "color": color, "opacity": unless_hidden(1)}
     background = {"value": {"expr": "paper"}}
     line = {"type": "line", "strokeWidth": 2, "clip": True}
@@ -257,7 +259,7 @@ def _lines(section: Section, data: str, x: Spec, y: Spec, *filters: Spec) -> lis
             "data": {"name": data},
             "transform": list(filters),
             "mark": line,
-            "encoding": {**shared, "strokeDash": _by_method(section, 2) | {"legend": None}},
+            "encoding": {**shared, "strokeDash": dash},
         },
         {
             "data": {"name": data},
@@ -332,10 +334,12 @@ def method_traffic_chart(section: Section) -> Chart:
     labels = tuple(variant.label for variant in section.variants)
     rounds = [variant.shown.rounds for variant in section.variants]
     lengths = [len(of_variant) for of_variant in rounds]
+    methods = Labels(labels, np.repeat(np.arange(len(labels)), lengths))
     stages = [np.array([r.stage for r in of_variant], np.float64) for of_variant in rounds]
     data: dict[str, Columns] = {
         way: {
-            "method": Labels(labels, np.repeat(np.arange(len(labels)), lengths)),
+            "method": methods,
+            "line": methods,
             "round": np.concatenate([[r.number for r in of_variant] for of_variant in rounds]),
             "bytes": np.concatenate(
                 [[getattr(r, f"{way}link_bytes") for r in of_variant] for of_variant in rounds]

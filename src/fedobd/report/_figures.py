@@ -74,7 +74,10 @@ def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
         raise not_installed("this", error, "report") from error
 
     def draw(spec: Spec) -> str:
-        return str(vegalite_to_svg(spec, vl_version=VEGA_LITE))
+        svg: str = vegalite_to_svg(spec, vl_version=VEGA_LITE)
+        ids = dict.fromkeys(re.findall(r"\bclip\d+\b", svg))  # they count on from other drawings
+        numbers = {name: f"clip{number}" for number, name in enumerate(ids)}
+        return re.sub(r"\bclip\d+\b", lambda match: numbers[match[0]], svg)
 
     files = []
     for number, section in enumerate(sections, start=1):

@@ -61,6 +61,11 @@ class Page:
         figures = "[...document.querySelectorAll('figure.plot')]"
         self.wait(f"{figures}.every(figure => figure.querySelector('canvas'))")
 
+    def move_mouse(self, x: float, y: float) -> None:
+        """Move the mouse to a place in the window, in pixels."""
+        place = {"type": "mouseMoved", "x": x, "y": y, "pointerType": "mouse"}
+        self._command("Input.dispatchMouseEvent", place)
+
     def print_to_pdf(self, file: Path) -> None:
         """Print the page on A4."""
         paper = {"printBackground": True, "paperWidth": 8.27, "paperHeight": 11.69}

@@ -160,6 +160,7 @@ def _quantized(section: Section) -> Iterator[tuple[Variant, str, TrafficByBlock]
 
 def _levels_view(run: Run, traffic: TrafficByBlock, step: int, figure: tuple[str, str]) -> View:
     rounds, names = thin(len(run.rounds), step), block_names(run.schema)
+    stages = stage_columns(run, rounds)
     levels = np.where(traffic.levels > 0, traffic.levels, np.nan)[rounds]
     colors = [block_color(number, len(names)) for number in range(len(names))]
     x = rounds_across("round", padding=10)
@@ -182,7 +183,7 @@ def _levels_view(run: Run, traffic: TrafficByBlock, step: int, figure: tuple[str
     hover |= {"data": {"name": "points"}, "transform": [{"filter": "isValid(datum.levels)"}]}
     columns = {**grid_columns(run, rounds, names), "levels": levels.T.astype("f4").ravel()}
     return View(
-        spec=spec_of([line, *stage_layers(), hover], names),
-        data={"points": columns, "stages": stage_columns(run, rounds)},
+        spec=spec_of([line, *stage_layers(stages), hover], names),
+        data={"points": columns, "stages": stages},
         figure=figure,
     )

@@ -136,10 +136,18 @@ def legend(texts: Sequence[str]) -> Spec:
 
 
 def tooltip(**titles: tuple[str, str]) -> list[Spec]:
-    """Return what hovering tells: title and format of each column; texts have no format."""
+    """Return what hovering tells: title and format of each column; texts have an empty format.
+
+    That empty format has to stand there: without one, Vega-Lite 6.4 looks for the text in the
+    wrong place where the nearest mark is told of, and says `undefined`.
+    """
     return [
-        {"field": name, "title": title}
-        | ({"type": "quantitative", "format": kind} if kind else {"type": "nominal"})
+        {
+            "field": name,
+            "title": title,
+            "type": "quantitative" if kind else "nominal",
+            "format": kind,
+        }
         for name, (title, kind) in titles.items()
     ]
 
@@ -271,14 +279,19 @@ def stage_columns(run: Run, rounds: Sequence[int]) -> Columns:
     }
 
 
-def stage_layers(*colors: str, title: str | None = "round", worded: bool = True) -> list[Spec]:
-    """Return a line where stage 2 begins.
+def stage_layers(
+    stages: Columns, *colors: str, title: str | None = "round", worded: bool = True
+) -> list[Spec]:
+    """Return a line where stage 2 begins; nothing without stage 2.
 
     Args:
+        stages: of `stage_columns`, which the view has as its data set `stages`.
         colors: of the line, from back to front; without any it has that of text.
         title: of the axis, the same as in the layers below; else both would stand there.
         worded: whether words stand above the line.
     """
+    if not np.size(stages["border"]):
+        return []
     data, x = {"name": "stages"}, quantity("border", title)
     dashed = {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 1.5}
     solid = {"type": "rule", "strokeWidth": 1.5}

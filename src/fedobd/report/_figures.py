@@ -30,6 +30,8 @@ _TALLEST = 9.0
 _CHARACTER = 4.6  # points of a letter of a legend, and what its mark and the gap take
 _MARK = 30
 
+_IDS = re.compile(r"\b(?:clip|gradient_)\d+\b")
+
 _LOOK: Spec = {
     "background": "white",
     "font": "Liberation Serif, Times New Roman, serif",
@@ -75,9 +77,9 @@ def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
 
     def draw(spec: Spec) -> str:
         svg: str = vegalite_to_svg(spec, vl_version=VEGA_LITE)
-        ids = dict.fromkeys(re.findall(r"\bclip\d+\b", svg))  # they count on from other drawings
-        numbers = {name: f"clip{number}" for number, name in enumerate(ids)}
-        return re.sub(r"\bclip\d+\b", lambda match: numbers[match[0]], svg)
+        ids = dict.fromkeys(_IDS.findall(svg))  # they count on from one drawing to the next
+        numbers = {name: f"id{number}" for number, name in enumerate(ids)}
+        return _IDS.sub(lambda match: numbers[match[0]], svg)
 
     files = []
     for number, section in enumerate(sections, start=1):

@@ -9,6 +9,7 @@ import numpy as np
 from fedobd.experiments.runner import BYTE_PARTS
 from fedobd.report._chart import (
     Chart,
+    Columns,
     Spec,
     Switch,
     View,
@@ -115,6 +116,7 @@ def traffic_chart(section: Section, step: int) -> Chart:
 
 def _view(run: Run, stacks: tuple[Stack, Stack], step: int, figure: tuple[str, str]) -> View:
     rounds = thin(len(run.rounds), step)
+    stages = stage_columns(run, rounds)
     colors = {name: color for stack in stacks for name, color, _ in stack}
     data = {
         way: {
@@ -123,15 +125,15 @@ def _view(run: Run, stacks: tuple[Stack, Stack], step: int, figure: tuple[str, s
         }
         for way, stack in zip(WAYS, stacks, strict=True)
     }
-    panels = [_panel(way, colors) for way in WAYS]
+    panels = [_panel(way, colors, stages) for way in WAYS]
     return View(
         spec=panels_of(panels, tuple(colors)),
-        data={**data, "stages": stage_columns(run, rounds)},
+        data={**data, "stages": stages},
         figure=figure,
     )
 
 
-def _panel(way: str, colors: dict[str, str]) -> list[Spec]:
+def _panel(way: str, colors: dict[str, str], stages: Columns) -> list[Spec]:
     """Return layers: a rectangle for each name in each round, and where stage 2 begins."""
     names, title = tuple(colors), "round" if way == "down" else None
     bars: Spec = {
@@ -152,4 +154,4 @@ def _panel(way: str, colors: dict[str, str]) -> list[Spec]:
     }
     if way == "up":  # a parameter stands in one place and holds in both
         bars["params"] = [legend_choice("name")]
-    return [bars, *stage_layers(title=title, worded=way == "up")]
+    return [bars, *stage_layers(stages, title=title, worded=way == "up")]

@@ -99,7 +99,7 @@ def drops_blocks(variant: Variant) -> bool:
 
 def _view(run: Run, step: int, figure: tuple[str, str] | None) -> View:
     rounds = thin(len(run.rounds), step)
-    labels = block_labels(run)
+    labels, stages = block_labels(run), stage_columns(run, rounds)
     cells: dict[str, Any] = {
         **grid_columns(run, rounds, labels),
         "share": np.round(100 * upload_shares(run)[rounds].T).astype("u1").ravel(),
@@ -115,8 +115,8 @@ def _view(run: Run, step: int, figure: tuple[str, str] | None) -> View:
         cells["difference"] = run.differences[rounds].T.astype("f4").ravel()
         told["difference"] = ("mean block difference", ".3g")
     return View(
-        spec=spec_of([_cells(labels, told), *stage_layers("white", "black")]),
-        data={"cells": cells, "stages": stage_columns(run, rounds)},
+        spec=spec_of([_cells(labels, told), *stage_layers(stages, "white", "black")]),
+        data={"cells": cells, "stages": stages},
         figure=figure,
     )
 

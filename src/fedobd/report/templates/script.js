@@ -113,6 +113,7 @@
       renderer: printing ? "svg" : "canvas", tooltip: {disableDefaultStyle: true},
     });
     drawing.view = result.view;
+    if (isLive) drawing.dataset.live = "yes";
     drawn.set(figure, {width, isLive, finalize: result.finalize});
   }
 

@@ -45,7 +45,9 @@ def accuracy_by_bytes(preset: str, variants: list[tuple[str, list[Record]]]) -> 
         "width": _WIDTH,
         "height": 320,
         "encoding": {
-            "x": _number("MB", "MB sent, up and down", axis=x_axis, scale={"type": "log"}),
+            "x": _number(
+                "MB", "MB sent, up and down", axis=x_axis, scale={"type": "log", "nice": False}
+            ),
             "y": _number("accuracy", "test accuracy", scale={"zero": False}),
             "color": {"field": "name", "scale": {"domain": names, "range": colors}},
         },

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from fedobd.report import _vega as vega
 from fedobd.report._chart import (
-    NEAREST,
     Chart,
     Columns,
     Labels,
@@ -15,21 +15,10 @@ from fedobd.report._chart import (
     View,
     block_color,
     block_names,
-    category,
     grid_columns,
-    hover_layer,
-    legend,
-    legend_choice,
-    quantity,
-    rounds_across,
-    spec_of,
     stage_columns,
-    stage_layers,
     step_note,
     thin,
-    tooltip,
-    unless_hidden,
-    zoom,
 )
 from fedobd.report._delivery import LevelBits
 from fedobd.report._gather import Section, Variant
@@ -103,16 +92,16 @@ def _bits_view(variant: Variant, delivery: LevelBits | None) -> View:
     }
     layer = {
         "data": {"name": "marks"},
-        "params": [NEAREST],
+        "params": [vega.NEAREST],
         "mark": {"type": "point", "filled": True, "size": 110, "opacity": 1},
         "encoding": {
-            "x": quantity("bits", "bits for each parameter"),
+            "x": vega.quantity("bits", "bits for each parameter"),
             "y": block_axis(labels),
             # Beside each other, so that no mark hides another of the same block.
-            "yOffset": category("way", ways),
-            "color": category("way", ways, list(_COLORS.values())),
-            "shape": category("kind", kinds, list(_KINDS.values())),
-            "tooltip": tooltip(
+            "yOffset": vega.category("way", ways),
+            "color": vega.category("way", ways, list(_COLORS.values())),
+            "shape": vega.category("kind", kinds, list(_KINDS.values())),
+            "tooltip": vega.tooltip(
                 name=("block · parameters", ""),
                 way=("sent", ""),
                 kind=("kind", ""),
@@ -121,7 +110,7 @@ def _bits_view(variant: Variant, delivery: LevelBits | None) -> View:
         },
     }
     return View(
-        spec=spec_of([layer], (*ways, *kinds)),
+        spec=vega.spec_of([layer], (*ways, *kinds)),
         data={"marks": marks},
         figure=("bits", variant.label),
     )
@@ -163,12 +152,12 @@ def _levels_view(run: Run, traffic: TrafficByBlock, step: int, figure: tuple[str
     stages = stage_columns(run, rounds)
     levels = np.where(traffic.levels > 0, traffic.levels, np.nan)[rounds]
     colors = [block_color(number, len(names)) for number in range(len(names))]
-    x = rounds_across("round", padding=10)
-    y = quantity("levels", "levels s")
-    color = category("name", names, colors) | legend(names)
+    x = vega.rounds_across("round", padding=10)
+    y = vega.quantity("levels", "levels s")
+    color = vega.category("name", names, colors) | vega.legend(names)
     line = {
         "data": {"name": "points"},
-        "params": [zoom("x", "y"), legend_choice("name")],
+        "params": [vega.zoom("x", "y"), vega.legend_choice("name")],
         "mark": {
             "type": "line",
             "strokeWidth": 1.5,
@@ -176,14 +165,14 @@ def _levels_view(run: Run, traffic: TrafficByBlock, step: int, figure: tuple[str
             "invalid": "filter",  # a line goes on over rounds that did not send the block
             "point": {"size": 15} if len(rounds) <= _MOST_LEVELS_MARKED else False,
         },
-        "encoding": {"x": x, "y": y, "color": color, "opacity": unless_hidden(1)},
+        "encoding": {"x": x, "y": y, "color": color, "opacity": vega.unless_hidden(1)},
     }
-    told = tooltip(name=("block", ""), levels=("s", ",.1f"), round=("round", "d"))
-    hover = hover_layer(x=x, y=y, color=color, tooltip=told)
+    told = vega.tooltip(name=("block", ""), levels=("s", ",.1f"), round=("round", "d"))
+    hover = vega.hover_layer(x=x, y=y, color=color, tooltip=told)
     hover |= {"data": {"name": "points"}, "transform": [{"filter": "isValid(datum.levels)"}]}
     columns = {**grid_columns(run, rounds, names), "levels": levels.T.astype("f4").ravel()}
     return View(
-        spec=spec_of([line, *stage_layers(stages), hover], names),
+        spec=vega.spec_of([line, *vega.stage_layers(stages), hover], names),
         data={"points": columns, "stages": stages},
         figure=figure,
     )

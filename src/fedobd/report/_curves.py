@@ -9,28 +9,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedobd.report import _vega as vega
 from fedobd.report._chart import (
     COLORS,
-    MOST_NAMED,
     Chart,
     Columns,
     Labels,
     Spec,
     Switch,
     View,
-    category,
-    hover_layer,
-    legend,
-    legend_choice,
-    panels_of,
-    quantity,
-    rounds_across,
-    spec_of,
     step_note,
     thin,
-    tooltip,
-    unless_hidden,
-    zoom,
 )
 from fedobd.report._gather import Section, Variant
 from fedobd.report._run import Run, Values
@@ -55,10 +44,10 @@ _DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [10, 4], [4, 2, 1, 2, 1, 2])
 _MOST_MARKS = 12  # on a line; more and the dashes are hidden
 
 
-def look(number: int) -> tuple[str, str, list[int]]:
-    """Return color, shape and dash of a variant by its number; the first 64 all differ."""
+def look(number: int) -> tuple[str, str]:
+    """Return color and shape of a variant by its number; the first 64 all differ."""
     shape = _SHAPES[(number + number // len(COLORS)) % len(_SHAPES)]
-    return COLORS[number % len(COLORS)], shape, _DASHES[number % len(_DASHES)]
+    return COLORS[number % len(COLORS)], shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +128,7 @@ def accuracy_chart(section: Section) -> Chart | None:
         )
     if any(played.stage == 2 for run in section.runs for played in run.rounds):
         caption += "; filled marks are stage 1, open ones stage 2"
-    if len(section.variants) > MOST_NAMED:
+    if len(section.variants) > vega.MOST_NAMED:
         caption += "; hovering names a line"
     lines = _accuracy_lines(section)
     step = max(1, math.ceil(sum(len(line.spread) for line in lines) / MOST_POINTS))
@@ -213,6 +202,7 @@ def _accuracy_data(section: Section, lines: Sequence[_Line]) -> dict[str, Column
         "round": np.concatenate([line.curve.number for line in lines]).astype("u2"),
         "stage": np.concatenate([line.curve.stage for line in lines]).astype("u1"),
         "mark": np.concatenate([_marks(line.curve.stage) for line in lines]).astype("u1"),
+        "dash": np.repeat([np.uint8(ln.variant.number % len(_DASHES)) for ln in lines], lengths),
         "mean": np.repeat([np.uint8(line.is_mean) for line in lines], lengths),
         "method": Labels(labels, np.repeat(methods, lengths)),
         "line": Labels(tuple(line.name for line in lines), numbers),
@@ -231,10 +221,10 @@ def _marks(stage: Values) -> NDArray[np.bool_]:
 
 
 def _by_method(section: Section, channel: int) -> Spec:
-    """Return an encoding by variant, with the colors (0), shapes (1) or dashes (2) of all."""
+    """Return an encoding by variant, with the colors (0) or shapes (1) of all."""
     labels = [variant.label for variant in section.variants]
     values = [look(variant.number)[channel] for variant in section.variants]
-    return category("method", labels, values) | legend(labels)
+    return vega.category("method", labels, values) | vega.legend(labels)
 
 
 def _lines(section: Section, data: str, x: Spec, y: Spec, *filters: Spec) -> list[Spec]:
@@ -248,18 +238,21 @@ def _lines(section: Section, data: str, x: Spec, y: Spec, *filters: Spec) -> lis
         filters: transforms that leave the rows of these lines.
     """
     color = _by_method(section, 0)
-    # Another column with the same texts: of the same one the legend's marks were dashed too.
-    dash = {**_by_method(section, 2), "field": "line", "legend": None}
-    shared = {"x": x, "y": y, "color": color, "opacity": unless_hidden(1)}
+    # Not as a scale: the legend's marks would be dashed too, and without a legend of its own
+    # Vega-Lite 6.4 leaves out that of the colors.
+    dashes = [
+        {"test": f"datum.dash === {number}", "value": dash} for number, dash in enumerate(_DASHES)
+    ]
+    shared = {"x": x, "y": y, "color": color, "opacity": vega.unless_hidden(1)}
     background = {"value": {"expr": "paper"}}
-    line = {"type": "line", "strokeWidth": 2, "clip": True}
-    mark = {"type": "point", "size": 45, "opacity": 1, "clip": True, "strokeWidth": 1.5}
+    line = {"type": "line", "clip": True}
+    mark = {"type": "point", "opacity": 1, "clip": True}
     return [
         {
             "data": {"name": data},
             "transform": list(filters),
             "mark": line,
-            "encoding": {**shared, "strokeDash": dash},
+            "encoding": {**shared, "strokeDash": {"condition": dashes}},
         },
         {
             "data": {"name": data},
@@ -276,12 +269,12 @@ def _lines(section: Section, data: str, x: Spec, y: Spec, *filters: Spec) -> lis
 
 def _accuracy_spec(section: Section, measure: str, scale: str) -> Spec:
     labels = [variant.label for variant in section.variants]
-    x = quantity(measure, MEASURES[measure])
+    x = vega.quantity(measure, MEASURES[measure])
     if scale == "log":
         x["scale"] = {"type": "log", "nice": False}
     elif measure == "rounds":
-        x = rounds_across(measure, padding=10)
-    y = quantity("metric", section.metric, scale=_metric_scale(section))
+        x = vega.rounds_across(measure, padding=10)
+    y = vega.quantity("metric", section.metric, scale=_metric_scale(section))
     color = _by_method(section, 0)
     told = {"line": ("line", ""), "metric": (section.metric, ".4f")}
     if measure != "rounds":
@@ -296,7 +289,7 @@ def _accuracy_spec(section: Section, measure: str, scale: str) -> Spec:
             **shared,
             "y": {**y, "field": "low"},
             "y2": {"field": "high"},
-            "opacity": unless_hidden(0.15),
+            "opacity": vega.unless_hidden(0.15),
         },
     }
     singles = {
@@ -308,14 +301,16 @@ def _accuracy_spec(section: Section, measure: str, scale: str) -> Spec:
             **shared,
             "y": y,
             "detail": {"field": "number"},
-            "opacity": unless_hidden(0.4),
+            "opacity": vega.unless_hidden(0.4),
         },
     }
     lines = _lines(section, "points", x, y, is_mean)
-    lines[0]["params"] = [zoom("x", "y"), legend_choice("method")]
-    hover = {"data": {"name": "points"}} | hover_layer(**shared, y=y, tooltip=tooltip(**told))
+    lines[0]["params"] = [vega.zoom("x", "y"), vega.legend_choice("method")]
+    hover = {"data": {"name": "points"}} | vega.hover_layer(
+        **shared, y=y, tooltip=vega.tooltip(**told)
+    )
     runs = [singles] if any(len(variant.runs) > 1 for variant in section.variants) else []
-    return spec_of([band, *runs, *lines, hover], labels)
+    return vega.spec_of([band, *runs, *lines, hover], labels)
 
 
 def _metric_scale(section: Section) -> Spec:
@@ -339,7 +334,9 @@ def method_traffic_chart(section: Section) -> Chart:
     data: dict[str, Columns] = {
         way: {
             "method": methods,
-            "line": methods,
+            "dash": np.repeat(
+                [variant.number % len(_DASHES) for variant in section.variants], lengths
+            ),
             "round": np.concatenate([[r.number for r in of_variant] for of_variant in rounds]),
             "bytes": np.concatenate(
                 [[getattr(r, f"{way}link_bytes") for r in of_variant] for of_variant in rounds]
@@ -360,9 +357,9 @@ def method_traffic_chart(section: Section) -> Chart:
 def _traffic_spec(section: Section) -> Spec:
     panels = []
     for way in WAYS:
-        x = rounds_across("round", "round" if way == "down" else None, padding=10)
-        y = quantity("bytes", f"bytes {way}", axis=BYTE_AXIS)
+        x = vega.rounds_across("round", "round" if way == "down" else None, padding=10)
+        y = vega.quantity("bytes", f"bytes {way}", axis=BYTE_AXIS)
         y["scale"] = {"type": "log"}
         panels.append(_lines(section, way, x, y))
-    panels[0][0]["params"] = [legend_choice("method")]
-    return panels_of(panels, [variant.label for variant in section.variants])
+    panels[0][0]["params"] = [vega.legend_choice("method")]
+    return vega.panels_of(panels, [variant.label for variant in section.variants])

@@ -27,8 +27,8 @@ _DPI = 300
 _COLUMN, _WIDE = 3.5, 5.0  # inches: a column of a paper in two columns, and figures of blocks
 _HEIGHT = 2.6
 _TALLEST = 9.0
-_CHARACTER = 4.6  # points of a letter of a legend, and what its mark and the gap take
-_MARK = 30
+_CHARACTER = 4.0  # points of a letter of a legend, and what its mark and the gap take
+_MARK = 22
 
 _IDS = re.compile(r"\b(?:clip|gradient_)\d+\b")
 
@@ -52,10 +52,13 @@ _LOOK: Spec = {
         "titleFontSize": 8,
         "labelLimit": 0,
         "symbolOpacity": 1,
+        "symbolSize": 30,
+        "offset": 6,
+        "rowPadding": 1,
     },
     "text": {"fontSize": 8},
-    "line": {"strokeWidth": 1.2},
-    "point": {"size": 20},
+    "line": {"strokeWidth": 1},
+    "point": {"size": 16, "strokeWidth": 1},
 }
 
 

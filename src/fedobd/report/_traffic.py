@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from fedobd.experiments.runner import BYTE_PARTS
+from fedobd.report import _vega as vega
 from fedobd.report._chart import (
     Chart,
-    Columns,
     Spec,
     Switch,
     View,
     block_color,
     block_names,
     byte_column,
-    category,
     grid_columns,
-    legend,
-    legend_choice,
-    panels_of,
-    quantity,
-    rounds_across,
     stage_columns,
-    stage_layers,
     step_note,
     thin,
-    tooltip,
-    unless_hidden,
 )
 from fedobd.report._gather import Section
 from fedobd.report._run import Run, Values
@@ -127,13 +119,11 @@ def _view(run: Run, stacks: tuple[Stack, Stack], step: int, figure: tuple[str, s
     }
     panels = [_panel(way, colors, stages) for way in WAYS]
     return View(
-        spec=panels_of(panels, tuple(colors)),
-        data={**data, "stages": stages},
-        figure=figure,
+        spec=vega.panels_of(panels, tuple(colors)), data={**data, "stages": stages}, figure=figure
     )
 
 
-def _panel(way: str, colors: dict[str, str], stages: Columns) -> list[Spec]:
+def _panel(way: str, colors: dict[str, str], stages: dict[str, Any]) -> list[Spec]:
     """Return layers: a rectangle for each name in each round, and where stage 2 begins."""
     names, title = tuple(colors), "round" if way == "down" else None
     bars: Spec = {
@@ -141,17 +131,17 @@ def _panel(way: str, colors: dict[str, str], stages: Columns) -> list[Spec]:
         "transform": [{"stack": "bytes", "groupby": ["round"], "as": ["low", "high"]}],
         "mark": {"type": "rect"},
         "encoding": {
-            "x": rounds_across("left", title),
+            "x": vega.rounds_across("left", title),
             "x2": {"field": "right"},
-            "y": quantity("low", f"bytes {way}", axis=BYTE_AXIS),
+            "y": vega.quantity("low", f"bytes {way}", axis=BYTE_AXIS),
             "y2": {"field": "high"},
-            "color": category("name", names, list(colors.values()), **legend(names)),
-            "opacity": unless_hidden(1),
-            "tooltip": tooltip(
+            "color": vega.category("name", names, list(colors.values()), **vega.legend(names)),
+            "opacity": vega.unless_hidden(1),
+            "tooltip": vega.tooltip(
                 name=("part", ""), bytes=(f"bytes {way}", ",d"), round=("round", "d")
             ),
         },
     }
     if way == "up":  # a parameter stands in one place and holds in both
-        bars["params"] = [legend_choice("name")]
-    return [bars, *stage_layers(stages, title=title, worded=way == "up")]
+        bars["params"] = [vega.legend_choice("name")]
+    return [bars, *vega.stage_layers(stages, title=title, worded=way == "up")]

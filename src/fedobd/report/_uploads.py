@@ -7,22 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from fedobd.report import _vega as vega
 from fedobd.report._chart import (
     Chart,
     Spec,
     Switch,
     View,
     block_names,
-    category,
     grid_columns,
-    quantity,
-    rounds_across,
-    spec_of,
     stage_columns,
-    stage_layers,
     step_note,
     thin,
-    tooltip,
 )
 from fedobd.report._gather import Section, Variant
 from fedobd.report._run import Run, Values
@@ -43,7 +38,7 @@ def block_labels(run: Run) -> tuple[str, ...]:
 
 def block_axis(labels: Sequence[str]) -> Spec:
     """Return the vertical encoding of blocks by label, the input at the bottom."""
-    blocks = category("name", labels[::-1])
+    blocks = vega.category("name", labels[::-1])
     return {**blocks, "axis": {"grid": False, "labelLimit": 0, "ticks": False}}
 
 
@@ -115,7 +110,7 @@ def _view(run: Run, step: int, figure: tuple[str, str] | None) -> View:
         cells["difference"] = run.differences[rounds].T.astype("f4").ravel()
         told["difference"] = ("mean block difference", ".3g")
     return View(
-        spec=spec_of([_cells(labels, told), *stage_layers(stages, "white", "black")]),
+        spec=vega.spec_of([_cells(labels, told), *vega.stage_layers(stages, "white", "black")]),
         data={"cells": cells, "stages": stages},
         figure=figure,
     )
@@ -126,18 +121,18 @@ _FILL = "scale('color', datum.share)"
 
 
 def _cells(labels: Sequence[str], told: dict[str, tuple[str, str]]) -> Spec:
-    share = quantity("share", "% of the clients")
+    share = vega.quantity("share", "% of the clients")
     share |= {"scale": {"domain": [0, 100], "scheme": "viridis"}}
     return {
         "data": {"name": "cells"},
         # The line around a cell hides the seam that smoothing leaves between two.
         "mark": {"type": "rect", "strokeWidth": 0.5, "stroke": {"expr": _FILL}},
         "encoding": {
-            "x": rounds_across("left"),
+            "x": vega.rounds_across("left"),
             "x2": {"field": "right"},
             "y": block_axis(labels),
             "color": share | {"legend": {"tickCount": 3, "gradientThickness": 10}},
-            "tooltip": tooltip(**told),
+            "tooltip": vega.tooltip(**told),
         },
     }
 

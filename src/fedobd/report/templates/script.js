@@ -29,11 +29,12 @@
         tickColor: color("--soft"),
       },
       legend: {
-        orient: "top", labelColor: text, titleColor: text, titleFontWeight: "normal",
+        orient: "top", layout: {top: {direction: width < 560 ? "vertical" : "horizontal"}},
+        labelColor: text, titleColor: text, titleFontWeight: "normal",
         labelFontSize: size, titleFontSize: size, labelLimit: width - 40, symbolOpacity: 1,
         columns: Math.max(1, Math.floor(width / (0.55 * size * longest + 40))),
       },
-      rule: {color: text}, text: {color: text, fontSize: size},
+      line: {strokeWidth: 2}, point: {size: 45, strokeWidth: 1.5}, rule: {color: text}, text: {color: text, fontSize: size},
     };
   }
 

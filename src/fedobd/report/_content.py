@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedobd.report._bits import Deliveries, bits_chart, levels_chart
 from fedobd.report._chart import Chart
@@ -14,7 +15,6 @@ from fedobd.report._delivery import delivery_bits
 from fedobd.report._gather import Section
 from fedobd.report._headline import headline
 from fedobd.report._summary_tables import (
-    Table,
     block_table,
     environment_table,
     link_table,
@@ -70,57 +70,20 @@ def left_out(section: Section) -> Iterator[str]:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Content:
-    """What every format of the report shows of a section.
-
-    Args:
-        section: which.
-        deliveries: bits of the trained models' deliveries.
-        warnings: of blocks that starved.
-        headline: what came of it.
-        summary: a row for each variant.
-        runs: a row for each run.
-        parts: what bytes were for.
-        blocks: a table for each variant.
-        links: time over links.
-        environment: versions and machine.
-        reproductions: how to run it again.
-    """
-
-    section: Section
-    deliveries: Deliveries
-    warnings: tuple[str, ...]
-    headline: str
-    summary: Table
-    runs: Table
-    parts: Table
-    blocks: tuple[Table, ...]
-    links: Table
-    environment: Table
-    reproductions: tuple[Reproduction, ...]
-
-
-def content_of(section: Section) -> Content:
-    """Return what a report says of a section.
-
-    Raises:
-        UsageError: the model of a run cannot be read.
-    """
-    deliveries = read_deliveries(section)
-    return Content(
-        section=section,
-        deliveries=deliveries,
-        warnings=tuple(filter(None, map(warning, section.variants))),
-        headline=headline(section),
-        summary=summary_table(section),
-        runs=run_table(section),
-        parts=part_table(section),
-        blocks=tuple(block_table(v, deliveries[v.label]) for v in section.variants),
-        links=link_table(section),
-        environment=environment_table(section),
-        reproductions=reproductions(section),
-    )
+def content_of(section: Section, deliveries: Deliveries) -> dict[str, Any]:
+    """Return what every format of the report shows of a section, by the names in its templates."""
+    return {
+        "section": section,
+        "warnings": [text for text in map(warning, section.variants) if text],
+        "headline": headline(section),
+        "summary": summary_table(section),
+        "runs": run_table(section),
+        "parts": part_table(section),
+        "blocks": [block_table(v, deliveries[v.label]) for v in section.variants],
+        "links": link_table(section),
+        "environment": environment_table(section),
+        "reproductions": reproductions(section),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fedobd import __version__
 from fedobd.report._bits import MEANING
-from fedobd.report._content import content_of, lead
+from fedobd.report._content import content_of, lead, read_deliveries
 from fedobd.report._gather import Section
 from fedobd.report._summary_tables import round_table
 from fedobd.report._templates import templates
@@ -23,7 +23,7 @@ def make_markdown(sections: Sequence[Section]) -> str:
     environment.filters = environment.filters | {"plain": _plain, "fenced": _fenced}
     return environment.get_template("report.md.j2").render(
         lead=lead(sections),
-        contents=map(content_of, sections),
+        contents=[content_of(s, read_deliveries(s)) for s in sections],
         meaning=MEANING,
         round_table=round_table,
         version=__version__,

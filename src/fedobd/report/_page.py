@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from fedobd import __version__
 from fedobd._imports import not_installed
 from fedobd.report._chart import Chart, Labels
-from fedobd.report._content import charts_of, content_of, drawing_step, lead, left_out
+from fedobd.report._content import (
+    charts_of,
+    content_of,
+    drawing_step,
+    lead,
+    left_out,
+    read_deliveries,
+)
 from fedobd.report._gather import Section
 from fedobd.report._templates import read_template, templates
 
@@ -31,11 +38,12 @@ def make_page(sections: Sequence[Section]) -> str:
     drawings = _Drawings()
     parts = []
     for number, section in enumerate(sections, start=1):
-        content = content_of(section)
-        charts = charts_of(section, content.deliveries, step)
+        deliveries = read_deliveries(section)
+        charts = charts_of(section, deliveries, step)
         for chart in charts:
             drawings.add(f"section-{number}-{chart.name}", chart)
-        parts.append({"content": content, "charts": charts, "left_out": left_out(section)})
+        content = content_of(section, deliveries)
+        parts.append({**content, "charts": charts, "left_out": left_out(section)})
     return (
         templates()
         .get_template("report.html.j2")

@@ -292,7 +292,7 @@ def _round(record: Record) -> Round:
     down["openings"] = record["opening_bytes"]
     down["refused or repeated"] = record["downlink_bytes"] - sum(down.values())
     train_s = record["seconds"].get("train")
-    found = {
+    values = {
         "number": record["round"],
         "stage": record["stage"],
         "cohort": len(record["cohort"]),
@@ -305,7 +305,7 @@ def _round(record: Record) -> Round:
         "test_metric": record["test_metric"],
         "train_s": None if train_s is None else train_s / len(clients),
     }
-    return _ROUND.validate_python(found)
+    return _ROUND.validate_python(values)
 
 
 def _uploads(records: Sequence[Record], num_blocks: int) -> Values:
@@ -317,10 +317,10 @@ def _uploads(records: Sequence[Record], num_blocks: int) -> Values:
 
 
 def _differences(records: Sequence[Record], num_blocks: int) -> Values | None:
-    found = [[c["block_differences"] for c in record["clients"]] for record in records]
-    if any(own is None for clients in found for own in clients):
+    differences = [[c["block_differences"] for c in record["clients"]] for record in records]
+    if any(values is None for clients in differences for values in clients):
         return None
-    means = np.array([np.mean(clients, axis=0) for clients in found])
+    means = np.array([np.mean(clients, axis=0) for clients in differences])
     return _shaped(means, len(records), num_blocks)
 
 
@@ -346,8 +346,8 @@ def _shaped(values: Values, rounds: int, num_blocks: int) -> Values:
 def _results(records: Sequence[Record], summary: Record | None) -> Results:
     if summary is not None:
         names = ("final_metric", "best_metric", "uplink_bytes", "downlink_bytes", "refusals")
-        found = {name: summary[name] for name in (*names, "stops_on_test")}
-        return _RESULTS.validate_python({**found, "round_s": summary["seconds"]["round"]})
+        values = {name: summary[name] for name in (*names, "stops_on_test")}
+        return _RESULTS.validate_python({**values, "round_s": summary["seconds"]["round"]})
     metrics = [r["test_metric"] for r in records if r["test_metric"] is not None]
     return Results(
         final_metric=metrics[-1] if metrics else None,

@@ -22,7 +22,7 @@ from fedobd._quantization import Coding
 from fedobd.experiments import compare, load_config
 from fedobd.report import _curves, _traffic
 from fedobd.report._bits import levels_chart
-from fedobd.report._chart import Columns, Labels, View, block_color, shorten, thin
+from fedobd.report._chart import COLORS, Columns, Labels, View, block_color, shorten, thin
 from fedobd.report._content import (
     charts_of,
     drawing_step,
@@ -545,7 +545,7 @@ def test_arrays_travel_as_the_page_reads_them() -> None:
 
 
 def test_rows_are_those_of_the_columns() -> None:
-    columns = {"a": np.array([1.5, np.nan]), "b": Labels(("x", "y"), np.array([1, 0]))}
+    columns: Columns = {"a": np.array([1.5, np.nan]), "b": Labels(("x", "y"), np.array([1, 0]))}
     assert rows_of(columns) == [{"a": 1.5, "b": "y"}, {"a": None, "b": "x"}]
 
 
@@ -574,9 +574,9 @@ def test_every_view_is_one_that_vega_lite_draws(made: Path) -> None:
                 lengths = {len(rows_of({name: values})) for name, values in data.items()}
                 assert len(lengths) == 1
         shown = next(iter(chart.views.values()))
-        data = {name: rows_of(columns) for name, columns in shown.data.items()}
+        rows = {name: rows_of(columns) for name, columns in shown.data.items()}
         parameters = [{"name": "paper", "value": "white"}]
-        svg = vl_convert.vegalite_to_svg({**shown.spec, "datasets": data, "params": parameters})
+        svg = vl_convert.vegalite_to_svg({**shown.spec, "datasets": rows, "params": parameters})
         assert svg.count("<path") > 5
 
 
@@ -810,8 +810,8 @@ def test_large_reports_draw_fewer_rounds(made: Path, monkeypatch: pytest.MonkeyP
     assert drawing_step(sections) == 2
     plot = upload_map(sections[0], 2)
     assert plot is not None
-    cells = rows_of(plot.views[0,].data["cells"])
-    assert sorted({cell["round"] for cell in cells}) == [1, 3, 5]
+    drawn = {cell["round"] for cell in rows_of(plot.views[0,].data["cells"])}
+    assert sorted(drawn) == [1, 3, 5]
     assert plot.caption.endswith(" One of 2 rounds is drawn.")
     assert (thin(5, 1), thin(6, 2), thin(1, 3)) == ([0, 1, 2, 3, 4], [0, 2, 4, 5], [0])
 
@@ -829,7 +829,7 @@ def luminance(color: str) -> float:
 
 
 def colors() -> Iterator[str]:
-    yield from (*_curves.COLORS, *_traffic.PART_COLORS)
+    yield from (*COLORS, *_traffic.PART_COLORS)
     yield from (block_color(number, 40) for number in range(40))
 
 

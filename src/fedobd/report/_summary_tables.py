@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from fedobd._format import format_bytes, format_duration, format_share
+from fedobd._format import format_bytes, format_duration, format_metric, format_share
 from fedobd.methods import FedAvg
 from fedobd.report._delivery import LevelBits
 from fedobd.report._gather import Section, Variant
@@ -76,6 +76,11 @@ class _Column:
             return self.text(values[0] if values else None)
         mean = fmean(values)
         return f"{self.text(mean)}{NO_BREAK}±{NO_BREAK}{stdev(values):,.{self.digits(mean)}f}"
+
+
+def _cells(rows: Iterable[Sequence[str]]) -> tuple[tuple[Cell, ...], ...]:
+    """Return rows of cells of which none is the best."""
+    return tuple(tuple(map(Cell, row)) for row in rows)
 
 
 def _columns(metric: str) -> tuple[_Column, ...]:
@@ -219,25 +224,20 @@ def _reduction(variant: Variant, other: Variant) -> str:
 def run_table(section: Section) -> Table:
     """Return a row for each run."""
     columns = _columns(section.metric)
-    rows = []
-    for variant in section.variants:
-        for run in variant.runs:
-            rows.append(
-                (
-                    Cell(variant.label),
-                    Cell(str(run.seed)),
-                    Cell(f"{len(run.rounds)} of {run.planned_rounds}"),
-                    *(Cell(column.text(column.value(run.results))) for column in columns),
-                    Cell(str(run.results.refusals)),
-                    Cell("yes" if run.is_finished else "no"),
-                    Cell(run.name),
-                )
-            )
+    rows = [
+        (
+            *(variant.label, str(run.seed), f"{len(run.rounds)} of {run.planned_rounds}"),
+            *(column.text(column.value(run.results)) for column in columns),
+            *(str(run.results.refusals), "yes" if run.is_finished else "no", run.name),
+        )
+        for variant in section.variants
+        for run in variant.runs
+    ]
     head = ("method", "seed", "rounds", *(column.name for column in columns))
     return Table(
         caption="Every run; a run that leaves a stage early has fewer rounds than planned",
         head=(*head, "refused or missing", "finished", "folder"),
-        rows=tuple(rows),
+        rows=_cells(rows),
     )
 
 
@@ -338,7 +338,7 @@ def block_table(variant: Variant, delivery: LevelBits | None) -> Table:
         caption=f"Blocks of {variant.label}, seed {run.seed}, the input first; bits are for each "
         "parameter",
         head=tuple(columns),
-        rows=tuple(tuple(map(Cell, row)) for row in zip(*columns.values(), strict=True)),
+        rows=_cells(zip(*columns.values(), strict=True)),
     )
 
 
@@ -372,28 +372,20 @@ def _mean_parts(variant: Variant, way: str) -> dict[str, float]:
 def round_table(variant: Variant, metric: str) -> Table:
     """Return a row for each round of the run that is shown of a variant."""
     run = variant.shown
-    rows = tuple(
-        tuple(
-            map(
-                Cell,
-                (
-                    str(played.number),
-                    str(played.stage),
-                    str(played.clients),
-                    NONE if played.test_metric is None else f"{played.test_metric:.4f}",
-                    format_bytes(played.uplink_bytes),
-                    format_bytes(played.downlink_bytes),
-                    " ".join(f"{count:.0f}" for count in uploads),
-                ),
-            )
+    rows = [
+        (
+            *(str(played.number), str(played.stage), str(played.clients)),
+            format_metric(played.test_metric),
+            *(format_bytes(played.uplink_bytes), format_bytes(played.downlink_bytes)),
+            " ".join(f"{count:.0f}" for count in uploads),
         )
         for played, uploads in zip(run.rounds, run.uploads, strict=True)
-    )
+    ]
     return Table(
         caption=f"Rounds of {variant.label}, seed {run.seed}; the last column counts the clients "
         "that uploaded each block, the input first",
         head=("round", "stage", "clients", metric, "up", "down", "uploads by block"),
-        rows=rows,
+        rows=_cells(rows),
     )
 
 
@@ -415,5 +407,5 @@ def environment_table(section: Section) -> Table:
     if "started" in versions:
         first, last = min(versions["started"]), max(versions["started"])
         versions["started"] = [first] if first == last else [f"{first} to {last}"]
-    rows = tuple((Cell(key), Cell(", ".join(texts))) for key, texts in versions.items())
+    rows = _cells((key, ", ".join(texts)) for key, texts in versions.items())
     return Table(caption="Versions and machine", head=("", "value"), rows=rows)

@@ -30,7 +30,7 @@ class Page:
         began = time.perf_counter()
         self.driver.get(file.resolve().as_uri())
         self.run("document.querySelector('figure.plot').scrollIntoView()")
-        self.wait("document.querySelector('figure.plot .main-svg')")
+        self.wait("document.querySelector('figure.plot canvas')")
         return time.perf_counter() - began
 
     def run(self, script: str) -> Any:
@@ -59,7 +59,12 @@ class Page:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self._command("Emulation.setDeviceMetricsOverride", size)
         figures = "[...document.querySelectorAll('figure.plot')]"
-        self.wait(f"{figures}.every(figure => figure.querySelector('.main-svg'))")
+        self.wait(f"{figures}.every(figure => figure.querySelector('canvas'))")
+
+    def move_mouse(self, x: float, y: float) -> None:
+        """Move the mouse to a place in the window, in pixels."""
+        place = {"type": "mouseMoved", "x": x, "y": y, "pointerType": "mouse"}
+        self._command("Input.dispatchMouseEvent", place)
 
     def print_to_pdf(self, file: Path) -> None:
         """Print the page on A4."""

@@ -77,9 +77,69 @@ def choose(page: Page, name: str, switch: int, option: int) -> None:
     )
 
 
-def values(page: Page, name: str, trace: int, key: str) -> list[Any]:
-    found: list[Any] = page.run(f"return Array.from({drawing(name)}._fullData[{trace}].{key})")
-    return found
+def rows(page: Page, name: str, data: str) -> list[dict[str, Any]]:
+    """Return the rows of a picture's data set, as Vega holds it."""
+    held: list[dict[str, Any]] = page.run(
+        f"return {drawing(name)}.view.data('{data}').map(row => ({{...row}}))"
+    )
+    return held
+
+
+def marks(page: Page, name: str) -> list[str]:
+    """Return the kinds of what is drawn, one for each item within the axes."""
+    kinds: list[str] = page.run(
+        "const kinds = [];"
+        "function visit(mark) {"
+        "  if (mark.role === 'mark' && mark.marktype !== 'group') {"
+        "    kinds.push(...mark.items.map(item => mark.marktype));"
+        "  }"
+        "  for (const item of mark.items || []) (item.items || []).forEach(visit);"
+        "}"
+        f"visit({drawing(name)}.view.scenegraph().root);"
+        "return kinds"
+    )
+    return kinds
+
+
+def title_of_x(page: Page, name: str) -> str:
+    """Return the title of a picture's horizontal axis."""
+    title: str = page.run(
+        "let text;"
+        "function visit(mark) {"
+        "  if (mark.role === 'axis-title' && mark.items[0].orient !== 'left'"
+        "      && !mark.items[0].angle) text = mark.items[0].text;"
+        "  for (const item of mark.items || []) (item.items || []).forEach(visit);"
+        "}"
+        f"visit({drawing(name)}.view.scenegraph().root);"
+        "return text"
+    )
+    return title
+
+
+def hover(page: Page, name: str, x: str, y: str) -> str:
+    """Move the mouse to a place within the axes, and return what is told there.
+
+    Args:
+        page: with the picture.
+        name: of the picture.
+        x: expression of JavaScript for the place in pixels, which may use the scales of `view`.
+        y: the same.
+    """
+    place = (
+        f"const view = {drawing(name)}.view;"
+        f"const box = {drawing(name)}.querySelector('canvas').getBoundingClientRect();"
+        f"return [box.left + view.origin()[0] + ({x}), box.top + view.origin()[1] + ({y})]"
+    )
+    for moved in (0, 1):  # the mouse's coming brings the picture to life
+        left, top = page.run(place)
+        page.move_mouse(left + moved, top)
+        page.wait(f"{drawing(name)}.dataset.live")
+    page.wait("document.querySelector('#vg-tooltip-element.visible')")
+    told: str = page.run(
+        "return [...document.querySelectorAll('#vg-tooltip-element tr')]"
+        ".map(row => [...row.children].map(cell => cell.textContent).join(' ')).join('; ')"
+    )
+    return told
 
 
 def test_it_needs_no_network_and_says_nothing_in_the_console(page: Page) -> None:
@@ -88,11 +148,16 @@ def test_it_needs_no_network_and_says_nothing_in_the_console(page: Page) -> None
 
 
 def test_every_picture_is_drawn(page: Page) -> None:
-    for name in PICTURES:
-        count = page.run(f"return {drawing(name)}._fullData.length")
-        assert count > 0, name
-        marks = ".scatterlayer .trace, .barlayer .point, .heatmaplayer image"
-        assert page.run(f"return {drawing(name)}.querySelectorAll('{marks}').length") > 0, name
+    wanted = {
+        "accuracy": {"area", "line", "symbol"},
+        "traffic": {"rect", "rule", "text"},
+        "uploads": {"rect", "rule", "text"},
+        "bits": {"symbol"},
+        "levels": {"line", "symbol", "rule", "text"},
+    }
+    assert set(wanted) == set(PICTURES)
+    for name, kinds in wanted.items():
+        assert set(marks(page, name)) == kinds, name
 
 
 def test_the_numbers_are_those_of_the_runs(made: Path, page: Page) -> None:
@@ -105,7 +170,7 @@ def test_the_numbers_are_those_of_the_runs(made: Path, page: Page) -> None:
         "return [...document.querySelectorAll('table:first-of-type')[0].querySelectorAll('thead "
         "th')].map(cell => cell.textContent)"
     )
-    for number, (method, row) in enumerate(zip(METHODS, table, strict=True)):
+    for method, row in zip(METHODS, table, strict=True):
         folder = made / "runs" / f"{method}-seed0"
         summary = json.loads((folder / "summary.json").read_text())
         head = dict(zip(heads, row, strict=True))
@@ -113,71 +178,72 @@ def test_the_numbers_are_those_of_the_runs(made: Path, page: Page) -> None:
         assert head["test accuracy\nbest"] == f"{summary['best_metric']:.4f}"
         megabytes = summary["total_bytes"] / 1e6
         assert head["sent\ntotal, MB"] == f"{megabytes:.{2 if megabytes >= 0.1 else 5}f}"
-        lines = page.run(
-            f"return {drawing('accuracy')}._fullData.filter(t => t.legendgroup === '{number}')"
-            ".map(t => [t.x[t.x.length - 1], t.y[t.y.length - 1]])"
-        )
-        assert lines[-1] == pytest.approx([megabytes, summary["final_metric"]], rel=1e-6)
+        line = [row for row in rows(page, "accuracy", "points") if row["line"] == method]
+        wanted = pytest.approx([megabytes, summary["final_metric"]], rel=1e-6)
+        assert [line[-1]["total"], line[-1]["metric"]] == wanted
 
 
 def test_switches_change_the_picture(made: Path, page: Page) -> None:
     text = (made / "runs" / "fedobd-seed0" / "rounds.jsonl").read_text()
     records = [json.loads(line) for line in text.splitlines()]
     choose(page, "accuracy", 0, 3)
-    assert values(page, "accuracy", 0, "x") == [1, 2, 3]  # stage 1 of FedOBD
-    assert page.run(f"return {drawing('accuracy')}._fullLayout.xaxis.title.text") == "round"
+    page.wait(f"{drawing('accuracy')}.view.scale('x').domain()[1] > 5")
+    assert title_of_x(page, "accuracy") == "round"
     choose(page, "accuracy", 1, 1)
-    assert page.run(f"return {drawing('accuracy')}._fullLayout.xaxis.type") == "log"
+    page.wait(f"{drawing('accuracy')}.view.scale('x').type === 'log'")
     choose(page, "accuracy", 0, 1)
     sent = records[0]["uplink_bytes"] / 1e6
-    assert values(page, "accuracy", 0, "x")[0] == pytest.approx(sent, rel=1e-6)
+    page.wait(f"{drawing('accuracy')}.view.scale('x').domain()[1] < 1")
+    assert title_of_x(page, "accuracy") == "MB sent up"
+    assert rows(page, "accuracy", "points")[0]["up"] == pytest.approx(sent, rel=1e-6)
     choose(page, "traffic", 1, 1)
-    names = page.run(f"return {drawing('traffic')}._fullData.map(t => t.name)")
+    page.wait(f"{drawing('traffic')}.view.data('up')[0].name === 'header'")
+    names = list(dict.fromkeys(row["name"] for row in rows(page, "traffic", "up")))
     assert names[:2] == ["header", "levels"]
-    before = page.run(f"return {drawing('uploads')}._fullData[0].z.length")
+    before = len(rows(page, "uploads", "cells"))
     choose(page, "uploads", 0, 1)  # SMAFD, whose blocks are tensors
-    assert page.run(f"return {drawing('uploads')}._fullData[0].z.length") > before
+    page.wait(f"{drawing('uploads')}.view.data('cells').length > {before}")
     assert page.messages() == []
 
 
 def test_hover_tells_block_size_and_difference(made: Path, page: Page) -> None:
-    told = page.run(
-        f"const place = {drawing('uploads')};"
-        "Plotly.Fx.hover(place, {xval: 1, yval: 1});"
-        "return place.querySelector('.hoverlayer').textContent"
-    )
     schema = json.loads((made / "runs" / "fedobd-seed0" / "schema.json").read_text())
-    assert schema["blocks"][1][0][-19:] in told
-    assert "parameters" in told
-    assert re.search(r"round 1: \d+ clients, \d+ %", told)
-    assert "mean block difference 0." in told
+    name = schema["blocks"][1][0]
+    label = f"view.data('cells').find(row => row.name.startsWith('1 {name}')).name"
+    told = hover(page, "uploads", "view.scale('x')(1)", f"view.scale('y')({label}) + 5")
+    assert re.search(rf"block · parameters 1 {re.escape(name)} · [\d,]+; round 1; ", told), told
+    assert re.search(r"clients \d+; % of the clients \d+; mean block difference 0\.", told)
+
+
+def point(field: str, line: str, number: int, scale: str) -> str:
+    """Return an expression for the place of a line's point on a scale."""
+    found = f"view.data('points').filter(row => row.line === '{line}')[{number}].{field}"
+    return f"view.scale('{scale}')({found})"
+
+
+def hover_point(page: Page, line: str, number: int) -> str:
+    at = [point(field, line, number, scale) for field, scale in (("total", "x"), ("metric", "y"))]
+    return hover(page, "accuracy", *at)
 
 
 def test_hover_names_the_line_and_fits_a_phone(made: Path, browser: Page) -> None:
     browser.emulate(width=390)
     browser.open(made / "report.html")
     browser.show_all()
-    told, left, right = browser.run(
-        f"const place = {drawing('accuracy')};"
-        "Plotly.Fx.hover(place, [{curveNumber: 0, pointNumber: 1}]);"
-        "const label = place.querySelector('.hoverlayer .hovertext');"
-        "const box = label.getBoundingClientRect();"
-        "return [label.textContent, box.left, box.right]"
+    told = hover_point(browser, "fedobd", 1)
+    pattern = r"line fedobd; test accuracy 0\.\d{4}; MB sent, up and down 0\.\d{3}; "
+    assert re.match(pattern, told), told
+    assert told.endswith("round 2; stage 1")
+    left, right = browser.run(
+        "const box = document.querySelector('#vg-tooltip-element').getBoundingClientRect();"
+        "return [box.left, box.right]"
     )
-    assert told.startswith("fedobdtest accuracy 0.")
-    assert told.endswith("MB sent, up and downround 2, stage 1")
     assert 0 <= left < right <= 390
 
 
-def test_hover_names_the_stage_where_two_lines_meet(page: Page) -> None:
-    for point, stage in ((0, 1), (1, 2)):
-        page.run(
-            f"const place = {drawing('accuracy')};"
-            "const line = place.data.findIndex(trace => trace.line.dash === 'dot');"
-            f"Plotly.Fx.hover(place, [{{curveNumber: line, pointNumber: {point}}}]);"
-        )
-        text = f"{drawing('accuracy')}.querySelector('.hoverlayer').textContent"
-        page.wait(f"{text}.endsWith('stage {stage}')")
+def test_hover_names_the_stage_of_each_point(page: Page) -> None:
+    for number, stage in ((2, 1), (3, 2)):
+        assert hover_point(page, "fedobd", number).endswith(f"round {number + 1}; stage {stage}")
 
 
 def test_hostile_names_do_not_run(page: Page) -> None:
@@ -194,13 +260,24 @@ def test_hostile_names_do_not_run(page: Page) -> None:
 
 def test_plots_follow_light_and_dark(page: Page) -> None:
     def color() -> str:
-        found: str = page.run(f"return {drawing('accuracy')}._fullLayout.font.color")
-        return found
+        fill: str = page.run(f"return {drawing('accuracy')}.view.signal('paper')")
+        return fill
 
-    assert color() == "#1b1f24"
+    assert color() == "#ffffff"
     page.emulate(scheme="dark")
-    page.wait(f"{drawing('accuracy')}._fullLayout.font.color === '#e6e9ed'")
+    page.wait(f"{drawing('accuracy')}.view.signal('paper') === '#14181d'")
     assert page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"
+    pixels = page.run(
+        f"const canvas = {drawing('accuracy')}.querySelector('canvas');"
+        "const {data} = canvas.getContext('2d')"
+        "  .getImageData(0, 0, canvas.width, canvas.height);"
+        "let light = 0;"
+        "for (let place = 0; place < data.length; place += 4) {"
+        "  if (data[place] > 200 && data[place + 2] > 200 && data[place + 3] > 200) light += 1;"
+        "}"
+        "return light"
+    )
+    assert pixels > 50  # the letters
 
 
 def test_long_names_fit_a_phone(made: Path, browser: Page, tmp_path: Path) -> None:
@@ -222,14 +299,15 @@ def test_it_fits_a_phone(made: Path, browser: Page) -> None:
     browser.show_all()
     assert browser.run("return document.documentElement.scrollWidth") <= 390
     for name in PICTURES:
-        assert browser.run(f"return {drawing(name)}.querySelector('.main-svg').clientWidth") <= 390
+        assert browser.run(f"return {drawing(name)}.querySelector('canvas').clientWidth") <= 390
 
 
 def test_it_prints(made: Path, page: Page, tmp_path: Path) -> None:
     page.emulate(scheme="dark")
     page.print_to_pdf(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
-    page.wait(f"{drawing('accuracy')}._fullLayout.width > 700")  # as wide as the window again
-    page.wait(f"{drawing('accuracy')}._fullLayout.height === 480")
+    page.wait(f"{drawing('accuracy')}.querySelector('canvas')?.clientWidth > 700")  # as before
+    page.wait(f"{drawing('accuracy')}.querySelector('canvas').clientHeight > 400")
+    page.wait(f"{drawing('accuracy')}.view.signal('paper') === '#14181d'")
     assert page.run("return document.querySelectorAll('details[open]').length") == 0
     assert page.messages() == []

@@ -1,4 +1,4 @@
-"""Text: figures for people, in units and with decimals that suit them."""
+"""Format: figures for people, in units and with decimals that suit them."""
 
 from __future__ import annotations
 

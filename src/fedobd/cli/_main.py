@@ -184,7 +184,7 @@ class _Screen:
 
 def _write_report(folder: Path) -> str:
     """Write report.html and return the line that says where it is, or what it needs."""
-    if find_spec("plotly") is None:
+    if find_spec("vl_convert") is None:
         return "report: pip install 'fedobd[report]'"
     output = folder / REPORT
     write_report([folder], output)

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
-from fedobd.report._delivery import LevelBits
-from fedobd.report._gather import Section, Variant
-from fedobd.report._plot import (
-    Plot,
+from fedobd.report import _vega as vega
+from fedobd.report._chart import (
+    Chart,
+    Columns,
+    Labels,
     Switch,
-    Trace,
-    axis,
+    View,
     block_color,
-    plain,
-    round_axis,
-    shorten,
-    stage_marks,
+    block_names,
+    grid_columns,
+    stage_columns,
     step_note,
     thin,
-    typed,
 )
-from fedobd.report._run import Run, Traffic, Values
+from fedobd.report._delivery import LevelBits
+from fedobd.report._gather import Section, Variant
+from fedobd.report._run import Run, TrafficByBlock, Values
 from fedobd.report._uploads import block_axis, block_labels, map_height
 
 Deliveries = Mapping[str, LevelBits | None]
@@ -41,135 +40,139 @@ MEANING = (
 """What the numbers of bits are."""
 
 _COLORS = {"up": "#d9480f", "down": "#1c7ed6", "delivery": "#2b9348"}
-MARK_HEIGHTS = {"up": 0.22, "down": 0.0, "delivery": -0.22}
-"""Where marks stand beside a block's place, so that none hides another."""
+_KINDS = {
+    "nominal": "M-1,0A1,1,0,1,1,1,0A1,1,0,1,1,-1,0Z"
+    "M-.65,0A.65,.65,0,1,0,.65,0A.65,.65,0,1,0,-.65,0Z",
+    "real": "M-.65,0A.65,.65,0,1,1,.65,0A.65,.65,0,1,1,-.65,0Z",
+    "entropy": "M-.17,-1H.17V1H-.17Z",
+}
+"""A ring, a disc that fits into it, and a bar, as paths of SVG within a square of 2 by 2."""
+
+_MOST_LEVELS_MARKED = 60  # rounds; more and marks hide the lines
 
 
-def bits_plot(section: Section, deliveries: Deliveries) -> Plot | None:
-    """Return bits for each parameter by block; None where no run folder says them."""
-    variants = [v for v in section.variants if v.shown.uplink is not None]
-    if not variants:
-        return None
-    return Plot(
+def bits_chart(section: Section, deliveries: Deliveries) -> Chart:
+    """Return bits for each parameter by block."""
+    return Chart(
         name="bits",
         title="Bits for each parameter, by block",
         caption="Filled marks are real bits, open ones nominal bits, bars the entropy; further "
         f"left is less. {' '.join(MEANING)}",
-        switches=(Switch("method", tuple(variant.label for variant in variants)),),
+        switches=(Switch("method", tuple(variant.label for variant in section.variants)),),
         views={
-            (number,): _bits_view(variant.shown, deliveries[variant.label])
-            for number, variant in enumerate(variants)
+            (number,): _bits_view(variant, deliveries[variant.label])
+            for number, variant in enumerate(section.variants)
         },
-        height=map_height(variants),
+        height=map_height(section.variants),
     )
 
 
 def bits_series(run: Run, delivery: LevelBits | None) -> Iterator[tuple[str, str, Values]]:
     """Yield direction, kind of bits, and bits of each block."""
     for way, traffic in (("up", run.uplink), ("down", run.downlink)):
-        if traffic is not None:
-            bits = traffic.bits(run.schema)
-            yield way, "nominal", bits.nominal
-            yield way, "real", bits.real
+        bits = traffic.bits(run.schema)
+        yield way, "nominal", bits.nominal
+        yield way, "real", bits.real
     if delivery is not None:
         yield "delivery", "nominal", delivery.nominal
         yield "delivery", "real", delivery.real
         yield "delivery", "entropy", delivery.entropy
 
 
-def _bits_view(run: Run, delivery: LevelBits | None) -> dict[str, Any]:
-    symbols = {
-        "nominal": {"symbol": "circle-open", "size": 11},
-        "real": {"symbol": "circle", "size": 8},
-        "entropy": {"symbol": "line-ns-open", "size": 14},
+def _bits_view(variant: Variant, delivery: LevelBits | None) -> View:
+    labels, ways, kinds = block_labels(variant.shown), tuple(_COLORS), tuple(_KINDS)
+    series = list(bits_series(variant.shown, delivery))
+    way_codes = np.array([ways.index(way) for way, _, _ in series], "u1")
+    kind_codes = np.array([kinds.index(kind) for _, kind, _ in series], "u1")
+    marks: Columns = {
+        "name": Labels(labels, np.tile(np.arange(len(labels), dtype="u2"), len(series))),
+        "way": Labels(ways, np.repeat(way_codes, len(labels))),
+        "kind": Labels(kinds, np.repeat(kind_codes, len(labels))),
+        "bits": np.concatenate([values for _, _, values in series]).astype("f4"),
     }
-    labels = list(map(plain, block_labels(run)))
-    numbers = np.arange(len(labels))
-    traces: list[Trace] = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "x": typed(values),
-            "y": typed(numbers + MARK_HEIGHTS[way]),
-            "text": labels,
-            "name": f"{way}, {kind}",
-            "marker": {
-                **symbols[kind],
-                "color": _COLORS[way],
-                "line": {"width": 2, "color": _COLORS[way]},
-            },
-            "hovertemplate": "%{x:.2f} bits<br>%{text} parameters",
-        }
-        for way, kind, values in bits_series(run, delivery)
-    ]
-    return {
-        "data": traces,
-        "layout": {
-            "xaxis": axis("bits for each parameter", rangemode="tozero"),
-            "yaxis": block_axis(run),
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+    layer = {
+        "data": {"name": "marks"},
+        "params": [vega.NEAREST],
+        "mark": {"type": "point", "filled": True, "size": 110, "opacity": 1},
+        "encoding": {
+            "x": vega.quantity("bits", "bits for each parameter"),
+            "y": block_axis(labels),
+            # Beside each other, so that no mark hides another of the same block.
+            "yOffset": vega.category("way", ways),
+            "color": vega.category("way", ways, list(_COLORS.values())),
+            "shape": vega.category("kind", kinds, list(_KINDS.values())),
+            "tooltip": vega.tooltip(
+                name=("block · parameters", ""),
+                way=("sent", ""),
+                kind=("kind", ""),
+                bits=("bits", ".2f"),
+            ),
         },
     }
+    return View(
+        spec=vega.spec_of([layer], (*ways, *kinds)),
+        data={"marks": marks},
+        figure=("bits", variant.label),
+    )
 
 
-def levels_plot(section: Section, step: int) -> Plot | None:
+def levels_chart(section: Section, step: int) -> Chart | None:
     """Return levels s over the rounds, of what is quantized; None without any.
 
     Args:
         section: whose runs.
         step: draw each so many-th round.
     """
-    found = list(_quantized(section))
-    if not found:
+    quantized = list(_quantized(section))
+    if not quantized:
         return None
-    return Plot(
+    return Chart(
         name="levels",
         title="Levels s over the rounds, by block",
         caption="Number of levels on one side of the offset, a mean over a block's quantized "
         "elements and, upwards, over the clients that uploaded it; lines leave out rounds without "
         "the block. Colors go from the input (blue) to the output (red)." + step_note(step),
-        switches=(Switch("what is sent", tuple(f"{v.label}, {way}" for v, way, _ in found)),),
+        switches=(Switch("what is sent", tuple(f"{v.label}, {way}" for v, way, _ in quantized)),),
         views={
-            (number,): _levels_view(variant.shown, traffic, step)
-            for number, (variant, _, traffic) in enumerate(found)
+            (number,): _levels_view(variant.shown, traffic, step, (f"levels-{way}", variant.label))
+            for number, (variant, way, traffic) in enumerate(quantized)
         },
     )
 
 
-def _quantized(section: Section) -> Iterator[tuple[Variant, str, Traffic]]:
+def _quantized(section: Section) -> Iterator[tuple[Variant, str, TrafficByBlock]]:
     for variant in section.variants:
         for way, traffic in (("up", variant.shown.uplink), ("down", variant.shown.downlink)):
-            if traffic is not None and traffic.levels.any():
+            if traffic.levels.any():
                 yield variant, way, traffic
 
 
-def _levels_view(run: Run, traffic: Traffic, step: int) -> dict[str, Any]:
-    rounds = thin(len(run.rounds), step)
-    numbers = typed([run.rounds[index].number for index in rounds], "i4")
+def _levels_view(run: Run, traffic: TrafficByBlock, step: int, figure: tuple[str, str]) -> View:
+    rounds, names = thin(len(run.rounds), step), block_names(run.schema)
+    stages = stage_columns(run, rounds)
     levels = np.where(traffic.levels > 0, traffic.levels, np.nan)[rounds]
-    blocks = run.schema.blocks
-    return {
-        "data": [
-            {
-                "type": "scatter",
-                "mode": "lines+markers" if len(rounds) <= 60 else "lines",
-                "x": numbers,
-                "y": typed(levels[:, number]),
-                "connectgaps": True,
-                "name": plain(shorten(block.name)),
-                "line": {"color": block_color(number, len(blocks)), "width": 1.5},
-                "marker": {"size": 4},
-                "hovertemplate": "s = %{y:,.1f}, round %{x}",
-            }
-            for number, block in enumerate(blocks)
-            if not np.isnan(levels[:, number]).all()
-        ],
-        "layout": {
-            "xaxis": round_axis(len(run.rounds)),
-            "yaxis": axis("levels s", rangemode="tozero"),
-            "showlegend": len(blocks) <= 12,
-            "hovermode": "closest",
-            "legend": {"orientation": "h", "y": 1.06, "yanchor": "bottom"},
-            **stage_marks(run, rounds),
+    colors = [block_color(number, len(names)) for number in range(len(names))]
+    x = vega.rounds_across("round", padding=10)
+    y = vega.quantity("levels", "levels s")
+    color = vega.category("name", names, colors) | vega.legend(names)
+    line = {
+        "data": {"name": "points"},
+        "params": [vega.zoom("x", "y"), vega.legend_choice("name")],
+        "mark": {
+            "type": "line",
+            "strokeWidth": 1.5,
+            "clip": True,
+            "invalid": "filter",  # a line goes on over rounds that did not send the block
+            "point": {"size": 15} if len(rounds) <= _MOST_LEVELS_MARKED else False,
         },
+        "encoding": {"x": x, "y": y, "color": color, "opacity": vega.unless_hidden(1)},
     }
+    told = vega.tooltip(name=("block", ""), levels=("s", ",.1f"), round=("round", "d"))
+    hover = vega.hover_layer(x=x, y=y, color=color, tooltip=told)
+    hover |= {"data": {"name": "points"}, "transform": [{"filter": "isValid(datum.levels)"}]}
+    columns = {**grid_columns(run, rounds, names), "levels": levels.T.astype("f4").ravel()}
+    return View(
+        spec=vega.spec_of([line, *vega.stage_layers(stages), hover], names),
+        data={"points": columns, "stages": stages},
+        figure=figure,
+    )

@@ -6,14 +6,24 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from fedobd.report._bits import Deliveries, bits_plot, levels_plot
-from fedobd.report._curves import accuracy_plot
+from fedobd.report._bits import Deliveries, bits_chart, levels_chart
+from fedobd.report._chart import Chart
+from fedobd.report._curves import accuracy_chart
 from fedobd.report._delivery import delivery_bits
 from fedobd.report._gather import Section
-from fedobd.report._plot import Plot
-from fedobd.report._traffic import traffic_plot
-from fedobd.report._uploads import drops_blocks, upload_map
+from fedobd.report._headline import headline
+from fedobd.report._summary_tables import (
+    block_table,
+    environment_table,
+    link_table,
+    part_table,
+    run_table,
+    summary_table,
+)
+from fedobd.report._traffic import traffic_chart
+from fedobd.report._uploads import drops_blocks, upload_map, warning
 
 MOST_CELLS = 120_000
 """Blocks times rounds that are drawn in a report at most, so that its page stays small."""
@@ -30,43 +40,50 @@ def read_deliveries(section: Section) -> Deliveries:
     return {variant.label: delivery_bits(variant.shown) for variant in section.variants}
 
 
-def plots_of(section: Section, deliveries: Deliveries, step: int) -> list[Plot]:
-    """Return the plots of a section, in their order."""
-    found = (
-        accuracy_plot(section),
-        traffic_plot(section, step),
+def charts_of(section: Section, deliveries: Deliveries, step: int) -> list[Chart]:
+    """Return the charts of a section, in their order."""
+    charts = (
+        accuracy_chart(section),
+        traffic_chart(section, step),
         upload_map(section, step),
-        bits_plot(section, deliveries),
-        levels_plot(section, step),
+        bits_chart(section, deliveries),
+        levels_chart(section, step),
     )
-    return [plot for plot in found if plot is not None]
+    return [chart for chart in charts if chart is not None]
 
 
 def left_out(section: Section) -> Iterator[str]:
-    """Yield a sentence for each plot that the run folders do not suffice for."""
+    """Yield a sentence for each picture that the run folders do not suffice for."""
     if all(run.results.final_metric is None for run in section.runs):
         yield "Nothing was tested on the server, so there is no picture of it."
     if not any(map(drops_blocks, section.variants)):
         yield "Every client uploaded every block in every round, so there is no picture of it."
-    missing = [v.label for v in section.variants if v.shown.uplink is None]
     untold = [
         v.label
         for v in section.variants
-        if v.is_finished
-        and not v.shown.model_file.is_file()
-        and v.shown.downlink is not None
-        and v.shown.downlink.levels.any()
+        if v.is_finished and not v.shown.model_file.is_file() and v.shown.downlink.levels.any()
     ]
     if untold:
         yield (
             f"The trained model of {', '.join(untold)} is missing: bits of its delivery and their "
             "entropy are left out."
         )
-    if missing:
-        yield (
-            f"The run folders of {', '.join(missing)} were written before records said what each "
-            "block took: bytes by block, bits for each parameter and levels are left out."
-        )
+
+
+def content_of(section: Section, deliveries: Deliveries) -> dict[str, Any]:
+    """Return what every format of the report shows of a section, by the names in its templates."""
+    return {
+        "section": section,
+        "warnings": [text for text in map(warning, section.variants) if text],
+        "headline": headline(section),
+        "summary": summary_table(section),
+        "runs": run_table(section),
+        "parts": part_table(section),
+        "blocks": [block_table(v, deliveries[v.label]) for v in section.variants],
+        "links": link_table(section),
+        "environment": environment_table(section),
+        "reproductions": reproductions(section),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,234 +1,365 @@
-"""Curves: test accuracy against what was sent, and against rounds."""
+"""Curves: test accuracy against what was sent, and against rounds; and bytes beside each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedobd.report._gather import Section, Variant
-from fedobd.report._plot import (
+from fedobd.report import _vega as vega
+from fedobd.report._chart import (
     COLORS,
-    MOST_NAMED,
-    Layout,
-    Plot,
+    Chart,
+    Columns,
+    Labels,
+    Spec,
     Switch,
-    Trace,
-    axis,
-    plain,
-    round_axis,
-    typed,
+    View,
+    step_note,
+    thin,
 )
-from fedobd.report._run import Round, Run, Values
+from fedobd.report._gather import Section, Variant
+from fedobd.report._run import Run, Values
+from fedobd.report._traffic import BYTE_AXIS, WAYS
 
+MEASURES = {
+    "total": "MB sent, up and down",
+    "up": "MB sent up",
+    "down": "MB sent down",
+    "rounds": "round",
+}
+"""Titles of the horizontal axes of the picture; the first is the default."""
 
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """What stands on the horizontal axis.
+MOST_POINTS = 4_000
+"""Points of all lines that are drawn at most, so that a page of many runs opens soon."""
 
-    Args:
-        name: as an option of the switch.
-        title: of the axis.
-        of_round: what a round adds to it.
-    """
-
-    name: str
-    title: str
-    of_round: Callable[[Round], float]
-
-
-MEASURES = (
-    Measure("total", "MB sent, up and down", lambda r: (r.uplink_bytes + r.downlink_bytes) / 1e6),
-    Measure("up", "MB sent up", lambda r: r.uplink_bytes / 1e6),
-    Measure("down", "MB sent down", lambda r: r.downlink_bytes / 1e6),
-    Measure("rounds", "round", lambda _: 1.0),
+_SHAPES = (
+    *("circle", "square", "triangle-up", "diamond"),
+    *("triangle-down", "cross", "triangle-left", "triangle-right"),
 )
-"""The axes of the picture; the first is the default."""
+_DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [10, 4], [4, 2, 1, 2, 1, 2])
+_MOST_MARKS = 12  # on a line; more and the dashes are hidden
 
-ROUNDS = MEASURES[-1]
+
+def look(number: int) -> tuple[str, str]:
+    """Return color and shape of a variant by its number; the first 64 all differ."""
+    shape = _SHAPES[(number + number // len(COLORS)) % len(_SHAPES)]
+    return COLORS[number % len(COLORS)], shape
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A figure over the rounds of a run, or its mean over several runs; all shapes are (points,).
+    """A metric over the rounds of a run, or its mean over several runs.
 
     Args:
-        x: what was sent so far, or the round.
-        y: the figure.
+        sent: what was sent so far by each of `MEASURES`, in MB or rounds, shape (4, points).
+        metric: of the server's model, shape (points,).
         number: the round of each point.
         stage: its stage.
     """
 
-    x: Values
-    y: Values
+    sent: Values
+    metric: Values
     number: Values
     stage: Values
 
-    def at(self, points: NDArray[np.bool_] | NDArray[np.intp]) -> Curve:
+    def at(self, points: NDArray[np.bool_] | list[int]) -> Curve:
         """Return the curve of some of the points, by a mask or by their numbers."""
-        return Curve(self.x[points], self.y[points], self.number[points], self.stage[points])
-
-    def part(self, stage: int) -> Curve:
-        """Return the points of a stage; those of stage 2 begin with the last of stage 1."""
-        inside = np.flatnonzero(self.stage == stage)
-        if stage == 2 and inside.size and inside[0] > 0:
-            inside = np.concatenate([[inside[0] - 1], inside])
-        return self.at(inside)
+        return Curve(
+            self.sent[:, points], self.metric[points], self.number[points], self.stage[points]
+        )
 
 
-def curve_of(run: Run, measure: Measure) -> Curve:
+def curve_of(run: Run) -> Curve:
     """Return the metric of a run where it was tested; the last point is the final metric."""
     metrics = [played.test_metric for played in run.rounds]
     if run.is_finished:
         metrics[-1] = run.results.final_metric
+    up = np.array([played.uplink_bytes / 1e6 for played in run.rounds])
+    down = np.array([played.downlink_bytes / 1e6 for played in run.rounds])
     whole = Curve(
-        x=np.cumsum([measure.of_round(played) for played in run.rounds]),
-        y=np.array([np.nan if metric is None else metric for metric in metrics], np.float64),
+        sent=np.cumsum([up + down, up, down, np.ones(len(up))], axis=1),
+        metric=np.array([np.nan if metric is None else metric for metric in metrics], np.float64),
         number=np.array([played.number for played in run.rounds], np.float64),
         stage=np.array([played.stage for played in run.rounds], np.float64),
     )
-    return whole.at(~np.isnan(whole.y))
+    return whole.at(~np.isnan(whole.metric))
 
 
-def curves_of(runs: Sequence[Run], measure: Measure) -> list[tuple[Run, Curve]]:
+def tested_curves(runs: Sequence[Run]) -> list[tuple[Run, Curve]]:
     """Return the runs that were tested, with their curves."""
-    found = [(run, curve_of(run, measure)) for run in runs]
-    return [(run, curve) for run, curve in found if curve.x.size]
+    curves = [(run, curve_of(run)) for run in runs]
+    return [(run, curve) for run, curve in curves if curve.metric.size]
 
 
-def common_rounds(curves: Sequence[Curve]) -> list[Curve]:
-    """Return the curves at the rounds that all of them have, in the same stage."""
+def mean_curve(curves: Sequence[Curve]) -> tuple[Curve, Values]:
+    """Return the mean of curves, and the metric's standard deviation of a sample.
+
+    Both are over the rounds that all curves have, in the same stage.
+    """
     places = [list(zip(curve.number, curve.stage, strict=True)) for curve in curves]
     common = set(places[0]).intersection(*places)
-    return [
-        curve.at(np.array([place in common for place in own], bool))
-        for curve, own in zip(curves, places, strict=True)
+    cut = [
+        curve.at(np.array([place in common for place in rounds], bool))
+        for curve, rounds in zip(curves, places, strict=True)
     ]
-
-
-def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Return the mean of curves over the rounds that all of them have."""
-    cut = common_rounds(curves)
-    return Curve(
-        x=np.mean([curve.x for curve in cut], axis=0),
-        y=np.mean([curve.y for curve in cut], axis=0),
+    metrics = np.array([curve.metric for curve in cut])
+    mean = Curve(
+        sent=np.mean([curve.sent for curve in cut], axis=0),
+        metric=metrics.mean(axis=0),
         number=cut[0].number,
         stage=cut[0].stage,
     )
+    return mean, metrics.std(axis=0, ddof=1) if len(cut) > 1 else np.zeros(len(mean.metric))
 
 
-def accuracy_plot(section: Section) -> Plot | None:
-    """Return the plot, None where nothing was tested."""
+def accuracy_chart(section: Section) -> Chart | None:
+    """Return the chart, None where nothing was tested."""
     if all(run.results.final_metric is None for run in section.runs):
         return None
-    many = any(len(variant.runs) > 1 for variant in section.variants)
-    stages = any(played.stage == 2 for run in section.runs for played in run.rounds)
     caption = f"{section.metric.capitalize()} of the server's model after each tested round"
-    if many:
-        caption += "; thick lines are means over the seeds, thin ones single runs"
-    if stages:
-        caption += "; solid lines and filled markers are stage 1, dotted and open ones stage 2"
-    named = len(section.variants) <= MOST_NAMED
-    if not named:
+    if any(len(variant.runs) > 1 for variant in section.variants):
+        caption += (
+            "; thick lines are means over the seeds, shades one standard deviation to each side, "
+            "thin lines single runs"
+        )
+    if any(played.stage == 2 for run in section.runs for played in run.rounds):
+        caption += "; filled marks are stage 1, open ones stage 2"
+    if len(section.variants) > vega.MOST_NAMED:
         caption += "; hovering names a line"
-    scales = ("linear", "log")
-    longest = max(len(run.rounds) for run in section.runs)
-    return Plot(
+    lines = _accuracy_lines(section)
+    step = max(1, math.ceil(sum(len(line.spread) for line in lines) / MOST_POINTS))
+    data = _accuracy_data(section, [line.thinned(step) for line in lines])
+    return Chart(
         name="accuracy",
         title=f"{section.metric.capitalize()} against traffic",
-        caption=caption + ".",
-        switches=(
-            Switch("horizontal axis", tuple(measure.name for measure in MEASURES)),
-            Switch("scale", scales),
-        ),
+        caption=f"{caption}.{step_note(step)}",
+        switches=(Switch("horizontal axis", tuple(MEASURES)), Switch("scale", ("linear", "log"))),
         views={
-            (number, kind): {
-                "data": [
-                    trace
-                    for variant in section.variants
-                    for trace in _traces(variant, measure, section.metric)
-                ],
-                "layout": {
-                    "xaxis": _axis(measure, scale, longest),
-                    "yaxis": _metric_axis(section),
-                    "hovermode": "closest",
-                    "showlegend": named,
-                    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-                },
-            }
+            (number, kind): View(
+                spec=_accuracy_spec(section, measure, scale),
+                data=data,
+                figure=None if scale == "log" else (f"accuracy-{_FILES[measure]}", ""),
+            )
             for number, measure in enumerate(MEASURES)
-            for kind, scale in enumerate(scales)
+            for kind, scale in enumerate(("linear", "log"))
         },
         height=480,
     )
 
 
-def _axis(measure: Measure, scale: str, longest: int) -> Layout:
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A line of the picture, with the standard deviation that a mean has."""
+
+    variant: Variant
+    name: str
+    curve: Curve
+    spread: Values
+    is_mean: bool
+
+    def thinned(self, step: int) -> _Line:
+        """Return the line at each `step`-th point, and the last."""
+        drawn = thin(len(self.spread), step)
+        return replace(self, curve=self.curve.at(drawn), spread=self.spread[drawn])
+
+
+_FILES = {"total": "bytes", "up": "up", "down": "down", "rounds": "rounds"}
+
+
+def _accuracy_lines(section: Section) -> list[_Line]:
+    """Return the lines of single runs, where there are several seeds, and of means."""
+    lines = []
+    for variant in section.variants:
+        if len(variant.runs) > 1:
+            for run, curve in tested_curves(variant.runs):
+                name, spread = f"{variant.label}, seed {run.seed}", np.zeros(len(curve.metric))
+                lines.append(_Line(variant, name, curve, spread, is_mean=False))
+        counted = tested_curves(variant.counted)
+        if counted:
+            mean, spread = mean_curve([curve for _, curve in counted])
+            lines.append(_Line(variant, variant.label, mean, spread, is_mean=True))
+    return lines
+
+
+def _accuracy_data(section: Section, lines: Sequence[_Line]) -> dict[str, Columns]:
+    """Return the points of the lines, line by line."""
+    lengths = [len(line.spread) for line in lines]
+    numbers = np.repeat(np.arange(len(lines), dtype="u2"), lengths)
+    sent = np.concatenate([line.curve.sent for line in lines], axis=1).astype("f4")
+    metric = np.concatenate([line.curve.metric for line in lines])
+    spread = np.concatenate([line.spread for line in lines])
+    labels = tuple(variant.label for variant in section.variants)
+    methods = np.array([labels.index(line.variant.label) for line in lines], "u2")
+    points: Columns = {
+        **dict(zip(MEASURES, sent, strict=True)),
+        "metric": metric.astype("f4"),
+        "low": (metric - spread).astype("f4"),
+        "high": (metric + spread).astype("f4"),
+        "round": np.concatenate([line.curve.number for line in lines]).astype("u2"),
+        "stage": np.concatenate([line.curve.stage for line in lines]).astype("u1"),
+        "mark": np.concatenate([_marks(line.curve.stage) for line in lines]).astype("u1"),
+        "dash": np.repeat([np.uint8(ln.variant.number % len(_DASHES)) for ln in lines], lengths),
+        "mean": np.repeat([np.uint8(line.is_mean) for line in lines], lengths),
+        "method": Labels(labels, np.repeat(methods, lengths)),
+        "line": Labels(tuple(line.name for line in lines), numbers),
+        "number": numbers,  # two runs of one seed have the same name
+    }
+    return {"points": points}
+
+
+def _marks(stage: Values) -> NDArray[np.bool_]:
+    """Return which points of a line have a mark: few, the first of stage 2 among them."""
+    every = max(math.ceil(len(stage) / _MOST_MARKS), 1)
+    marks: NDArray[np.bool_] = np.arange(len(stage)) % every == 0
+    if (stage == 2).any():
+        marks[np.argmax(stage == 2)] = True
+    return marks
+
+
+def _by_method(section: Section, channel: int) -> Spec:
+    """Return an encoding by variant, with the colors (0) or shapes (1) of all."""
+    labels = [variant.label for variant in section.variants]
+    values = [look(variant.number)[channel] for variant in section.variants]
+    return vega.category("method", labels, values) | vega.legend(labels)
+
+
+def _lines(section: Section, data: str, x: Spec, y: Spec, *filters: Spec) -> list[Spec]:
+    """Return layers: a line for each variant, and marks on it, open in stage 2.
+
+    Args:
+        section: whose variants.
+        data: name of the data set.
+        x: horizontal encoding.
+        y: vertical encoding.
+        filters: transforms that leave the rows of these lines.
+    """
+    color = _by_method(section, 0)
+    # Not as a scale: the legend's marks would be dashed too, and without a legend of its own
+    # Vega-Lite 6.4 leaves out that of the colors.
+    dashes = [
+        {"test": f"datum.dash === {number}", "value": dash} for number, dash in enumerate(_DASHES)
+    ]
+    shared = {"x": x, "y": y, "color": color, "opacity": vega.unless_hidden(1)}
+    background = {"value": {"expr": "paper"}}
+    line = {"type": "line", "clip": True}
+    mark = {"type": "point", "opacity": 1, "clip": True}
+    return [
+        {
+            "data": {"name": data},
+            "transform": list(filters),
+            "mark": line,
+            "encoding": {**shared, "strokeDash": {"condition": dashes}},
+        },
+        {
+            "data": {"name": data},
+            "transform": [*filters, {"filter": "datum.mark"}],
+            "mark": mark,
+            "encoding": {
+                **shared,
+                "shape": _by_method(section, 1),
+                "fill": {"condition": {"test": "datum.stage === 2", **background}, **color},
+            },
+        },
+    ]
+
+
+def _accuracy_spec(section: Section, measure: str, scale: str) -> Spec:
+    labels = [variant.label for variant in section.variants]
+    x = vega.quantity(measure, MEASURES[measure])
     if scale == "log":
-        return axis(measure.title, type="log")
-    if measure is ROUNDS:
-        return {**round_axis(longest), "rangemode": "tozero"}
-    return axis(measure.title, rangemode="tozero")
+        x["scale"] = {"type": "log", "nice": False}
+    elif measure == "rounds":
+        x = vega.rounds_across(measure, padding=10)
+    y = vega.quantity("metric", section.metric, scale=_metric_scale(section))
+    color = _by_method(section, 0)
+    told = {"line": ("line", ""), "metric": (section.metric, ".4f")}
+    if measure != "rounds":
+        told[measure] = (MEASURES[measure], ",.3f")
+    told |= {"round": ("round", "d"), "stage": ("stage", "d")}
+    shared, is_mean = {"x": x, "color": color}, {"filter": "datum.mean"}
+    band = {
+        "data": {"name": "points"},
+        "transform": [is_mean],
+        "mark": {"type": "area", "clip": True},
+        "encoding": {
+            **shared,
+            "y": {**y, "field": "low"},
+            "y2": {"field": "high"},
+            "opacity": vega.unless_hidden(0.15),
+        },
+    }
+    singles = {
+        "name": "runs",
+        "data": {"name": "points"},
+        "transform": [{"filter": "!datum.mean"}],
+        "mark": {"type": "line", "strokeWidth": 1, "clip": True},
+        "encoding": {
+            **shared,
+            "y": y,
+            "detail": {"field": "number"},
+            "opacity": vega.unless_hidden(0.4),
+        },
+    }
+    lines = _lines(section, "points", x, y, is_mean)
+    lines[0]["params"] = [vega.zoom("x", "y"), vega.legend_choice("method")]
+    hover = {"data": {"name": "points"}} | vega.hover_layer(
+        **shared, y=y, tooltip=vega.tooltip(**told)
+    )
+    runs = [singles] if any(len(variant.runs) > 1 for variant in section.variants) else []
+    return vega.spec_of([band, *runs, *lines, hover], labels)
 
 
-def _metric_axis(section: Section) -> Layout:
-    """Return the vertical axis; around a single value it would reach one to each side."""
-    found = {played.test_metric for run in section.runs for played in run.rounds}
-    values = found - {None} | {run.results.final_metric for run in section.runs} - {None}
+def _metric_scale(section: Section) -> Spec:
+    """Return the vertical scale; around a single value it reaches a little to each side."""
+    metrics = {played.test_metric for run in section.runs for played in run.rounds}
+    values = metrics - {None} | {run.results.final_metric for run in section.runs} - {None}
     if len(values) > 1:
-        return axis(section.metric)
+        return {"zero": False}
     (value,) = values
     assert value is not None
-    return axis(section.metric, range=[value - 0.05, value + 0.05])
+    return {"domain": [value - 0.05, value + 0.05]}
 
 
-def _traces(variant: Variant, measure: Measure, metric: str) -> Iterator[Trace]:
-    hover = f"%{{fullData.name}}<br>{plain(metric)} %{{y:.4f}}"
-    if measure is not ROUNDS:
-        hover += f"<br>%{{x:,.3f}} {measure.title}"
-    curves = curves_of(variant.runs, measure)
-    if len(variant.runs) > 1:
-        for run, curve in curves:
-            name = f"{variant.label}, seed {run.seed}"
-            yield from _lines(variant, curve, name, hover, is_main=False)
-    counted = curves_of(variant.counted, measure)
-    if counted:
-        mean = mean_curve([curve for _, curve in counted])
-        yield from _lines(variant, mean, variant.label, hover, is_main=True)
-
-
-def _lines(
-    variant: Variant, curve: Curve, name: str, hover: str, *, is_main: bool
-) -> Iterator[Trace]:
-    """Yield a line for each stage that the curve has."""
-    shown = False
-    for stage, dash, opened in ((1, "solid", 0), (2, "dot", 100)):
-        part = curve.part(stage)
-        if not part.x.size:
-            continue
-        marked = is_main and len(curve.x) <= 60
-        yield {
-            "type": "scatter",
-            "mode": "lines+markers" if marked or len(curve.x) == 1 else "lines",
-            "x": typed(part.x),
-            "y": typed(part.y),
-            "customdata": typed(np.stack([part.number, part.stage], axis=1), "i4"),
-            "name": plain(name),
-            "legendgroup": str(variant.number),
-            "showlegend": is_main and not shown,
-            "opacity": 1 if is_main else 0.4,
-            "line": {
-                "color": COLORS[variant.number % len(COLORS)],
-                "width": 2.5 if is_main else 1,
-                "dash": dash,
-            },
-            "marker": {
-                "symbol": (variant.number + variant.number // len(COLORS)) % 8 + opened,
-                "size": typed(np.where(part.stage == stage, 7, 0), "u1"),  # the joint has its mark
-            },
-            "hovertemplate": f"{hover}<br>round %{{customdata[0]}}, stage %{{customdata[1]}}"
-            "<extra></extra>",
+def method_traffic_chart(section: Section) -> Chart:
+    """Return bytes of each round, a line for each variant, for the run that is shown of it."""
+    labels = tuple(variant.label for variant in section.variants)
+    rounds = [variant.shown.rounds for variant in section.variants]
+    lengths = [len(of_variant) for of_variant in rounds]
+    methods = Labels(labels, np.repeat(np.arange(len(labels)), lengths))
+    stages = [np.array([r.stage for r in of_variant], np.float64) for of_variant in rounds]
+    data: dict[str, Columns] = {
+        way: {
+            "method": methods,
+            "dash": np.repeat(
+                [variant.number % len(_DASHES) for variant in section.variants], lengths
+            ),
+            "round": np.concatenate([[r.number for r in of_variant] for of_variant in rounds]),
+            "bytes": np.concatenate(
+                [[getattr(r, f"{way}link_bytes") for r in of_variant] for of_variant in rounds]
+            ),
+            "stage": np.concatenate(stages),
+            "mark": np.concatenate([_marks(stage) for stage in stages]),
         }
-        shown = True
+        for way in WAYS
+    }
+    return Chart(
+        name="methods",
+        title="Bytes of each round, by method",
+        caption="Measured bytes of each round, all clients together; open marks are stage 2.",
+        views={(): View(spec=_traffic_spec(section), data=data, figure=("bytes-per-round", ""))},
+    )
+
+
+def _traffic_spec(section: Section) -> Spec:
+    panels = []
+    for way in WAYS:
+        x = vega.rounds_across("round", "round" if way == "down" else None, padding=10)
+        y = vega.quantity("bytes", f"bytes {way}", axis=BYTE_AXIS)
+        y["scale"] = {"type": "log"}
+        panels.append(_lines(section, way, x, y))
+    panels[0][0]["params"] = [vega.legend_choice("method")]
+    return vega.panels_of(panels, [variant.label for variant in section.variants])

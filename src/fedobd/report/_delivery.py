@@ -56,15 +56,15 @@ def delivery_bits(run: Run) -> LevelBits | None:
     generator = make_generator(run.seed, "downlink", len(run.rounds))
 
     def levels_of(block: Block) -> list[Levels]:
-        found = []
+        quantized = []
         for segment in block.segments:
             spec = run.schema.tensors[segment.tensor]
             if spec.role is Role.PARAMETER:
                 values = segment_of(state, spec, segment).numpy()
                 code = quantizer.measure(values, spec.repr_bits)
                 if code.coding is Coding.LEVELS:
-                    found.append(quantizer.quantize(values, code, generator))
-        return found
+                    quantized.append(quantizer.quantize(values, code, generator))
+        return quantized
 
     rows = np.array([_bits(levels_of(block)) for block in run.schema.blocks])
     return LevelBits(real=rows[:, 0], nominal=rows[:, 1], entropy=rows[:, 2])
@@ -74,8 +74,8 @@ def _bits(levels: list[Levels]) -> tuple[float, float, float]:
     """Return real and nominal bits and entropy of a quantized parameter of a block."""
     if not levels:
         return math.nan, math.nan, math.nan
-    count = sum(own.symbols.size for own in levels)
-    nominal = sum(own.symbols.size * level_bits(own.num_levels) for own in levels)
+    count = sum(tensor.symbols.size for tensor in levels)
+    nominal = sum(tensor.symbols.size * level_bits(tensor.num_levels) for tensor in levels)
     entropy = sum(map(_entropy_bits, levels))
     return 8 * len(encode_levels(levels)) / count, nominal / count, entropy / count
 

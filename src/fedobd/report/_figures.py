@@ -6,51 +6,60 @@ marker and dash, stage 2 has open markers.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedobd._lookup import not_installed
-from fedobd.report._content import read_deliveries
-from fedobd.report._curves import MEASURES, Curve, Measure, common_rounds, curves_of, mean_curve
-from fedobd.report._gather import Section, Variant
-from fedobd.report._run import Round
-from fedobd.report._run_figures import count_rounds, new_figure, run_figures
-from fedobd.report._uploads import block_labels, drops_blocks, upload_shares
+from fedobd.report._chart import Chart, Columns, Labels, Spec, View
+from fedobd.report._content import charts_of, read_deliveries
+from fedobd.report._curves import method_traffic_chart
+from fedobd.report._gather import Section
 
-_STYLE: dict[Any, Any] = {
-    "font.family": "STIXGeneral",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "text.parse_math": False,
-    "svg.hashsalt": "fedobd",
+VEGA_LITE = "6.4"
+"""The version that is drawn with, of those that vl-convert brings."""
+
+_POINTS = 72  # in an inch: the unit of a figure's sizes
+_DPI = 300
+_COLUMN, _WIDE = 3.5, 5.0  # inches: a column of a paper in two columns, and figures of blocks
+_HEIGHT = 2.6
+_TALLEST = 9.0
+_CHARACTER = 4.0  # points of a letter of a legend, and what its mark and the gap take
+_MARK = 22
+
+_IDS = re.compile(r"\b(?:clip|gradient_)\d+\b")
+
+_LOOK: Spec = {
+    "background": "white",
+    "font": "Liberation Serif, Times New Roman, serif",
+    "padding": 2,
+    "view": {"stroke": None},
+    "aria": False,
+    "axis": {
+        "labelFontSize": 8,
+        "titleFontSize": 9,
+        "titleFontWeight": "normal",
+        "gridOpacity": 0.5,
+        "domainColor": "black",
+        "tickColor": "black",
+    },
+    "legend": {
+        "orient": "top",
+        "labelFontSize": 8,
+        "titleFontSize": 8,
+        "labelLimit": 0,
+        "symbolOpacity": 1,
+        "symbolSize": 30,
+        "offset": 6,
+        "rowPadding": 1,
+    },
+    "text": {"fontSize": 8},
+    "line": {"strokeWidth": 1},
+    "point": {"size": 16, "strokeWidth": 1},
 }
-
-_LOOKS = (
-    ("#000000", "-", "o"),
-    ("#0072b2", "--", "s"),
-    ("#d55e00", "-.", "^"),
-    ("#009e73", ":", "D"),
-    ("#8c5aa8", (0, (5, 1, 1, 1, 1, 1)), "v"),
-    ("#7f7f7f", (0, (6, 3)), "P"),
-)
-"""Color, dash and marker of variants."""
-
-_WIDTH, _HEIGHT = 3.5, 2.6  # inches: a column of a paper in two columns
-_MAP_WIDTH = 5.0
-_MOST_MARKERS = 12  # on a line
 
 
 def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
@@ -61,133 +70,99 @@ def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
         folder: an existing folder.
 
     Raises:
-        UsageError: matplotlib is not installed.
+        UsageError: vl-convert is not installed.
         OSError: a file cannot be written.
     """
     try:
-        from matplotlib import rc_context
+        from vl_convert import svg_to_png, vegalite_to_svg
     except ModuleNotFoundError as error:
         raise not_installed("this", error, "report") from error
+
+    def draw(spec: Spec) -> str:
+        svg: str = vegalite_to_svg(spec, vl_version=VEGA_LITE)
+        ids = dict.fromkeys(_IDS.findall(svg))  # they count on from one drawing to the next
+        numbers = {name: f"id{number}" for number, name in enumerate(ids)}
+        return _IDS.sub(lambda match: numbers[match[0]], svg)
+
     files = []
-    with rc_context(_STYLE):
-        for number, section in enumerate(sections, start=1):
-            prefix = f"section-{number}-" if len(sections) > 1 else ""
-            for name, figure in _figures(section):
-                for suffix in ("png", "svg"):
-                    file = folder / f"{prefix}{name}.{suffix}"
-                    dated = {"metadata": {"Date": None}} if suffix == "svg" else {}
-                    figure.savefig(file, dpi=300, **dated)
-                    files.append(file)
+    for number, section in enumerate(sections, start=1):
+        prefix = f"section-{number}-" if len(sections) > 1 else ""
+        for name, spec in _figures(section):
+            svg = draw(spec)
+            if "vconcat" in spec:  # whose panels have the size that is asked for, without axes
+                wanted, width = spec["usermeta"]["width"], float(_attribute(svg, "width"))
+                for panel in spec["vconcat"]:
+                    panel["width"] += wanted - width
+                svg = draw(spec)
+            file = folder / f"{prefix}{name}"
+            png = svg_to_png(svg, ppi=_DPI)
+            file.with_name(f"{file.name}.png").write_bytes(png)
+            # A number without a unit would be pixels, of which an inch has 96.
+            sized = re.sub(r'(width|height)="([\d.]+)"', r'\1="\2pt"', svg, count=2)
+            file.with_name(f"{file.name}.svg").write_text(sized, encoding="utf-8")
+            files += [file.with_name(f"{file.name}.{kind}") for kind in ("png", "svg")]
     return tuple(files)
 
 
-def _looks() -> Iterator[tuple[Any, Any, str]]:
-    """Yield color, dash and marker of one variant after another; the first 36 all differ."""
-    for shift in count():
-        for number, (color, dash, _) in enumerate(_LOOKS):
-            yield color, dash, _LOOKS[(number + shift) % len(_LOOKS)][2]
+def _attribute(svg: str, name: str) -> str:
+    """Return an attribute of an SVG's outermost element."""
+    match = re.search(rf'\b{name}="([\d.]+)"', svg)
+    assert match is not None
+    return match[1]
 
 
-def _figures(section: Section) -> Iterator[tuple[str, Any]]:
-    """Yield name and figure."""
-    if any(run.results.final_metric is not None for run in section.runs):
-        for measure, name in zip(MEASURES, ("bytes", "up", "down", "rounds"), strict=True):
-            yield f"accuracy-{name}", _accuracy(section, measure)
-    yield "bytes-per-round", _traffic(section)
-    deliveries = read_deliveries(section)
+def _figures(section: Section) -> Iterator[tuple[str, Spec]]:
+    """Yield name and specification, with its data, of each figure."""
     names = [re.sub(r"[^\w.]+", "-", variant.label).strip("-") for variant in section.variants]
-    for number, (variant, name) in enumerate(zip(section.variants, names, strict=True)):
-        unique = name if names.count(name) == 1 else f"{name}-{number}"
-        if drops_blocks(variant):
-            yield f"uploads-{unique}", _upload_map(variant)
-        for kind, figure in run_figures(variant.shown, deliveries[variant.label]):
-            yield f"{kind}-{unique}", figure
+    unique = {
+        variant.label: name if names.count(name) == 1 else f"{name}-{number}"
+        for number, (variant, name) in enumerate(zip(section.variants, names, strict=True))
+    }
+    for chart in (method_traffic_chart(section), *charts_of(section, read_deliveries(section), 1)):
+        for view in chart.views.values():
+            if view.figure is not None:
+                kind, label = view.figure
+                yield f"{kind}-{unique[label]}" if label else kind, _on_paper(chart, view)
 
 
-def _accuracy(section: Section, measure: Measure) -> Any:
-    """Draw means over the seeds, with a band of one standard deviation on each side."""
-    figure = new_figure(_WIDTH, _HEIGHT)
-    axes = figure.subplots()
-    for variant, look in zip(section.variants, _looks(), strict=False):
-        tested = curves_of(variant.counted, measure)
-        if not tested:
-            continue
-        curves = common_rounds([curve for _, curve in tested])
-        mean = mean_curve(curves)
-        _line(axes, mean, look, variant.label)
-        if len(curves) > 1:
-            spread = np.std([curve.y for curve in curves], axis=0, ddof=1)
-            band = mean.y - spread, mean.y + spread
-            axes.fill_between(mean.x, *band, color=look[0], alpha=0.15, linewidth=0)
-    axes.set(xlabel=measure.title, ylabel=section.metric)
-    axes.legend()
-    return figure
+def _on_paper(chart: Chart, view: View) -> Spec:
+    """Return the specification of a view as it stands in a paper, in points."""
+    width = _POINTS * (_WIDE if view.figure and view.figure[1] else _COLUMN)
+    height = _POINTS * _HEIGHT
+    columns = max(1, int(width / (_CHARACTER * view.spec["usermeta"]["legend"] + _MARK)))
+    spec = {
+        **view.spec,
+        "usermeta": {"width": width},
+        "config": {**_LOOK, "legend": {**_LOOK["legend"], "columns": columns}},
+        "params": [{"name": "paper", "value": "white"}],
+        "datasets": {name: rows_of(columns) for name, columns in view.data.items()},
+    }
+    if "vconcat" in spec:
+        sizes = {"width": width - 60, "height": 0.6 * height}
+        spec["vconcat"] = [{**panel, **sizes} for panel in spec["vconcat"]]
+        return spec
+    if chart.name in ("uploads", "bits"):  # a line for each block
+        height = min(_POINTS * _TALLEST, 80 + 13 * _num_blocks(view))
+    # Nobody hovers over paper, and of many seeds the mean and its band are enough.
+    layers = [layer for layer in view.spec["layer"] if layer.get("name") not in ("hover", "runs")]
+    spec["autosize"] = {"type": "fit", "contains": "padding"}
+    return {**spec, "layer": layers, "width": width, "height": height}
 
 
-def _line(axes: Any, curve: Curve, look: tuple[Any, ...], label: str) -> None:
-    color, dash, marker = look
-    axes.plot(curve.x, curve.y, color=color, linestyle=dash)
-    every = math.ceil(len(curve.x) / _MOST_MARKERS)
-    marked = np.arange(len(curve.x)) % max(every, 1) == 0
-    for stage, face in ((1, color), (2, "white")):
-        own = marked & (curve.stage == stage)
-        points = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": ""}
-        axes.plot(curve.x[own], curve.y[own], **points)
-    axes.plot([], [], color=color, linestyle=dash, marker=marker, label=label)
+def _num_blocks(view: View) -> int:
+    names = next(iter(view.data.values()))["name"]
+    assert isinstance(names, Labels)
+    return len(names.texts)
 
 
-def _traffic(section: Section) -> Any:
-    """Draw bytes of each round of the run that is shown of each variant, up and down."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    figure = new_figure(_WIDTH, 1.6 * _HEIGHT)
-    panels = figure.subplots(2, sharex=True)
-    ways: tuple[tuple[str, Callable[[Round], int]], ...] = (
-        ("MB up", lambda r: r.uplink_bytes),
-        ("MB down", lambda r: r.downlink_bytes),
-    )
-    for axes, (title, num_bytes) in zip(panels, ways, strict=True):
-        for variant, look in zip(section.variants, _looks(), strict=False):
-            rounds = variant.shown.rounds
-            curve = Curve(
-                x=np.array([played.number for played in rounds], np.float64),
-                y=np.array([num_bytes(played) / 1e6 for played in rounds]),
-                number=np.array([played.number for played in rounds], np.float64),
-                stage=np.array([played.stage for played in rounds], np.float64),
-            )
-            _line(axes, curve, look, variant.label)
-        axes.set(ylabel=title, yscale="log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    count_rounds(panels[1])
-    figure.legend(*panels[0].get_legend_handles_labels(), ncols=3, loc="outside upper center")
-    return figure
-
-
-def _upload_map(variant: Variant) -> Any:
-    """Draw the share of each round's clients that uploaded a block."""
-    run = variant.shown
-    count = len(run.schema.blocks)
-    figure = new_figure(_MAP_WIDTH, min(9.0, 1.0 + 0.17 * count))
-    axes = figure.subplots()
-    rounds = len(run.rounds)
-    image = axes.imshow(
-        upload_shares(run).T,
-        aspect="auto",
-        cmap="viridis",
-        vmin=0,
-        vmax=1,
-        origin="lower",
-        interpolation="none",
-        extent=(0.5, rounds + 0.5, -0.5, count - 0.5),
-    )
-    second = np.flatnonzero(run.in_stage(2))
-    if 0 < second.size < rounds:
-        for color, dash in (("white", "-"), ("black", "--")):  # seen on dark and on light cells
-            axes.axvline(second[0] + 0.5, color=color, linestyle=dash, linewidth=1)
-    axes.set_yticks(range(count), block_labels(run), fontsize=7)
-    axes.grid(visible=False)
-    count_rounds(axes)
-    figure.colorbar(image, label="share of the clients")
-    return figure
+def rows_of(columns: Columns) -> list[dict[str, Any]]:
+    """Return columns as rows, which may be written as JSON; what is no number is None."""
+    lists = []
+    for column in columns.values():
+        if isinstance(column, Labels):
+            lists.append([column.texts[code] for code in column.codes])
+        else:
+            values = column.astype(object)
+            values[np.isnan(column)] = None
+            lists.append(values.tolist())
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]

@@ -199,13 +199,13 @@ def _grouped(runs: Iterable[Run], key: Any) -> list[list[Run]]:
 
 def _told(named: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     """Return for each name the values that tell it from others of the same name."""
-    found = []
+    texts = []
     for name, values in named:
         others = [other for same, other in named if same == name]
         keys = dict.fromkeys(key for other in others for key in other)
         telling = [k for k in keys if any(o.get(k) != others[0].get(k) for o in others)]
-        found.append(", ".join(_setting(key, values) for key in telling))
-    return found
+        texts.append(", ".join(_setting(key, values) for key in telling))
+    return texts
 
 
 def _setting(key: str, values: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedobd._format import format_bytes, format_share
 from fedobd.methods import FedOBD
 from fedobd.report._gather import Section, Variant
-from fedobd.report._tables import mean_final, mean_total, reference
+from fedobd.report._summary_tables import mean_final, mean_total, reference
 
 _MOST_SENTENCES = 3
 

@@ -32,5 +32,5 @@ def run_seconds(run: Run, bits_per_s: float) -> float:
 
 def train_seconds(run: Run) -> float | None:
     """Return a client's training time in a round, the mean; None where it was not measured."""
-    found = [played.train_s for played in run.rounds if played.train_s is not None]
-    return sum(found) / len(found) if len(found) == len(run.rounds) else None
+    times = [played.train_s for played in run.rounds if played.train_s is not None]
+    return sum(times) / len(times) if len(times) == len(run.rounds) else None

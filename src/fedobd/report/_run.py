@@ -55,7 +55,7 @@ class BlockBits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
+class TrafficByBlock:
     """What blocks took in one direction; every array has the shape (rounds, blocks).
 
     Args:
@@ -166,8 +166,8 @@ class Run:
         starved: blocks that were never or rarely uploaded in stage 1.
         differences: mean block difference over the clients of a round, the same shape; None where
             the method sends none.
-        uplink: what each block took in accepted uploads; None in folders that do not say.
-        downlink: what each block took in one broadcast; None in folders that do not say.
+        uplink: what each block took in accepted uploads.
+        downlink: what each block took in one broadcast.
         results: what came of it.
         is_finished: whether the run has ended.
     """
@@ -182,8 +182,8 @@ class Run:
     uploads: Values
     starved: tuple[StarvedBlock, ...]
     differences: Values | None
-    uplink: Traffic | None
-    downlink: Traffic | None
+    uplink: TrafficByBlock
+    downlink: TrafficByBlock
     results: Results
     is_finished: bool
 
@@ -240,7 +240,9 @@ def _reading(name: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UsageError(f"{name} is missing, which `fedobd run` writes") from error
     except ValidationError as error:
-        faults = (f"{'.'.join(map(str, own['loc']))}: {own['msg']}" for own in error.errors())
+        faults = (
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
+        )
         raise UsageError(f"{name} is damaged: {'; '.join(faults)}") from error
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UsageError(f"{name} is damaged: {type(error).__name__}: {error}") from error
@@ -291,14 +293,14 @@ def _round(record: Record) -> Round:
     clients = record["clients"]
     if not clients or not record["cohort"]:
         raise ValueError(f"round {record['round']} names no clients")
-    broadcasts = len(record["cohort"]) + len(record.get("reopened", ()))
+    broadcasts = len(record["cohort"]) + len(record["reopened"])
     up = {part: sum(c["uplink"][part] for c in clients) for part in BYTE_PARTS}
     up["refused or repeated"] = record["uplink_bytes"] - sum(up.values())
     down = {part: record["broadcast"][part] * broadcasts for part in BYTE_PARTS}
     down["openings"] = record["opening_bytes"]
     down["refused or repeated"] = record["downlink_bytes"] - sum(down.values())
     train_s = record["seconds"].get("train")
-    found = {
+    values = {
         "number": record["round"],
         "stage": record["stage"],
         "cohort": len(record["cohort"]),
@@ -311,7 +313,7 @@ def _round(record: Record) -> Round:
         "test_metric": record["test_metric"],
         "train_s": None if train_s is None else train_s / len(clients),
     }
-    return _ROUND.validate_python(found)
+    return _ROUND.validate_python(values)
 
 
 def _uploads(records: Sequence[Record], num_blocks: int) -> Values:
@@ -323,22 +325,19 @@ def _uploads(records: Sequence[Record], num_blocks: int) -> Values:
 
 
 def _differences(records: Sequence[Record], num_blocks: int) -> Values | None:
-    found = [[c["block_differences"] for c in record["clients"]] for record in records]
-    if any(own is None for clients in found for own in clients):
+    differences = [[c["block_differences"] for c in record["clients"]] for record in records]
+    if any(values is None for clients in differences for values in clients):
         return None
-    means = np.array([np.mean(clients, axis=0) for clients in found])
+    means = np.array([np.mean(clients, axis=0) for clients in differences])
     return _shaped(means, len(records), num_blocks)
 
 
-def _traffic(records: Sequence[Record], key: str, num_blocks: int) -> Traffic | None:
-    if any(key not in record for record in records):
-        return None
-
+def _traffic(records: Sequence[Record], key: str, num_blocks: int) -> TrafficByBlock:
     def values(name: str) -> Values:
-        found = np.array([[own[name] for own in record[key]] for record in records], np.float64)
-        return _shaped(found, len(records), num_blocks)
+        rows = [[block[name] for block in record[key]] for record in records]
+        return _shaped(np.array(rows, np.float64), len(records), num_blocks)
 
-    return Traffic(
+    return TrafficByBlock(
         payloads=values("payloads"),
         num_bytes=values("num_bytes"),
         nominal_bits=values("nominal_bits"),
@@ -355,8 +354,8 @@ def _shaped(values: Values, rounds: int, num_blocks: int) -> Values:
 def _results(records: Sequence[Record], summary: Record | None) -> Results:
     if summary is not None:
         names = ("final_metric", "best_metric", "uplink_bytes", "downlink_bytes", "refusals")
-        found = {name: summary[name] for name in (*names, "stops_on_test")}
-        return _RESULTS.validate_python({**found, "round_s": summary["seconds"]["round"]})
+        values = {name: summary[name] for name in (*names, "stops_on_test")}
+        return _RESULTS.validate_python({**values, "round_s": summary["seconds"]["round"]})
     metrics = [r["test_metric"] for r in records if r["test_metric"] is not None]
     return Results(
         final_metric=metrics[-1] if metrics else None,

@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from fedobd.report._gather import Section, Variant
-from fedobd.report._plot import (
-    Layout,
-    Plot,
+from fedobd.report import _vega as vega
+from fedobd.report._chart import (
+    Chart,
+    Spec,
     Switch,
-    axis,
-    plain,
-    round_axis,
-    shorten,
-    stage_marks,
+    View,
+    block_names,
+    grid_columns,
+    stage_columns,
     step_note,
     thin,
-    typed,
 )
+from fedobd.report._gather import Section, Variant
 from fedobd.report._run import Run, Values
 from fedobd.tracking import starvation_warning
 
@@ -31,24 +30,25 @@ def upload_shares(run: Run) -> Values:
     return shares
 
 
-def block_labels(run: Run) -> list[str]:
-    """Return the end of each block's name, and its parameters."""
-    return [f"{shorten(block.name)} · {block.num_parameters:,}" for block in run.schema.blocks]
+def block_labels(run: Run) -> tuple[str, ...]:
+    """Return number and short name of each block, and its parameters."""
+    named = zip(block_names(run.schema), run.schema.blocks, strict=True)
+    return tuple(f"{name} · {block.num_parameters:,}" for name, block in named)
 
 
-def block_axis(run: Run) -> Layout:
-    """Return an axis of the blocks of a run, by number."""
-    labels = list(map(plain, block_labels(run)))
-    return axis("", tickmode="array", tickvals=list(range(len(labels))), ticktext=labels)
+def block_axis(labels: Sequence[str]) -> Spec:
+    """Return the vertical encoding of blocks by label, the input at the bottom."""
+    blocks = vega.category("name", labels[::-1])
+    return {**blocks, "axis": {"grid": False, "labelLimit": 0, "ticks": False}}
 
 
 def map_height(variants: Sequence[Variant]) -> int:
-    """Return a height in pixels for a plot with a line for each block."""
+    """Return a height in pixels for a chart with a line for each block."""
     most = max(len(variant.shown.schema.blocks) for variant in variants)
     return max(320, min(1000, 160 + 18 * most))
 
 
-def upload_map(section: Section, step: int) -> Plot | None:
+def upload_map(section: Section, step: int) -> Chart | None:
     """Return the heat map of blocks by rounds, for each run that leaves out blocks.
 
     Args:
@@ -56,7 +56,7 @@ def upload_map(section: Section, step: int) -> Plot | None:
         step: draw each so many-th round.
 
     Returns:
-        The plot, None where every client uploaded every block.
+        The chart, None where every client uploaded every block.
     """
     variants = [variant for variant in section.variants if drops_blocks(variant)]
     if not variants:
@@ -71,14 +71,17 @@ def upload_map(section: Section, step: int) -> Plot | None:
         if any(run.differences is not None for _, run in shown)
         else ""
     )
-    return Plot(
+    return Chart(
         name="uploads",
         title="Which blocks were uploaded",
         caption="How many of a round's clients uploaded a block: dark blocks stayed behind. "
         "Blocks stand with their number of parameters, the input at the bottom."
         f"{hover}{left_out}{step_note(step)}",
         switches=(Switch("run", tuple(labels)),),
-        views={(number,): _view(run, step) for number, (_, run) in enumerate(shown)},
+        views={
+            (number,): _view(run, step, ("uploads", v.label) if run is v.shown else None)
+            for number, (v, run) in enumerate(shown)
+        },
         height=map_height(variants),
     )
 
@@ -89,39 +92,47 @@ def drops_blocks(variant: Variant) -> bool:
     return bool((uploads.min(axis=1) < uploads.max(axis=1)).any())
 
 
-def _view(run: Run, step: int) -> dict[str, Any]:
+def _view(run: Run, step: int, figure: tuple[str, str] | None) -> View:
     rounds = thin(len(run.rounds), step)
-    count = len(run.schema.blocks)
-    numbers = [run.rounds[index].number for index in rounds]
-    trace: dict[str, Any] = {
-        "type": "heatmap",
-        "x": typed(numbers, "i4"),
-        "y": typed(range(count), "i4"),
-        "z": typed(np.round(100 * upload_shares(run)[rounds].T), "u1"),
-        "zmin": 0,
-        "zmax": 100,
-        "colorscale": "Viridis",
-        "colorbar": {
-            "title": {"text": "% of the clients", "side": "top"},
-            "tickvals": [0, 50, 100],
-            "orientation": "h",
-            "thickness": 10,
-            "y": 1.02,
-            "yanchor": "bottom",
-        },
-        "name": "",
-        "text": typed(run.uploads[rounds].T, "u2"),
-        "hovertemplate": "%{y} parameters<br>round %{x}: %{text} clients, %{z} %",
+    labels, stages = block_labels(run), stage_columns(run, rounds)
+    cells: dict[str, Any] = {
+        **grid_columns(run, rounds, labels),
+        "share": np.round(100 * upload_shares(run)[rounds].T).astype("u1").ravel(),
+        "clients": run.uploads[rounds].T.astype("u2").ravel(),
+    }
+    told = {
+        "name": ("block · parameters", ""),
+        "round": ("round", "d"),
+        "clients": ("clients", "d"),
+        "share": ("% of the clients", "d"),
     }
     if run.differences is not None:
-        trace["customdata"] = typed(run.differences[rounds].T)
-        trace["hovertemplate"] += "<br>mean block difference %{customdata:.3g}"
+        cells["difference"] = run.differences[rounds].T.astype("f4").ravel()
+        told["difference"] = ("mean block difference", ".3g")
+    return View(
+        spec=vega.spec_of([_cells(labels, told), *vega.stage_layers(stages, "white", "black")]),
+        data={"cells": cells, "stages": stages},
+        figure=figure,
+    )
+
+
+_FILL = "scale('color', datum.share)"
+"""A cell's color, as an expression of Vega."""
+
+
+def _cells(labels: Sequence[str], told: dict[str, tuple[str, str]]) -> Spec:
+    share = vega.quantity("share", "% of the clients")
+    share |= {"scale": {"domain": [0, 100], "scheme": "viridis"}}
     return {
-        "data": [trace],
-        "layout": {
-            "xaxis": round_axis(len(run.rounds)),
-            "yaxis": block_axis(run),
-            **stage_marks(run, rounds, color="black"),
+        "data": {"name": "cells"},
+        # The line around a cell hides the seam that smoothing leaves between two.
+        "mark": {"type": "rect", "strokeWidth": 0.5, "stroke": {"expr": _FILL}},
+        "encoding": {
+            "x": vega.rounds_across("left"),
+            "x2": {"field": "right"},
+            "y": block_axis(labels),
+            "color": share | {"legend": {"tickCount": 3, "gradientThickness": 10}},
+            "tooltip": vega.tooltip(**told),
         },
     }
 

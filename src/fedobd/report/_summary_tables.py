@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from fedobd._format import format_bytes, format_duration, format_share
+from fedobd._format import format_bytes, format_duration, format_metric, format_share
 from fedobd.methods import FedAvg
 from fedobd.report._delivery import LevelBits
 from fedobd.report._gather import Section, Variant
@@ -78,6 +78,11 @@ class _Column:
         return f"{self.text(mean)}{NO_BREAK}±{NO_BREAK}{stdev(values):,.{self.digits(mean)}f}"
 
 
+def _cells(rows: Iterable[Sequence[str]]) -> tuple[tuple[Cell, ...], ...]:
+    """Return rows of cells of which none is the best."""
+    return tuple(tuple(map(Cell, row)) for row in rows)
+
+
 def _columns(metric: str) -> tuple[_Column, ...]:
     def fine(value: float) -> int:
         return 2 if value >= 0.1 else 5
@@ -128,10 +133,10 @@ def _references(section: Section) -> dict[str, Variant]:
     if len(section.variants) == 1:
         return {}
     fedavg, baseline = _fedavg(section), best_baseline(section)
-    found = {} if fedavg is None else {"FedAvg": fedavg}
+    variants = {} if fedavg is None else {"FedAvg": fedavg}
     if baseline is not None and baseline is not fedavg:
-        found[baseline.label] = baseline
-    return found
+        variants[baseline.label] = baseline
+    return variants
 
 
 def _fedavg(section: Section) -> Variant | None:
@@ -169,20 +174,20 @@ def best_baseline(section: Section) -> Variant | None:
     def rank(variant: Variant) -> tuple[float, float]:
         return mean_final(variant) or 0.0, -mean_total(variant)
 
-    found = [v for v in section.variants if v.method != "fedobd" and v.is_finished]
-    return max((v for v in found if mean_final(v) is not None), key=rank, default=None)
+    rivals = [v for v in section.variants if v.method != "fedobd" and v.is_finished]
+    return max((v for v in rivals if mean_final(v) is not None), key=rank, default=None)
 
 
 def _values(variant: Variant, column: _Column) -> list[float]:
-    found = [column.value(run.results) for run in variant.counted]
-    return [value for value in found if value is not None]
+    values = [column.value(run.results) for run in variant.counted]
+    return [value for value in values if value is not None]
 
 
 def _best(section: Section, column: _Column) -> float | None:
     if column.best is None or len(section.variants) == 1:
         return None
-    found = [_values(variant, column) for variant in section.variants if variant.is_finished]
-    means = [fmean(values) for values in found if values]
+    by_variant = [_values(variant, column) for variant in section.variants if variant.is_finished]
+    means = [fmean(values) for values in by_variant if values]
     return column.best(means) if means else None
 
 
@@ -206,8 +211,8 @@ def mean_total(variant: Variant) -> float:
 def mean_final(variant: Variant) -> float | None:
     """Return the final metric of a variant's runs, a mean; None where one was not tested."""
     finals = [run.results.final_metric for run in variant.counted]
-    found = [final for final in finals if final is not None]
-    return fmean(found) if len(found) == len(finals) else None
+    tested = [final for final in finals if final is not None]
+    return fmean(tested) if len(tested) == len(finals) else None
 
 
 def _reduction(variant: Variant, other: Variant) -> str:
@@ -219,25 +224,20 @@ def _reduction(variant: Variant, other: Variant) -> str:
 def run_table(section: Section) -> Table:
     """Return a row for each run."""
     columns = _columns(section.metric)
-    rows = []
-    for variant in section.variants:
-        for run in variant.runs:
-            rows.append(
-                (
-                    Cell(variant.label),
-                    Cell(str(run.seed)),
-                    Cell(f"{len(run.rounds)} of {run.planned_rounds}"),
-                    *(Cell(column.text(column.value(run.results))) for column in columns),
-                    Cell(str(run.results.refusals)),
-                    Cell("yes" if run.is_finished else "no"),
-                    Cell(run.name),
-                )
-            )
+    rows = [
+        (
+            *(variant.label, str(run.seed), f"{len(run.rounds)} of {run.planned_rounds}"),
+            *(column.text(column.value(run.results)) for column in columns),
+            *(str(run.results.refusals), "yes" if run.is_finished else "no", run.name),
+        )
+        for variant in section.variants
+        for run in variant.runs
+    ]
     head = ("method", "seed", "rounds", *(column.name for column in columns))
     return Table(
         caption="Every run; a run that leaves a stage early has fewer rounds than planned",
         head=(*head, "refused or missing", "finished", "folder"),
-        rows=tuple(rows),
+        rows=_cells(rows),
     )
 
 
@@ -249,7 +249,7 @@ def link_table(section: Section) -> Table:
         variant.is_finished and (is_timed or not any(timed))
         for variant, is_timed in zip(section.variants, timed, strict=True)
     ]
-    finished = [own for own, is_rival in zip(whole, rivals, strict=True) if is_rival]
+    finished = [times for times, is_rival in zip(whole, rivals, strict=True) if is_rival]
     bests = [min(times) for times in zip(*finished, strict=True)] if len(whole) > 1 else []
     rows = []
     for variant, times, is_rival in zip(section.variants, whole, rivals, strict=True):
@@ -338,20 +338,21 @@ def block_table(variant: Variant, delivery: LevelBits | None) -> Table:
         caption=f"Blocks of {variant.label}, seed {run.seed}, the input first; bits are for each "
         "parameter",
         head=tuple(columns),
-        rows=tuple(tuple(map(Cell, row)) for row in zip(*columns.values(), strict=True)),
+        rows=_cells(zip(*columns.values(), strict=True)),
     )
 
 
 def part_table(section: Section) -> Table:
     """Return what the bytes of each variant were for, up and down, means over its seeds."""
-    found = [
+    parts = [
         (f"{variant.label}, {way}", _mean_parts(variant, way))
         for variant in section.variants
         for way in ("up", "down")
     ]
-    used = [part for part in PARTS if any(own[part] for _, own in found)]
+    used = [part for part in PARTS if any(num_bytes[part] for _, num_bytes in parts)]
     rows = tuple(
-        (Cell(name), *(Cell(format_bytes(own[part])) for part in used)) for name, own in found
+        (Cell(name), *(Cell(format_bytes(num_bytes[part])) for part in used))
+        for name, num_bytes in parts
     )
     caption = "Measured bytes of the whole run by what they are for"
     return Table(caption=caption, head=("method", *used), rows=rows)
@@ -362,35 +363,29 @@ def _mean_parts(variant: Variant, way: str) -> dict[str, float]:
     totals = []
     for run in variant.counted:
         rounds = [r.uplink_parts if way == "up" else r.downlink_parts for r in run.rounds]
-        totals.append({part: sum(own.get(part, 0) for own in rounds) for part in PARTS})
+        totals.append(
+            {part: sum(num_bytes.get(part, 0) for num_bytes in rounds) for part in PARTS}
+        )
     return {part: fmean(total[part] for total in totals) for part in PARTS}
 
 
 def round_table(variant: Variant, metric: str) -> Table:
     """Return a row for each round of the run that is shown of a variant."""
     run = variant.shown
-    rows = tuple(
-        tuple(
-            map(
-                Cell,
-                (
-                    str(played.number),
-                    str(played.stage),
-                    str(played.clients),
-                    NONE if played.test_metric is None else f"{played.test_metric:.4f}",
-                    format_bytes(played.uplink_bytes),
-                    format_bytes(played.downlink_bytes),
-                    " ".join(f"{count:.0f}" for count in uploads),
-                ),
-            )
+    rows = [
+        (
+            *(str(played.number), str(played.stage), str(played.clients)),
+            format_metric(played.test_metric),
+            *(format_bytes(played.uplink_bytes), format_bytes(played.downlink_bytes)),
+            " ".join(f"{count:.0f}" for count in uploads),
         )
         for played, uploads in zip(run.rounds, run.uploads, strict=True)
-    )
+    ]
     return Table(
         caption=f"Rounds of {variant.label}, seed {run.seed}; the last column counts the clients "
         "that uploaded each block, the input first",
         head=("round", "stage", "clients", metric, "up", "down", "uploads by block"),
-        rows=rows,
+        rows=_cells(rows),
     )
 
 
@@ -400,17 +395,17 @@ def _bits_texts(values: Values) -> list[str]:
 
 def environment_table(section: Section) -> Table:
     """Return versions and machine of all runs; values that differ stand beside each other."""
-    found: dict[str, list[str]] = {}
+    versions: dict[str, list[str]] = {}
     for run in section.runs:
         packages = run.environment.get("packages", {})
         plain = {k: v for k, v in run.environment.items() if k != "packages"}
         for key, value in {**plain, **packages}.items():
-            texts = found.setdefault(str(key), [])
+            texts = versions.setdefault(str(key), [])
             text = NONE if value is None else str(value)
             if text not in texts:
                 texts.append(text)
-    if "started" in found:
-        first, last = min(found["started"]), max(found["started"])
-        found["started"] = [first] if first == last else [f"{first} to {last}"]
-    rows = tuple((Cell(key), Cell(", ".join(texts))) for key, texts in found.items())
+    if "started" in versions:
+        first, last = min(versions["started"]), max(versions["started"])
+        versions["started"] = [first] if first == last else [f"{first} to {last}"]
+    rows = _cells((key, ", ".join(texts)) for key, texts in versions.items())
     return Table(caption="Versions and machine", head=("", "value"), rows=rows)

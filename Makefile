@@ -89,11 +89,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(INSTALL) --constraint constraints.txt --editable '.[fast]'
+	$(INSTALL) --constraint constraints.txt --editable '.'
 	touch $@
 
 $(VENV)/.installed-flower: $(VENV)/.installed
-	$(INSTALL) --constraint constraints.txt --editable '.[fast,flower]'
+	$(INSTALL) --constraint constraints.txt --editable '.[flower]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -171,6 +171,6 @@ def test_wheel_and_source_archive_hold_what_runs_need(tmp_path: Path) -> None:
         files = {"/".join(n.split("/")[1:]) for n in archive.getnames()}
     assert {"src/fedobd/py.typed", "pyproject.toml", "LICENSE", "README.md"} <= files
     assert set(needs) == {
-        "torch", "numpy", "numba", "zstandard",
-        "safetensors", "pydantic", "typer", "rich", "tomli-w",
+        "torch", "numpy", "numba", "zstandard", "zlib-ng",
+        "safetensors", "pydantic", "typer", "rich", "tomli-w", "jinja2",
     }  # fmt: skip

@@ -300,6 +300,6 @@ def test_what_is_not_installed_is_named(
 
 def test_vl_convert_is_imported_when_needed() -> None:
     package = Path(fedobd.cli._report.__file__).parent
-    for file in (package / "report_commands.py", *(package / "report").glob("*.py")):
+    for file in (package / "_report.py", *(package / "report").glob("*.py")):
         for line in file.read_text(encoding="utf-8").splitlines():
             assert not re.match(r"(from|import) vl_convert", line), file

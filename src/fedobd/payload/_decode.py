@@ -16,11 +16,11 @@ from typing import cast
 
 import numpy as np
 import torch
+from zlib_ng.zlib_ng import crc32
 
 from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd.blocks import ModelSchema, Role, Segment, TensorSpec
 from fedobd.codec import Coding, Float32, SegmentCode, decode_levels, decompress, from_bytes
-from fedobd.payload._checksum import crc32
 from fedobd.payload._cursor import DEFAULT_LIMITS, Bytes, Cursor, Limits
 from fedobd.payload._frames import BlockLayout, PlainPart, check_finite, frozen_parts, lay_out
 from fedobd.payload._header import Header

@@ -14,6 +14,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from zlib_ng.zlib_ng import crc32
 
 from fedobd._errors import UsageError
 from fedobd.blocks import ModelSchema, Role, Segment, TensorSpec
@@ -31,7 +32,6 @@ from fedobd.codec import (
     to_words,
     write_varint,
 )
-from fedobd.payload._checksum import crc32
 from fedobd.payload._cursor import Bytes
 from fedobd.payload._frames import (
     BlockLayout,

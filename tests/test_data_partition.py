@@ -20,7 +20,8 @@ from tests.data_helpers import (
     sentences,
     write_parquet,
 )
-from tests.test_runner import Interrupted, Stopper, results
+from tests.test_runner import results
+from tests.toy import Interrupted, Stopper
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Specifying null_placement in SortOptions:FutureWarning",  # pyarrow of datasets
@@ -380,7 +381,7 @@ def test_runs_on_images_are_the_same_with_workers_and_resumed(tmp_path: Path) ->
     assert results(tmp_path / "a") == results(tmp_path / "b")
     for after in (1, 2):
         with pytest.raises(Interrupted):
-            run(config, tmp_path / f"c{after}", observer=Stopper(after))
+            run(config, tmp_path / f"c{after}", callbacks=[Stopper(after)])
         run(config, tmp_path / f"c{after}", resume=True)
         assert results(tmp_path / "a") == results(tmp_path / f"c{after}")
 
@@ -405,6 +406,6 @@ def test_runs_on_texts_are_the_same_when_they_are_resumed(name: str, tmp_path: P
     run(config, tmp_path / "b")
     assert results(tmp_path / "a") == results(tmp_path / "b")
     with pytest.raises(Interrupted):
-        run(config, tmp_path / "c", observer=Stopper(1))
+        run(config, tmp_path / "c", callbacks=[Stopper(1)])
     run(config, tmp_path / "c", resume=True)
     assert results(tmp_path / "a") == results(tmp_path / "c")

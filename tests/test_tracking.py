@@ -14,43 +14,23 @@ from typing import Any, ClassVar
 
 import pytest
 
-from fedobd import SMAFD, FedOBD, ModelSchema, RoundPlan, UsageError, __version__
-from fedobd.experiments import RunConfig, Summary, compare, load_config, parse_config, run, runner
+from fedobd import SMAFD, FedOBD, ModelSchema, UsageError, __version__
+from fedobd.experiments import RunConfig, compare, load_config, parse_config, run, runner
 from fedobd.tracking import (
     RoundMetrics,
+    RunLog,
     TensorBoardTracker,
     Tracker,
     flatten,
     float32_bytes,
-    log_round,
     log_to_terminal,
     make_trackers,
     starvation_warning,
     starved_blocks,
 )
-from tests.toy import config
+from tests.toy import Interrupted, Stopper, config
 
 ROOT = Path(__file__).parent.parent
-
-
-class Stopper:
-    """An observer that stops a run after some rounds."""
-
-    def __init__(self, after: int) -> None:
-        self._after = after
-
-    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
-        pass
-
-    def client_done(self, plan: RoundPlan, done: int) -> None:
-        pass
-
-    def end_round(self, record: dict[str, Any]) -> None:
-        if record["round"] == self._after:
-            raise KeyboardInterrupt
-
-    def end_run(self, summary: Summary) -> None:
-        pass
 
 
 Figures = dict[str, list[tuple[int, Any]]]
@@ -71,8 +51,8 @@ def tracked(*names: str, **changes: Any) -> RunConfig:
 
 
 def stopped(settings: RunConfig, folder: Path, after: int) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, folder, observer=Stopper(after))
+    with pytest.raises(Interrupted):
+        run(settings, folder, callbacks=[Stopper(after)])
 
 
 # --- figures
@@ -295,7 +275,7 @@ def test_the_log_of_a_run_is_appended_to_when_it_goes_on(tmp_path: Path) -> None
     first = messages(folder)
     assert first[0] == start
     assert first[1].startswith("INFO round 1/5, stage 1: metric 0.")
-    assert first[3:] == ["INFO stopped: KeyboardInterrupt()"]
+    assert first[3:] == ["INFO stopped: Interrupted()"]
     summary = run(config(), folder, resume=True)
     second = messages(folder)[len(first) :]
     assert second[:2] == [start, "INFO goes on after round 2"]
@@ -324,7 +304,7 @@ def test_errors_and_refusals_are_logged(tmp_path: Path, caplog: pytest.LogCaptur
         "round": 1, "stage": 1, "test_metric": None, "train_loss": 1.0, "uplink_bytes": 1,
         "downlink_bytes": 1, "seconds": {"round": 1.0}, "refusals": [late, damaged],
     }  # fmt: skip
-    log_round(record, 5)
+    RunLog().on_round_end(record)
     assert caplog.messages == [
         "round 1: the upload of client 3 is missing: it came too late",
         "round 1: the upload of client 4 is refused: too long",
@@ -383,7 +363,7 @@ terminal = log_to_terminal("error")
 terminal.__enter__()
 folder = pathlib.Path(sys.argv[1])
 try:
-    run(tracked("mlflow"), folder, observer=Stopper(2))
+    run(tracked("mlflow"), folder, callbacks=[Stopper(2)])
 except KeyboardInterrupt:
     pass
 from mlflow import MlflowClient

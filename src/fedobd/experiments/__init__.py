@@ -25,7 +25,6 @@ from fedobd.experiments.presets import list_presets
 from fedobd.experiments.runner import (
     BYTE_PARTS,
     Engine,
-    Observer,
     Summary,
     make_record,
     read_summary,
@@ -43,7 +42,6 @@ __all__ = [
     "Comparison",
     "Engine",
     "Experiment",
-    "Observer",
     "Row",
     "RunConfig",
     "RunFolder",

@@ -28,22 +28,23 @@ from fedobd.experiments.folder import (
     CONFIG_FILE,
     SCHEMA_FILE,
     SUMMARY_FILE,
+    PayloadFiles,
     RunFolder,
     claim_folder,
 )
 from fedobd.payload import Kind
 from fedobd.sessions import Broadcast, RoundPlan, ServerSession
 from fedobd.simulation import (
+    Callback,
+    Callbacks,
     ClientStates,
-    PlayedRound,
-    Watcher,
+    RoundResult,
     check_workers,
     open_pool,
     simulate,
 )
 from fedobd.tracking import (
-    log_round,
-    log_summary,
+    RunLog,
     log_to_file,
     make_trackers,
     starvation_warning,
@@ -59,7 +60,7 @@ OVERHEAD_PHASES = ("broadcast", "fold", "mean", "decode", "encode")
 
 
 class Engine(Protocol):
-    """Plays the remaining rounds of a run, wherever its clients are."""
+    """Runs the remaining rounds of a run, wherever its clients are."""
 
     def __call__(
         self,
@@ -68,56 +69,10 @@ class Engine(Protocol):
         *,
         should_evaluate: Callable[[RoundPlan], bool],
         states: ClientStates,
-        watcher: Watcher,
-    ) -> Iterator[PlayedRound]:
+        callback: Callback,
+    ) -> Iterator[RoundResult]:
         """Yield each round when it has ended; see `fedobd.simulation.simulate`."""
         ...
-
-
-class Observer(Protocol):
-    """Sees a run as it goes.
-
-    A run that goes on, or has ended before, shows the rounds that lie behind it first.
-    """
-
-    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
-        """A run begins or goes on."""
-        ...
-
-    def client_done(self, plan: RoundPlan, done: int) -> None:
-        """A client of the round has uploaded."""
-        ...
-
-    def end_round(self, record: dict[str, Any]) -> None:
-        """A round has ended, or was read from the run folder."""
-        ...
-
-    def end_run(self, summary: Summary) -> None:
-        """The run has ended."""
-        ...
-
-
-class _Observers:
-    """Several observers, as one."""
-
-    def __init__(self, members: Sequence[Observer]) -> None:
-        self._members = members
-
-    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
-        for member in self._members:
-            member.begin_run(config, planned_rounds, folder)
-
-    def client_done(self, plan: RoundPlan, done: int) -> None:
-        for member in self._members:
-            member.client_done(plan, done)
-
-    def end_round(self, record: dict[str, Any]) -> None:
-        for member in self._members:
-            member.end_round(record)
-
-    def end_run(self, summary: Summary) -> None:
-        for member in self._members:
-            member.end_run(summary)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +134,7 @@ def run(
     *,
     workers: int = 0,
     resume: bool = False,
-    observer: Observer | None = None,
+    callbacks: Sequence[Callback] = (),
     engine: Engine | None = None,
 ) -> Summary:
     """Run a configuration to its end, or go on with a run that was cut off.
@@ -192,8 +147,8 @@ def run(
         path: the run folder.
         workers: worker processes; 0 for none. The results do not depend on it.
         resume: go on from the folder's checkpoint.
-        observer: sees the run as it goes.
-        engine: plays the rounds; None for the clients on this machine.
+        callbacks: see the run as it goes.
+        engine: runs the rounds; None for the clients on this machine.
 
     Raises:
         UsageError: the configuration cannot be run, the folder holds another run, or another
@@ -202,7 +157,7 @@ def run(
     """
     check_workers(workers)
     one_at_a_time = engine is None and workers == 0
-    engine = engine or partial(_play_here, workers=workers)
+    engine = engine or partial(_simulate, workers=workers)
     trackers = make_trackers(config.output.trackers, config.output.tracking_uri)
     experiment = build_experiment(config, workers)
     server = ServerSession(
@@ -228,35 +183,27 @@ def run(
         stack.enter_context(log_to_file(path / LOG))
         for tracker in trackers:
             stack.enter_context(closing(tracker))
-        observers = _Observers([*([observer] if observer is not None else []), *trackers])
-        observers.begin_run(config, server.planned_rounds, path)
-        _take_up(config, experiment, server, folder, workers)
+        callback: Callback = Callbacks([*callbacks, *trackers])
+        log = RunLog()
+        for member in (log, callback):
+            member.on_run_begin(config, server.planned_rounds, path)
+        _take_up(experiment, server, folder, workers)
         for record in folder.records():
-            observers.end_round(record)
+            callback.on_round_end(record)
         if folder.is_finished:
             summary = read_summary(folder)
         else:
-            _play(config, experiment, server, folder, engine, observers)
+            callback = Callbacks([log, callback])
+            _run_rounds(config, experiment, server, folder, engine, callback)
             summary = _finish(config, experiment, server, folder, one_at_a_time)
-        observers.end_run(summary)
+        callback.on_run_end(summary)
     return summary
 
 
 def _take_up(
-    config: RunConfig,
-    experiment: Experiment,
-    server: ServerSession,
-    folder: RunFolder,
-    workers: int,
+    experiment: Experiment, server: ServerSession, folder: RunFolder, workers: int
 ) -> None:
     """Bring server and folder to where the run stands."""
-    logger.info(
-        "fedobd %s: method %s, seed %d, at most %d rounds",
-        version("fedobd"),
-        config.method,
-        config.federation.seed,
-        server.planned_rounds,
-    )
     if folder.is_finished:
         logger.info("has ended before")
         return
@@ -269,19 +216,16 @@ def _take_up(
     folder.write_json("environment.json", _environment(workers, experiment.setup.device))
 
 
-def _play(
+def _run_rounds(
     config: RunConfig,
     experiment: Experiment,
     server: ServerSession,
     folder: RunFolder,
     engine: Engine,
-    observer: Observer,
+    callback: Callback,
 ) -> None:
     every = config.output.evaluate_every
-    watcher = Watcher(
-        on_payload=folder.write_payload if config.output.keep_payloads else None,
-        on_client=observer.client_done,
-    )
+    keeper = [PayloadFiles(folder)] if config.output.keep_payloads else []
     if server.is_finished:
         return
     rounds = engine(
@@ -289,26 +233,25 @@ def _play(
         server,
         should_evaluate=lambda plan: plan.round % every == 0,
         states=folder,
-        watcher=watcher,
+        callback=Callbacks([callback, *keeper]),
     )
     for played in rounds:
         record = make_record(played)
         folder.append_record(record)
         folder.save_checkpoint(server.save())
-        log_round(record, server.planned_rounds)
-        observer.end_round(record)
+        callback.on_round_end(record)
 
 
-def _play_here(
+def _simulate(
     experiment: Experiment,
     server: ServerSession,
     *,
     should_evaluate: Callable[[RoundPlan], bool],
     states: ClientStates,
-    watcher: Watcher,
+    callback: Callback,
     workers: int,
-) -> Iterator[PlayedRound]:
-    """Play the clients on this machine."""
+) -> Iterator[RoundResult]:
+    """Run the clients on this machine."""
     with open_pool(experiment.setup, workers) as pool:
         yield from simulate(
             server,
@@ -316,7 +259,7 @@ def _play_here(
             evaluate=experiment.evaluate_part,
             should_evaluate=should_evaluate,
             states=states,
-            watcher=watcher,
+            callback=callback,
         )
 
 
@@ -333,7 +276,7 @@ def read_summary(folder: RunFolder) -> Summary:
         raise UsageError(f"{str(folder.path / SUMMARY_FILE)!r} is damaged: {error}") from error
 
 
-def make_record(played: PlayedRound) -> dict[str, Any]:
+def make_record(played: RoundResult) -> dict[str, Any]:
     """Return a round's line of rounds.jsonl; only `seconds` depends on the clock."""
     record = played.record
     values = dataclasses.asdict(record)
@@ -431,7 +374,6 @@ def _finish(
     warning = starvation_warning(experiment.method, {config.federation.seed: starved})
     if warning is not None:
         logger.warning(warning)
-    log_summary(dataclasses.asdict(summary))
     return summary
 
 

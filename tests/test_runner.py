@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 
 from fedobd import FedOBDError, ModelSchema, Payload, UsageError
 from fedobd.blocks import ModelState, load_state
-from fedobd.experiments import RunFolder, compare, parse_config, run, runner
-from fedobd.experiments._build import build_experiment
+from fedobd.experiments import RunFolder, build_experiment, compare, parse_config, run
 from fedobd.models import build_model
 from fedobd.simulation import Callback
 from fedobd.training import Evaluation
@@ -136,7 +135,7 @@ def test_what_clients_hold_in_the_end_is_tested_where_it_is_not_what_the_server_
         return seen[-1]
 
     counted = dataclasses.replace(experiment, evaluate=count)
-    monkeypatch.setattr(runner, "build_experiment", lambda *_: counted)
+    monkeypatch.setattr("fedobd.experiments._runner.build_experiment", lambda *_: counted)
     summary = run(config(method), tmp_path / "run")
     assert [seen[0].metric, seen[-1].metric] == [summary.final_metric, summary.broadcast_metric]
     assert len(seen) == tests

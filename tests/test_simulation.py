@@ -15,7 +15,7 @@ from torch import nn
 from fedobd import EmptyRoundError, RoundRecord, ServerSession, UsageError
 from fedobd._seeds import derive_seed
 from fedobd.data import ClientData
-from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.experiments import Experiment, build_experiment
 from fedobd.sessions import Intake, RoundPlan
 from fedobd.simulation import (
     Callback,

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 
 from fedobd import SMAFD, FedOBD, ModelSchema, UsageError, __version__
-from fedobd.experiments import RunConfig, compare, load_config, parse_config, run, runner
+from fedobd.experiments import RunConfig, compare, load_config, parse_config, run
 from fedobd.tracking import (
     RoundMetrics,
     RunLog,
@@ -25,8 +25,8 @@ from fedobd.tracking import (
     float32_bytes,
     log_to_terminal,
     make_trackers,
-    starvation_warning,
-    starved_blocks,
+    rare_blocks,
+    rare_blocks_warning,
 )
 from tests.toy import Interrupted, Stopper, config
 
@@ -233,7 +233,7 @@ def test_a_tracker_that_fails_costs_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = Failing(fails_in=3)
-    monkeypatch.setattr(runner, "make_trackers", lambda *_: [tracker])
+    monkeypatch.setattr("fedobd.experiments._runner.make_trackers", lambda *_: [tracker])
     summary = run(config(), tmp_path / "a")
     assert (summary.rounds, tracker.seen, tracker.closed) == (5, [1, 2], 0)
     message = caplog.messages[0]
@@ -247,7 +247,7 @@ def test_trackers_are_closed_once_however_a_run_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = Failing(fails_in=99)
-    monkeypatch.setattr(runner, "make_trackers", lambda *_: [tracker])
+    monkeypatch.setattr("fedobd.experiments._runner.make_trackers", lambda *_: [tracker])
     stopped(config(), tmp_path / "a", after=2)
     assert tracker.closed == 1
     tracker = Failing(fails_in=99)
@@ -439,7 +439,7 @@ def test_a_store_that_mlflow_cannot_use(tmp_path: Path) -> None:
         assert len(done.stdout) < 500
 
 
-# starved blocks
+# rare blocks
 
 SCHEMA = ModelSchema.from_json(
     {
@@ -460,10 +460,10 @@ def test_blocks_starve_below_a_twentieth_of_the_uploads_of_stage_1() -> None:
         uploads(1, [0, 1, 2], [0, 1, 2], [0, 1]),
         uploads(2, *[[0, 1, 2, 3]] * 9),
     ]
-    c, d = starved_blocks(rounds, SCHEMA)
+    c, d = rare_blocks(rounds, SCHEMA)
     assert (c.block, c.parameters, c.share, c.uploads) == ("c", 8, 0.25, 2 / 41)
     assert (d.block, d.uploads) == ("d", 0)
-    text = starvation_warning(FedOBD(), {0: [c, d], 1: [c, d], 2: [], 3: [d]})
+    text = rare_blocks_warning(FedOBD(), {0: [c, d], 1: [c, d], 2: [], 3: [d]})
     assert text == (
         "fedobd: clients left out some blocks in stage 1, so the server hardly trained them in "
         "it. Seeds 0, 1: no client uploaded block d (25.0 % of the parameters); fewer than 5 % of "
@@ -471,12 +471,12 @@ def test_blocks_starve_below_a_twentieth_of_the_uploads_of_stage_1() -> None:
         "(25.0 % of the parameters). Split large blocks with model.blocks.max_block_fraction, "
         "lower dropout_rate, or give stage 2 more epochs."
     )
-    assert starvation_warning(FedOBD(), {0: [], 1: []}) is None
+    assert rare_blocks_warning(FedOBD(), {0: [], 1: []}) is None
 
 
 def test_advice_suits_the_method_and_long_lists_are_cut() -> None:
-    (found,) = starved_blocks([uploads(1, [0, 1, 2])], SCHEMA)
-    text = starvation_warning(SMAFD(), {0: [found] * 10})
+    (found,) = rare_blocks([uploads(1, [0, 1, 2])], SCHEMA)
+    text = rare_blocks_warning(SMAFD(), {0: [found] * 10})
     assert text is not None
     assert "d (25.0 %), 2 more, 250.0 % of the parameters in all. Lower dropout_rate." in text
     assert "max_block_fraction" not in text

@@ -18,7 +18,7 @@ from __future__ import annotations
 from fedobd.tracking._log import LEVELS, RunLog, log_to_file, log_to_terminal
 from fedobd.tracking._metrics import RoundMetrics, flatten, float32_bytes
 from fedobd.tracking._mlflow import MLflowTracker
-from fedobd.tracking._starved import StarvedBlock, starvation_warning, starved_blocks
+from fedobd.tracking._rare_blocks import RareBlock, rare_blocks, rare_blocks_warning
 from fedobd.tracking._tensorboard import TensorBoardTracker
 from fedobd.tracking._tracker import Tracker
 from fedobd.tracking._trackers import TrackerName, make_trackers
@@ -26,9 +26,9 @@ from fedobd.tracking._trackers import TrackerName, make_trackers
 __all__ = [
     "LEVELS",
     "MLflowTracker",
+    "RareBlock",
     "RoundMetrics",
     "RunLog",
-    "StarvedBlock",
     "TensorBoardTracker",
     "Tracker",
     "TrackerName",
@@ -37,6 +37,6 @@ __all__ = [
     "log_to_file",
     "log_to_terminal",
     "make_trackers",
-    "starvation_warning",
-    "starved_blocks",
+    "rare_blocks",
+    "rare_blocks_warning",
 ]

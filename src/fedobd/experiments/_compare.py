@@ -10,8 +10,8 @@ from typing import Any
 
 from fedobd._errors import UsageError
 from fedobd.experiments._build import build_experiment
-from fedobd.experiments.config import RunConfig
-from fedobd.experiments.folder import (
+from fedobd.experiments._config import RunConfig
+from fedobd.experiments._folder import (
     CONFIG_FILE,
     SCHEMA_FILE,
     claim_folder,
@@ -19,7 +19,8 @@ from fedobd.experiments.folder import (
     settle_config,
     write_json,
 )
-from fedobd.experiments.runner import Summary, run
+from fedobd.experiments._runner import run
+from fedobd.experiments._summary import Summary
 from fedobd.simulation import Callback, check_workers
 
 COMPARISON = "comparison.json"

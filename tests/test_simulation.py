@@ -16,7 +16,7 @@ from fedobd import EmptyRoundError, RoundRecord, ServerSession, UsageError
 from fedobd._seeds import derive_seed
 from fedobd.data import ClientData
 from fedobd.experiments import Experiment, build_experiment
-from fedobd.sessions import Intake, RoundPlan
+from fedobd.sessions import Aggregator, RoundPlan
 from fedobd.simulation import (
     Callback,
     ClientPool,
@@ -76,7 +76,7 @@ class ReversedPool(SequentialPool):
     """Plays clients in the opposite order."""
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
         return super().run(reversed(list(tasks)))
 
@@ -102,7 +102,7 @@ class DamagingPool(SequentialPool):
         self._victims = victims
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
         for result in super().run(tasks):
             if result.client in self._victims:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from typing import Any
@@ -17,22 +16,9 @@ logger = logging.getLogger(__name__)
 
 def make_record(result: RoundResult) -> dict[str, Any]:
     """Return a round's line of rounds.jsonl; only `seconds` depends on the clock."""
-    record, test = result.record, result.test
-    values = dataclasses.asdict(record)
-    clients = []
-    sent = len(record.opened) + len(record.reopened)
-    opening = record.opening_bytes // sent if sent else 0
-    for upload in values.pop("uploads"):
-        del upload["uplink_blocks"]  # the round's sums are kept
-        again = record.reopened.count(upload["client"])
-        openings = again + (upload["client"] in record.opened)
-        clients.append(
-            {
-                **upload,
-                "uplink_bytes": sum(upload["uplink"][part] for part in BYTE_PARTS),
-                "downlink_bytes": record.broadcast.total * (1 + again) + opening * openings,
-            }
-        )
+    test = result.test
+    values = result.record.to_json()
+    clients = values.pop("clients")
     return {
         **values,
         "test_loss": None if test is None else finite_or_none(test.loss),

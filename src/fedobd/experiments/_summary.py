@@ -36,10 +36,10 @@ class Summary:
         broadcast_metric: Ŵ, what clients hold after the last delivery, on the test set; None
             without one.
         uplink_bytes: all uploads.
-        downlink_bytes: all broadcasts and openings.
+        downlink_bytes: all broadcasts and initial payloads.
         total_bytes: both.
         uplink_nominal_bits: accepted uploads by the papers' formula.
-        downlink_nominal_bits: broadcasts and openings by it.
+        downlink_nominal_bits: broadcasts and initial payloads by it.
         shares: of all bytes but refused uploads', what headers, levels, raw values and buffers
             take, by direction.
         delivery_bytes: the trained model's delivery to all clients, counted in no total.
@@ -107,7 +107,7 @@ def summarize(
         one_at_a_time: whether clients ran one after another, so that the phases of their rounds
             add up.
     """
-    delivery = b"".join(server.delivery())
+    delivery = server.delivery().data
     final, of_delivery = _test(experiment, server, delivery)
     metrics = [m for m in (*(r["test_metric"] for r in records), final) if m is not None]
     uplink_bytes = sum(r["uplink_bytes"] for r in records)

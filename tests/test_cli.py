@@ -87,7 +87,7 @@ def test_a_gpu_without_memory_is_an_error_that_says_what_to_change(
     def full(*_: object, **__: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    monkeypatch.setattr("fedobd.cli._main.run", full)
+    monkeypatch.setattr("fedobd.cli._run.run", full)
     done = fedobd(capsys, "run", "toy.toml")
     assert done.status == 2
     assert done.err.startswith("error: CUDA out of memory. Tried to allocate 9 GiB\n")
@@ -100,7 +100,7 @@ def test_names_with_brackets_are_printed_as_they_are(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedobd.cli._main.run", interrupt)
+    monkeypatch.setattr("fedobd.cli._run.run", interrupt)
     done = fedobd(capsys, "run", "toy.toml", "-o", "runs[/a]")
     assert done.status == 130
     assert "--output runs[/a] --resume" in done.err

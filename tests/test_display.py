@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 from fedobd import RoundPlan
+from fedobd.cli._console_tables import comparison_table
 from fedobd.cli._json_lines import JsonLines
 from fedobd.cli._live import Display
-from fedobd.cli._tables import comparison_table
 from fedobd.experiments import RunConfig, compare, parse_config, run
 from tests.toy import CONFIG, config
 

@@ -640,10 +640,10 @@ def test_ctrl_c_inside_an_exec_of_text_ends_with_the_usual_status(tmp_path: Path
     program = """
 from pathlib import Path
 import typer
-from fedobd.cli._main import _interruptible
+from fedobd.cli._run import interruptible
 
 def command() -> None:
-    with _interruptible(Path("a")):
+    with interruptible(Path("a")):
         exec("raise KeyboardInterrupt")
 
 typer.run(command)

@@ -59,8 +59,7 @@ def plan(words: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def of_method(config: RunConfig, name: str, **options: Any) -> MethodPlan:
-    found = {own.method: own for own in make_plan(config, **options).methods}
-    return found[name]
+    return next(p for p in make_plan(config, **options).methods if p.method == name)
 
 
 # what is promised
@@ -94,9 +93,9 @@ def test_openings_and_a_shared_start_are_counted_as_sessions_do(
     real: Summary = run(config, tmp_path / "run")
     records = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
     rounds = [json.loads(line) for line in records]
-    assert estimate.openings * estimate.opening_bytes == sum(r["opening_bytes"] for r in rounds)
-    assert estimate.opening_rounds == sum(bool(r["opened"]) for r in rounds)
-    assert (estimate.opening_bytes < 100) is shared_start
+    assert estimate.initialized * estimate.initial_bytes == sum(r["opening_bytes"] for r in rounds)
+    assert estimate.initial_rounds == sum(bool(r["opened"]) for r in rounds)
+    assert (estimate.initial_bytes < 100) is shared_start
     if name == "fedavg":
         assert estimate.downlink_bytes == real.downlink_bytes
 
@@ -240,7 +239,7 @@ def test_time_on_a_link_is_transfer_and_training_of_one_client() -> None:
         StagePlan(number=2, rounds=4, epochs=1, cohort=20, uplink_bytes=50.0, downlink_bytes=50.0),
     )
     made = MethodPlan(
-        method="fedobd", stages=stages, opening_bytes=1000, openings=20, opening_rounds=6
+        method="fedobd", stages=stages, initial_bytes=1000, initialized=20, initial_rounds=6
     )
     assert made.uplink_bytes == 10 * 5 * 100 + 4 * 20 * 50
     assert made.downlink_bytes == 10 * 5 * 300 + 4 * 20 * 50 + 20 * 1000

@@ -793,10 +793,10 @@ def test_a_stack_changes_a_run_by_no_more_than_rounding(method: str) -> None:
         pool = open_pool(experiment.setup)
         rounds, kept, _ = play(experiment, pool, 10, 0)
         assert len(rounds) == 3
-        assert len(rounds[0].plan.cohort) == 5
+        assert len(rounds[0].record.cohort) == 5
         assert not any(played.record.refusals for played in rounds)
         uploads = {name: data for name, data in kept.items() if "upload" in name}
-        assert len(uploads) == sum(len(played.plan.cohort) for played in rounds)
+        assert len(uploads) == sum(len(played.record.cohort) for played in rounds)
         for data in uploads.values():
             payload = Payload.parse(data, experiment.schema)
             assert len(list(payload.blocks())) == len(payload.header.block_ids)

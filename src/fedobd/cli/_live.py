@@ -31,8 +31,8 @@ class _Line:
         method: its name.
         seed: the run's seed; None before there is a run.
         planned: how many rounds it has at most.
-        round: the round that is being played, or the last one.
-        rounds_done: rounds that have ended; with a part of the one that is being played.
+        round: the round that goes on, or the last one.
+        rounds_done: rounds that have ended; with a part of the one that goes on.
         stage: the round's stage.
         clients: how many clients have uploaded in the round, of how many.
         metric: the last test metric.
@@ -256,7 +256,7 @@ class Display(Callback):
 
 def _columns_within(width: int, lines: Sequence[_Line]) -> list[_Column]:
     """Return the columns that fit, those of a high rank left out first."""
-    kept = list(_COLUMNS)
-    while kept and sum(column.needs(lines) for column in kept) > width:
-        kept.remove(max(kept, key=lambda column: column.rank))
-    return kept
+    columns = list(_COLUMNS)
+    while columns and sum(column.needs(lines) for column in columns) > width:
+        columns.remove(max(columns, key=lambda column: column.rank))
+    return columns

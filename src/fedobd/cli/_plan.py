@@ -263,13 +263,13 @@ def _notes(plan: Plan, pace: _Pace) -> Iterator[str]:
         f"time: each client has a link of its own of {pace.link}, and all transfer at the same "
         f"time; the server's link is no limit; training: {training}."
     )
-    opened = [
-        f"{method.method} {method.openings} × {format_bytes(method.opening_bytes)}"
+    initial = [
+        f"{method.method} {method.initialized} × {format_bytes(method.initial_bytes)}"
         for method in plan.methods
-        if method.openings
+        if method.initialized
     ]
-    if opened:
-        yield f"sent to clients before their first round, counted in all: {', '.join(opened)}"
+    if initial:
+        yield f"sent to clients before their first round, counted in all: {', '.join(initial)}"
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
@@ -307,7 +307,11 @@ def _as_json(plan: Plan, pace: _Pace) -> dict[str, Any]:
         ],
         "methods": [
             {
-                **dataclasses.asdict(method),
+                "method": method.method,
+                "stages": [dataclasses.asdict(stage) for stage in method.stages],
+                "opening_bytes": method.initial_bytes,
+                "openings": method.initialized,
+                "opening_rounds": method.initial_rounds,
                 "uplink_bytes": method.uplink_bytes,
                 "downlink_bytes": method.downlink_bytes,
                 "total_bytes": method.total_bytes,

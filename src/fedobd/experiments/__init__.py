@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedobd.experiments._build import Experiment, build_experiment, initial_model
+from fedobd.experiments._build import Experiment, build_experiment, initial_model, wants_vocab_size
 from fedobd.experiments._compare import Comparison, Row, compare
 from fedobd.experiments._config import (
     RunConfig,
@@ -53,5 +53,6 @@ __all__ = [
     "plain_values",
     "read_summary",
     "run",
+    "wants_vocab_size",
     "write_atomically",
 ]

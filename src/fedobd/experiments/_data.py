@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedobd._errors import UsageError
-from fedobd._lookup import build_object, find_object
+from fedobd._lookup import build_object, no_such
 from fedobd.data import (
     Examples,
     ExampleSet,
@@ -111,9 +111,7 @@ def build_data(config: RunConfig, device: str = "cpu", workers: int = 0) -> Buil
     if ":" in data.name:
         return BuiltData(federated=_from_function(config))
     if "/" not in data.name and not Path(data.name).exists():
-        find_object(
-            data.name, "data set", dict.fromkeys(("digits", "nodes"))
-        )  # says what there is
+        raise no_such("data set", data.name, ("digits", "nodes"))
     loaded = load_data(
         data.name,
         columns=data.columns,

@@ -51,8 +51,13 @@ def write_atomically(path: Path, data: Bytes) -> None:
     with draft.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # else a power cut could leave the new name with no content
     draft.replace(path)
+
+
+def _to_safetensors(tensors: ModelState, metadata: Mapping[str, str] | None = None) -> bytes:
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    return save(contiguous, None if metadata is None else dict(metadata))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -74,13 +79,14 @@ def claim_folder(path: Path, marker: str, *, resume: bool) -> None:
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"output {str(path)!r} is a file; wanted a folder")
-    if path.is_dir() and any(path.iterdir()) and not resume:
-        what = "another run" if (path / marker).exists() else "other files"
+    is_used, has_run = path.is_dir() and any(path.iterdir()), (path / marker).exists()
+    if is_used and not resume:
+        what = "another run" if has_run else "other files"
         raise UsageError(
             f"output folder {str(path)!r} holds {what}; choose another, or --resume to go on "
             f"with it"
         )
-    if resume and path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
+    if is_used and not has_run:
         raise UsageError(f"output folder {str(path)!r} holds no run to resume")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -176,7 +182,7 @@ class RunFolder:
     def append_record(self, record: dict[str, Any]) -> None:
         """Add a round's record."""
         with (self.path / ROUNDS_FILE).open("ab") as file:
-            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
 
@@ -192,8 +198,7 @@ class RunFolder:
         """Keep the records of the first rounds, drop later ones."""
         file = self.path / ROUNDS_FILE
         if file.exists():
-            kept = [record for record in _whole_lines(file) if record["round"] <= rounds]
-            lines = [json.dumps(record, allow_nan=False).encode() + b"\n" for record in kept]
+            lines = [_line(r) for r in _whole_lines(file) if r["round"] <= rounds]
             write_atomically(file, b"".join(lines))
 
     # --- checkpoint
@@ -211,9 +216,8 @@ class RunFolder:
             "session": json.dumps(saved.values),
             "client_states": json.dumps(self._state_rounds),
         }
-        tensors = {name: value.contiguous() for name, value in saved.tensors.items()}
-        write_atomically(self._checkpoint, save(tensors, metadata))
-        self._drop_stale_states()
+        write_atomically(self._checkpoint, _to_safetensors(saved.tensors, metadata))
+        self._drop_stale_states()  # only now: a kill before it must find the older ones
 
     def load_checkpoint(self) -> SavedSession | None:
         """Return the last checkpoint, None before the first.
@@ -257,16 +261,14 @@ class RunFolder:
 
     def store(self, client: int, round_number: int, state: ModelState) -> None:
         """Keep a client's state after a round; it counts from the next checkpoint on."""
-        tensors = {name: value.contiguous() for name, value in state.items()}
-        write_atomically(self._state_file(client, round_number), save(tensors))
+        write_atomically(self._state_file(client, round_number), _to_safetensors(state))
         self._state_rounds[client] = round_number
 
     # --- results
 
     def write_model(self, state: ModelState) -> None:
         """Write the trained model."""
-        tensors = {name: value.contiguous() for name, value in state.items()}
-        write_atomically(self.path / MODEL_FILE, save(tensors, {"format": "pt"}))
+        write_atomically(self.path / MODEL_FILE, _to_safetensors(state, {"format": "pt"}))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one of the folder's JSON files."""
@@ -303,6 +305,10 @@ class PayloadFiles(Callback):
         folder = self._folder / f"round-{round_number:04d}"
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"{name}.fobd", payload)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
 def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -52,7 +52,7 @@ class Summary:
         overhead: share of a round's time that the core's own work took; None where clients
             run beside each other.
         rarely_uploaded: blocks that fewer than 5 % of the uploads of stage 1 held, with that share
-            as `uploads`; empty in folders that do not say.
+            as `uploads`.
     """
 
     method: str
@@ -73,7 +73,7 @@ class Summary:
     stops_on_test: bool
     seconds: dict[str, float]
     overhead: float | None
-    rarely_uploaded: tuple[dict[str, Any], ...] = ()
+    rarely_uploaded: tuple[dict[str, Any], ...]
 
 
 def read_summary(folder: RunFolder) -> Summary:

@@ -332,7 +332,7 @@ class FedOBDStrategy(Strategy):
                 test = evaluate(server.state)
                 server.observe_test_metric(test.metric)
             seconds = {**conductor.seconds, "round": time.perf_counter() - began}
-            yield RoundResult(plan=plan, record=record, test=test, seconds=seconds)
+            yield RoundResult(record=record, test=test, seconds=seconds)
 
     def _train(self, grid: Grid, config: ConfigRecord, result: Result) -> RoundRecord:
         """Play the training of a round, again where too few uploads came."""

@@ -73,17 +73,17 @@ class MethodPlan:
     Args:
         method: the method's name.
         stages: its stages.
-        opening_bytes: of the initial payload that a client is sent before its first broadcast; 0
-            where there is none. It and the next two are keys of `fedobd plan --json`.
-        openings: how many clients are sent one.
-        opening_rounds: in how many rounds one is sent.
+        initial_bytes: of the initial payload that a client is sent before its first broadcast; 0
+            where there is none.
+        initialized: how many clients are sent one.
+        initial_rounds: in how many rounds one is sent.
     """
 
     method: str
     stages: tuple[StagePlan, ...]
-    opening_bytes: int
-    openings: int
-    opening_rounds: int
+    initial_bytes: int
+    initialized: int
+    initial_rounds: int
 
     @property
     def uplink_bytes(self) -> float:
@@ -94,7 +94,7 @@ class MethodPlan:
     def downlink_bytes(self) -> float:
         """Bytes of all broadcasts and initial payloads."""
         broadcasts = (stage.rounds * stage.cohort * stage.downlink_bytes for stage in self.stages)
-        return sum(broadcasts) + self.openings * self.opening_bytes
+        return sum(broadcasts) + self.initialized * self.initial_bytes
 
     @property
     def total_bytes(self) -> float:
@@ -108,7 +108,7 @@ class MethodPlan:
             link_bits_per_s: speed of each client's own link; the server's is no limit.
             seconds_per_epoch: how long a client trains for a local epoch.
         """
-        sent = self.opening_rounds * self.opening_bytes + sum(
+        sent = self.initial_rounds * self.initial_bytes + sum(
             stage.rounds * (stage.uplink_bytes + stage.downlink_bytes) for stage in self.stages
         )
         epochs = sum(stage.rounds * stage.epochs for stage in self.stages)
@@ -226,9 +226,9 @@ def plan_method(
     return MethodPlan(
         method=method.name,
         stages=tuple(stages),
-        opening_bytes=initial_bytes,
-        openings=sum(newcomers),
-        opening_rounds=sum(count > 0 for count in newcomers),
+        initial_bytes=initial_bytes,
+        initialized=sum(newcomers),
+        initial_rounds=sum(count > 0 for count in newcomers),
     )
 
 

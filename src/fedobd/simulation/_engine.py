@@ -50,7 +50,6 @@ class RoundResult:
     """What came of one round, whichever engine ran it.
 
     Args:
-        plan: what was planned.
         record: what happened.
         test: the new state's figures on the test set, where they were asked for.
         seconds: wall-clock seconds by phase: `round` in all; `broadcast`, `mean` and `evaluate` on
@@ -59,7 +58,6 @@ class RoundResult:
             workers, and so does `fold`; where they are not, `wait` for their uploads.
     """
 
-    plan: RoundPlan
     record: RoundRecord
     test: Evaluation | None
     seconds: dict[str, float]
@@ -109,7 +107,7 @@ def simulate(
                 test = evaluate(server.state)
             server.observe_test_metric(test.metric)
         seconds["round"] = time.perf_counter() - began
-        yield RoundResult(plan=plan, record=record, test=test, seconds=dict(seconds))
+        yield RoundResult(record=record, test=test, seconds=dict(seconds))
 
 
 def _run_clients(
@@ -122,21 +120,21 @@ def _run_clients(
 ) -> None:
     with _timed(seconds, "broadcast"):
         broadcast = server.broadcast().data
-        openings = {
+        initial_payloads = {
             client: server.initial_payload(client).data
             for client in plan.cohort
             if server.needs_initial_payload(client)
         }
     if callback.wants_payloads:
         callback.on_payload(plan.round, "broadcast", broadcast)
-        for client, opening in openings.items():
-            callback.on_payload(plan.round, f"opening-{client}", opening)
+        for client, payload in initial_payloads.items():
+            callback.on_payload(plan.round, f"opening-{client}", payload)
     tasks = (
         ClientTask(
             plan=plan,
             client=client,
             broadcast=broadcast,
-            opening=openings.get(client),
+            opening=initial_payloads.get(client),
             state=states.load(client),
         )
         for client in plan.cohort

@@ -14,7 +14,16 @@ import pytest
 import torch
 import typer
 
-from fedobd import METHODS, FedAvg, RoundPlan, UsageError, decompose, get_state
+from fedobd import (
+    METHODS,
+    FedAvg,
+    FedOBD,
+    RoundPlan,
+    ServerSession,
+    UsageError,
+    decompose,
+    get_state,
+)
 from fedobd.cli._plan import plan_command
 from fedobd.experiments import (
     RunConfig,
@@ -174,6 +183,22 @@ def test_played_rounds_stand_for_every_round_once(rounds: int, first_apart: bool
         assert numbers == sorted(set(numbers))
         assert 0 <= numbers[0] <= numbers[-1] < rounds
         assert not first_apart or played[0] == (0, 1)
+
+
+def test_a_session_skips_to_a_round_that_there_is_and_to_no_other() -> None:
+    model = toy.make_model()
+    method = FedOBD(stage_one_rounds=3, stage_two_epochs=2)
+    server = ServerSession(method, decompose(model), get_state(model), num_clients=2)
+    server.skip_to(1, 1)
+    begun = server.begin_round()
+    assert begun is not None
+    assert (begun.round, begun.stage, server.rounds) == (5, 2, 4)
+    with pytest.raises(UsageError, match="round 5 is open"):
+        server.skip_to(0, 0)
+    server.abort_round()
+    for stage, stage_rounds in ((0, 3), (0, -1), (2, 0)):
+        with pytest.raises(UsageError, match=r"there is no round -?\d of stage \d in fedobd"):
+            server.skip_to(stage, stage_rounds)
 
 
 def test_updates_follow_a_laplace_distribution_of_the_wanted_size() -> None:

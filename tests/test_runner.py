@@ -17,13 +17,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedobd import FedOBDError, ModelSchema, Payload, UsageError
+from fedobd import FedOBDError, ModelSchema, Payload, RoundPlan, UsageError
 from fedobd.blocks import ModelState, load_state
-from fedobd.experiments import RunFolder, build_experiment, compare, parse_config, run
+from fedobd.experiments import (
+    RunConfig,
+    RunFolder,
+    Summary,
+    build_experiment,
+    compare,
+    parse_config,
+    run,
+)
 from fedobd.models import build_model
+from fedobd.payload import Bytes
 from fedobd.simulation import Callback
 from fedobd.training import Evaluation
-from tests.toy import CONFIG, Interrupted, Stopper, config
+from tests.toy import CONFIG, Interrupted, PayloadKeeper, Stopper, config
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,14 +120,45 @@ def test_a_killed_run_goes_on_to_the_same_end(
     monkeypatch.setenv("TOY_KILL", str(tmp_path / "never"))
     with pytest.raises(UsageError, match="holds another run"):
         run(changes, tmp_path / "a")
-    resumed = subprocess.run(
-        [*command, "--resume"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert resumed.returncode == 0, resumed.stderr
+    run(changes, tmp_path / "a", resume=True)
     run(changes, tmp_path / "b")
     assert results(tmp_path / "a") == results(tmp_path / "b")
     assert not (tmp_path / "a" / "checkpoint" / "clients" / "0@99.safetensors").exists()
+
+
+def test_callbacks_see_a_run_and_are_given_payloads_where_they_want_them(tmp_path: Path) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    class Everything(Callback):
+        def on_run_begin(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
+            seen.append(("begin", config.method, planned_rounds, folder))
+
+        def on_payload(self, round_number: int, name: str, payload: Bytes) -> None:
+            seen.append(("payload", name))
+
+        def on_client_end(self, plan: RoundPlan, done: int) -> None:
+            seen.append(("client", plan.round, done))
+
+        def on_round_end(self, record: dict[str, Any]) -> None:
+            seen.append(("round", record["round"]))
+
+        def on_run_end(self, summary: Summary) -> None:
+            seen.append(("end", summary.rounds))
+
+    keeper, folder = PayloadKeeper(), tmp_path / "run"
+    values = config("fedpaq", methods={"fedpaq": {"rounds": 1, "cohort": 2}})
+    run(values, folder, callbacks=[Everything(), keeper])
+    begin = ("begin", "fedpaq", 1, folder)
+    assert seen == [begin, ("client", 1, 1), ("client", 1, 2), ("round", 1), ("end", 1)]
+    (record,) = records(folder)
+    assert keeper.kept.keys() == {"1 broadcast", *(f"1 upload-{c}" for c in record["cohort"])}
+    assert sum(c["uplink_bytes"] for c in record["clients"]) == sum(
+        len(data) for name, data in keeper.kept.items() if "upload" in name
+    )
+    assert not (folder / "payloads").exists()
+    seen.clear()
+    run(values, folder, resume=True, callbacks=[Everything()])
+    assert seen == [begin, ("round", 1), ("end", 1)]
 
 
 @pytest.mark.parametrize(("method", "tests"), [("fedavg", 1), ("fedobd", 2)])
@@ -253,10 +293,9 @@ def test_a_comparison_that_cannot_be_run_leaves_no_folder(
 def test_compare_runs_all_and_tabulates(tmp_path: Path) -> None:
     values = parse_config(tomllib.loads(CONFIG))
     folder = tmp_path / "all"
-    comparison = compare(values, folder, seeds=[1, 2])
-    assert [row.method for row in comparison.rows] == [
-        "fedobd", "fedavg", "fedpaq", "feddropoutavg", "smafd"
-    ]  # fmt: skip
+    methods = ["fedobd", "fedavg", "smafd"]
+    comparison = compare(values, folder, seeds=[1, 2], methods=methods)
+    assert [row.method for row in comparison.rows] == methods
     rows = {row.method: row for row in comparison.rows}
     summaries = {
         name: [
@@ -277,12 +316,11 @@ def test_compare_runs_all_and_tabulates(tmp_path: Path) -> None:
     assert all(best.final_metric >= rows[n].final_metric for n in rows if n != "fedobd")
     # cut off: one run is missing, another is not finished
     shutil.rmtree(folder / "smafd-seed2")
-    (folder / "fedpaq-seed1" / "summary.json").unlink()
+    (folder / "fedavg-seed1" / "summary.json").unlink()
     with pytest.raises(UsageError, match="holds another run"):
-        compare(values, folder, seeds=[1, 2])
-    resumed = compare(values, folder, seeds=[1, 2], resume=True)
-    same = [row.total_bytes for row in resumed.rows] == [r.total_bytes for r in comparison.rows]
-    assert same
+        compare(values, folder, seeds=[1, 2], methods=methods)
+    resumed = compare(values, folder, seeds=[1, 2], methods=methods, resume=True)
+    assert [r.total_bytes for r in resumed.rows] == [r.total_bytes for r in comparison.rows]
     assert [r.final_metric for r in resumed.rows] == [r.final_metric for r in comparison.rows]
 
 

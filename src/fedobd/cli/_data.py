@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fedobd._errors import UsageError
 from fedobd._lookup import not_installed
-from fedobd.cli._console import console, say
+from fedobd.cli._console import plain, say
 from fedobd.cli._options import Overrides, Source
 from fedobd.data import Columns, SplitReport, Splits, check_split, open_source
 from fedobd.experiments import build_data, load_config
@@ -47,8 +47,8 @@ def check_command(
     reports = [check_split(source, source.train, train_split)]
     if source.test is not None:
         reports.append(check_split(source, source.test, test_split, like=reports[0]))
-    console.print(_split_table(reports))
-    console.print(_class_table(source.classes, reports))
+    plain.print(_split_table(reports))
+    plain.print(_class_table(source.classes, reports))
     if source.test is None:
         say(f"no split {test_split!r}: a part of {train_split!r} will be set aside")
     faults = [f"split {r.name!r}: {fault}" for r in reports for fault in r.faults]
@@ -94,7 +94,7 @@ def partition_command(
         raise UsageError(f"the classes of data {config.data.name!r} are not known")
     targets = [torch.cat([data.train.targets, data.validation.targets]) for data in clients]
     counts = torch.stack([torch.bincount(t, minlength=len(built.classes)) for t in targets])
-    console.print(_partition_table(counts, built.classes))
+    plain.print(_partition_table(counts, built.classes))
     if output is not None:
         _draw(counts, built.classes, output, f"{config.data.name}, {config.data.partition.name}")
         say(f"wrote {output}")

@@ -8,7 +8,6 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,7 +17,7 @@ from fedobd.cli._console_tables import comparison_table
 from fedobd.cli._json_lines import JsonLines
 from fedobd.cli._live import Display
 from fedobd.experiments import RunConfig, compare, parse_config, run
-from tests.toy import CONFIG, config
+from tests.toy import CONFIG, config, records
 
 HEADINGS = ["round", "st", "acc", "loss", "up MB", "down MB", "saved", "clients", "left"]
 PLAN = RoundPlan(
@@ -49,10 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("display") / "run"
     run(config(), path)
     return path
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
 def named(method: str, seed: int) -> RunConfig:

@@ -32,14 +32,14 @@ from fedobd.models import build_model
 from fedobd.payload import Bytes
 from fedobd.simulation import Callback
 from fedobd.training import Evaluation
+from tests import toy
 from tests.toy import CONFIG, Interrupted, PayloadKeeper, Stopper, config
 
 ROOT = Path(__file__).parent.parent
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in toy.records(folder)]
 
 
 def results(folder: Path) -> tuple[Any, ...]:

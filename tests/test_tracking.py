@@ -28,17 +28,13 @@ from fedobd.tracking import (
     rare_blocks,
     rare_blocks_warning,
 )
-from tests.toy import Interrupted, Stopper, config
+from tests.toy import Interrupted, Stopper, config, records
 
 ROOT = Path(__file__).parent.parent
 
 
 Figures = dict[str, list[tuple[int, Any]]]
 """By name: step and value of each point; values are compared as float32 holds them."""
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
 def results(folder: Path) -> tuple[Any, ...]:

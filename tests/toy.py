@@ -5,6 +5,7 @@ Named by configurations as `tests.toy:...`, also from other processes.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import tomllib
@@ -140,6 +141,10 @@ fedpaq = { rounds = 3, epochs = 1, cohort = 2 }
 feddropoutavg = { rounds = 3, epochs = 1, cohort = 2 }
 smafd = { rounds = 5, epochs = 1, cohort = 2 }
 """
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
 def config(method: str = "fedobd", **changes: Any) -> RunConfig:

@@ -14,7 +14,6 @@ from fedobd.experiments._folder import (
     CONFIG_FILE,
     SCHEMA_FILE,
     claim_folder,
-    read_config,
     settle_config,
     write_json,
 )
@@ -116,7 +115,7 @@ def compare(
     check_workers(workers)
     build_experiment(next(iter(singles.values())))  # what cannot be run leaves no folder
     claim_folder(path, CONFIG_FILE, resume=resume)
-    settle_config(path, config.to_resume(read_config(path)))
+    settle_config(path, config.to_dict())
     summaries: dict[str, list[Summary]] = {name: [] for name in chosen}
     for (name, seed), single in singles.items():
         folder = path / f"{name}-seed{seed}"

@@ -228,22 +228,6 @@ class RunConfig(_Section):
         changed["simulation"]["stack"] = stack
         return parse_config(changed)
 
-    def to_resume(self, started: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return plain values to start a run folder with, or to go on with one that was started.
-
-        What tracks a run may change then, since results do not depend on it.
-
-        Args:
-            started: the configuration in the folder; None for a new run.
-        """
-        plain = self.to_dict()
-        if started is not None:
-            for key in ("trackers", "tracking_uri"):
-                plain["output"].pop(key, None)
-                if key in started.get("output", {}):
-                    plain["output"][key] = started["output"][key]
-        return plain
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, every key present that has a value."""
         plain = plain_values(self)

@@ -37,6 +37,7 @@ from fedobd.blocks import ModelState
 from fedobd.payload import Bytes
 from fedobd.sessions import SavedSession
 from fedobd.simulation import Callback
+from fedobd.tracking import TRACKING_KEYS
 
 CONFIG_FILE = "config.toml"
 SCHEMA_FILE = "schema.json"
@@ -97,16 +98,20 @@ def claim_folder(path: Path, marker: str, *, resume: bool) -> None:
 def settle_config(path: Path, config: Mapping[str, Any]) -> None:
     """Write a folder's configuration, or compare it with the one that is there.
 
+    What tracks a run may change when it goes on, since results do not depend on it.
+
     Raises:
         UsageError: another one is there.
     """
     before = read_config(path)
     if before is None:
         write_atomically(path / CONFIG_FILE, tomli_w.dumps(config).encode())
-    elif changed := sorted(_differences(before, config)):
+        return
+    changed = {k: v for k, v in _differences(before, config) if k not in TRACKING_KEYS}
+    if changed:
         raise UsageError(
             f"the run in {str(path)!r} has another configuration and cannot be resumed: "
-            + "; ".join(changed)
+            + "; ".join(f"{key} {change}" for key, change in sorted(changed.items()))
         )
 
 
@@ -162,6 +167,7 @@ class RunFolder:
         Raises:
             UsageError: another one does.
         """
+        # config.toml is there in every folder and written once, so it is always the same file.
         with (self.path / CONFIG_FILE).open("rb") as stream:
             try:
                 _lock(stream.fileno())
@@ -337,13 +343,14 @@ def _lock(file: int) -> None:
         return
 
 
-def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+def _differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted keys whose values differ, and how."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in before.keys() | after.keys():
             place = f"{path}.{key}" if path else str(key)
             yield from _differences(before.get(key), after.get(key), place)
     elif before != after:
-        yield f"{path} was {_shown(before)}, is {_shown(after)}"
+        yield path, f"was {_shown(before)}, is {_shown(after)}"
 
 
 def _shown(value: Any) -> str:

@@ -105,7 +105,7 @@ def run(
     claim_folder(path, CONFIG_FILE, resume=resume)
     if config.simulation.stack == "auto":
         config, experiment = _settle_stack(config, experiment, server, folder)
-    folder.start(config.to_resume(folder.config()), resume=resume)
+    folder.start(config.to_dict(), resume=resume)
     with ExitStack() as stack:
         stack.enter_context(folder.locked())
         stack.enter_context(log_to_file(path / _LOG_FILE))

@@ -83,7 +83,7 @@ def run_in_simulation(
     if config.data.name == "nodes":
         raise UsageError("data 'nodes' lies on the nodes of a deployment; a simulation has none")
     folder = RunFolder(path)
-    folder.start(config.to_resume(folder.config()), resume=resume)
+    folder.start(config.to_dict(), resume=resume)
     planned = sum(stage.rounds for stage in config.chosen.stages())
     callback: Callback = Callbacks(callbacks)
     callback.on_run_begin(config, planned, path)

@@ -20,11 +20,12 @@ from fedobd.tracking._metrics import RoundMetrics, flatten, float32_bytes
 from fedobd.tracking._mlflow import MLflowTracker
 from fedobd.tracking._rare_blocks import RareBlock, rare_blocks, rare_blocks_warning
 from fedobd.tracking._tensorboard import TensorBoardTracker
-from fedobd.tracking._tracker import Tracker
+from fedobd.tracking._tracker import TRACKING_KEYS, Tracker
 from fedobd.tracking._trackers import TrackerName, make_trackers
 
 __all__ = [
     "LEVELS",
+    "TRACKING_KEYS",
     "MLflowTracker",
     "RareBlock",
     "RoundMetrics",

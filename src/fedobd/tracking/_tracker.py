@@ -14,7 +14,8 @@ from fedobd.tracking._metrics import RoundMetrics, flatten
 
 logger = logging.getLogger(__name__)
 
-_NO_PARAMETERS = ("output.trackers", "output.tracking_uri")  # they may change within a run
+TRACKING_KEYS = ("output.trackers", "output.tracking_uri")
+"""Keys of a configuration that say what tracks a run; they may change when it goes on."""
 
 
 class Tracker(Callback, ABC):
@@ -38,7 +39,7 @@ class Tracker(Callback, ABC):
             UsageError: the tool cannot be used.
         """
         parameters = flatten(config.to_dict(), ".")
-        for key in _NO_PARAMETERS:
+        for key in TRACKING_KEYS:
             parameters.pop(key, None)
         self._begin(parameters, folder)
         self._is_open = True

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedobd import cli
 from tests.data_helpers import fedobd
 from tests.toy import CONFIG
 
@@ -87,7 +86,7 @@ def test_a_gpu_without_memory_is_an_error_that_says_what_to_change(
     def full(*_: object, **__: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    monkeypatch.setattr("fedobd.cli._main.run", full)
+    monkeypatch.setattr("fedobd.cli._run.run", full)
     done = fedobd(capsys, "run", "toy.toml")
     assert done.status == 2
     assert done.err.startswith("error: CUDA out of memory. Tried to allocate 9 GiB\n")
@@ -100,10 +99,10 @@ def test_names_with_brackets_are_printed_as_they_are(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedobd.cli._main.run", interrupt)
+    monkeypatch.setattr("fedobd.cli._run.run", interrupt)
     done = fedobd(capsys, "run", "toy.toml", "-o", "runs[/a]")
     assert done.status == 130
-    assert "--output runs[/a] --resume" in done.err
+    assert "--output runs[/a] --resume goes on from the last round" in done.err
     Path("bracketed.py").write_text(
         "from torch import nn\n"
         "def make():\n"
@@ -156,7 +155,7 @@ def test_the_report_is_written_or_its_extra_is_named(
     assert fedobd(capsys, *words).out.splitlines()[-1] == "report: run/report.html"
     assert Path("run/report.html").read_text(encoding="utf-8").startswith("<!")
     Path("run/report.html").unlink()
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr("fedobd.cli._run.find_spec", lambda name: None)
     done = fedobd(capsys, *words, "--resume")
     assert done.out.splitlines()[-1] == "report: pip install 'fedobd[report]'"
     assert not Path("run/report.html").exists()
@@ -320,18 +319,6 @@ def test_wrong_words_and_no_words(capsys: pytest.CaptureFixture[str]) -> None:
     shown = fedobd(capsys, "--help").out
     for command in ("run", "compare", "blocks", "inspect", "presets"):
         assert command in shown
-
-
-def test_ctrl_c_says_how_to_go_on(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*words: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "run", interrupt)
-    done = fedobd(capsys, "run", "toy.toml", "-o", "run")
-    assert done.status == 130
-    assert "--resume goes on" in done.err
 
 
 def test_the_working_folder_does_not_stay_on_the_path(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,16 @@ import pytest
 import torch
 import typer
 
-from fedobd import METHODS, FedAvg, RoundPlan, UsageError, decompose, get_state
+from fedobd import (
+    METHODS,
+    FedAvg,
+    FedOBD,
+    RoundPlan,
+    ServerSession,
+    UsageError,
+    decompose,
+    get_state,
+)
 from fedobd.cli._plan import plan_command
 from fedobd.experiments import (
     RunConfig,
@@ -59,8 +68,7 @@ def plan(words: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def of_method(config: RunConfig, name: str, **options: Any) -> MethodPlan:
-    found = {own.method: own for own in make_plan(config, **options).methods}
-    return found[name]
+    return next(p for p in make_plan(config, **options).methods if p.method == name)
 
 
 # what is promised
@@ -94,9 +102,9 @@ def test_openings_and_a_shared_start_are_counted_as_sessions_do(
     real: Summary = run(config, tmp_path / "run")
     records = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
     rounds = [json.loads(line) for line in records]
-    assert estimate.openings * estimate.opening_bytes == sum(r["opening_bytes"] for r in rounds)
-    assert estimate.opening_rounds == sum(bool(r["opened"]) for r in rounds)
-    assert (estimate.opening_bytes < 100) is shared_start
+    assert estimate.initialized * estimate.initial_bytes == sum(r["opening_bytes"] for r in rounds)
+    assert estimate.initial_rounds == sum(bool(r["opened"]) for r in rounds)
+    assert (estimate.initial_bytes < 100) is shared_start
     if name == "fedavg":
         assert estimate.downlink_bytes == real.downlink_bytes
 
@@ -177,6 +185,22 @@ def test_played_rounds_stand_for_every_round_once(rounds: int, first_apart: bool
         assert not first_apart or played[0] == (0, 1)
 
 
+def test_a_session_skips_to_a_round_that_there_is_and_to_no_other() -> None:
+    model = toy.make_model()
+    method = FedOBD(stage_one_rounds=3, stage_two_epochs=2)
+    server = ServerSession(method, decompose(model), get_state(model), num_clients=2)
+    server.skip_to(1, 1)
+    begun = server.begin_round()
+    assert begun is not None
+    assert (begun.round, begun.stage, server.rounds) == (5, 2, 4)
+    with pytest.raises(UsageError, match="round 5 is open"):
+        server.skip_to(0, 0)
+    server.abort_round()
+    for stage, stage_rounds in ((0, 3), (0, -1), (2, 0)):
+        with pytest.raises(UsageError, match=r"there is no round -?\d of stage \d in fedobd"):
+            server.skip_to(stage, stage_rounds)
+
+
 def test_updates_follow_a_laplace_distribution_of_the_wanted_size() -> None:
     start = {"w": torch.zeros(300, 1000), "n": torch.tensor(3), "b": torch.ones(1500, 1000)}
     made = UpdateModel().train(start, {"w": 0.02, "b": 0.5}, torch.Generator().manual_seed(1))
@@ -240,7 +264,7 @@ def test_time_on_a_link_is_transfer_and_training_of_one_client() -> None:
         StagePlan(number=2, rounds=4, epochs=1, cohort=20, uplink_bytes=50.0, downlink_bytes=50.0),
     )
     made = MethodPlan(
-        method="fedobd", stages=stages, opening_bytes=1000, openings=20, opening_rounds=6
+        method="fedobd", stages=stages, initial_bytes=1000, initialized=20, initial_rounds=6
     )
     assert made.uplink_bytes == 10 * 5 * 100 + 4 * 20 * 50
     assert made.downlink_bytes == 10 * 5 * 300 + 4 * 20 * 50 + 20 * 1000

@@ -19,18 +19,27 @@ from safetensors.torch import load_file
 
 from fedobd import FedOBDError, ModelSchema, Payload, RoundPlan, UsageError
 from fedobd.blocks import ModelState, load_state
-from fedobd.experiments import RunConfig, RunFolder, Summary, compare, parse_config, run, runner
-from fedobd.experiments._build import build_experiment
+from fedobd.experiments import (
+    RunConfig,
+    RunFolder,
+    Summary,
+    build_experiment,
+    compare,
+    parse_config,
+    run,
+)
 from fedobd.models import build_model
+from fedobd.payload import Bytes
+from fedobd.simulation import Callback
 from fedobd.training import Evaluation
-from tests.toy import CONFIG, config
+from tests import toy
+from tests.toy import CONFIG, Interrupted, PayloadKeeper, Stopper, config
 
 ROOT = Path(__file__).parent.parent
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in toy.records(folder)]
 
 
 def results(folder: Path) -> tuple[Any, ...]:
@@ -111,14 +120,45 @@ def test_a_killed_run_goes_on_to_the_same_end(
     monkeypatch.setenv("TOY_KILL", str(tmp_path / "never"))
     with pytest.raises(UsageError, match="holds another run"):
         run(changes, tmp_path / "a")
-    resumed = subprocess.run(
-        [*command, "--resume"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert resumed.returncode == 0, resumed.stderr
+    run(changes, tmp_path / "a", resume=True)
     run(changes, tmp_path / "b")
     assert results(tmp_path / "a") == results(tmp_path / "b")
     assert not (tmp_path / "a" / "checkpoint" / "clients" / "0@99.safetensors").exists()
+
+
+def test_callbacks_see_a_run_and_are_given_payloads_where_they_want_them(tmp_path: Path) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    class Everything(Callback):
+        def on_run_begin(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
+            seen.append(("begin", config.method, planned_rounds, folder))
+
+        def on_payload(self, round_number: int, name: str, payload: Bytes) -> None:
+            seen.append(("payload", name))
+
+        def on_client_end(self, plan: RoundPlan, done: int) -> None:
+            seen.append(("client", plan.round, done))
+
+        def on_round_end(self, record: dict[str, Any]) -> None:
+            seen.append(("round", record["round"]))
+
+        def on_run_end(self, summary: Summary) -> None:
+            seen.append(("end", summary.rounds))
+
+    keeper, folder = PayloadKeeper(), tmp_path / "run"
+    values = config("fedpaq", methods={"fedpaq": {"rounds": 1, "cohort": 2}})
+    run(values, folder, callbacks=[Everything(), keeper])
+    begin = ("begin", "fedpaq", 1, folder)
+    assert seen == [begin, ("client", 1, 1), ("client", 1, 2), ("round", 1), ("end", 1)]
+    (record,) = records(folder)
+    assert keeper.kept.keys() == {"1 broadcast", *(f"1 upload-{c}" for c in record["cohort"])}
+    assert sum(c["uplink_bytes"] for c in record["clients"]) == sum(
+        len(data) for name, data in keeper.kept.items() if "upload" in name
+    )
+    assert not (folder / "payloads").exists()
+    seen.clear()
+    run(values, folder, resume=True, callbacks=[Everything()])
+    assert seen == [begin, ("round", 1), ("end", 1)]
 
 
 @pytest.mark.parametrize(("method", "tests"), [("fedavg", 1), ("fedobd", 2)])
@@ -135,36 +175,10 @@ def test_what_clients_hold_in_the_end_is_tested_where_it_is_not_what_the_server_
         return seen[-1]
 
     counted = dataclasses.replace(experiment, evaluate=count)
-    monkeypatch.setattr(runner, "build_experiment", lambda *_: counted)
+    monkeypatch.setattr("fedobd.experiments._runner.build_experiment", lambda *_: counted)
     summary = run(config(method), tmp_path / "run")
     assert [seen[0].metric, seen[-1].metric] == [summary.final_metric, summary.broadcast_metric]
     assert len(seen) == tests
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error, a stand-in for Ctrl-C
-    pass
-
-
-class Stopper:
-    """An observer that interrupts a run after a round."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-        self.seen: list[int] = []
-
-    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
-        self.planned = planned_rounds
-
-    def client_done(self, plan: Any, done: int) -> None:
-        pass
-
-    def end_round(self, record: dict[str, Any]) -> None:
-        self.seen.append(record["round"])
-        if record["round"] == self.after and len(self.seen) == self.after:
-            raise Interrupted
-
-    def end_run(self, summary: Any) -> None:
-        self.seen.append(-1)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedpaq", "feddropoutavg", "smafd", "fedobd"])
@@ -173,9 +187,9 @@ def test_every_method_resumes_after_every_round(method: str, tmp_path: Path) -> 
     for after in range(1, 4):
         folder = tmp_path / f"after{after}"
         with pytest.raises(Interrupted):
-            run(config(method), folder, observer=Stopper(after))
+            run(config(method), folder, callbacks=[Stopper(after)])
         stopper = Stopper(99)
-        run(config(method), folder, resume=True, observer=stopper)
+        run(config(method), folder, resume=True, callbacks=[stopper])
         assert stopper.seen == [*range(1, stopper.planned + 1), -1]
         assert results(folder) == results(tmp_path / "whole")
 
@@ -204,7 +218,7 @@ def test_a_finished_run_is_read_back_and_a_changed_one_refused(tmp_path: Path) -
 def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
-        run(config(), folder, observer=Stopper(2))
+        run(config(), folder, callbacks=[Stopper(2)])
     file = folder / "checkpoint" / "server.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UsageError, match=r"server.safetensors' is damaged"):
@@ -214,7 +228,7 @@ def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path: Path) -> None:
 def test_damaged_records_are_said_to_be_damaged(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
-        run(config(), folder, observer=Stopper(2))
+        run(config(), folder, callbacks=[Stopper(2)])
     records = folder / "rounds.jsonl"
     first, _ = records.read_bytes().splitlines(keepends=True)
     records.write_bytes(first + b"{]\n")
@@ -279,10 +293,9 @@ def test_a_comparison_that_cannot_be_run_leaves_no_folder(
 def test_compare_runs_all_and_tabulates(tmp_path: Path) -> None:
     values = parse_config(tomllib.loads(CONFIG))
     folder = tmp_path / "all"
-    comparison = compare(values, folder, seeds=[1, 2])
-    assert [row.method for row in comparison.rows] == [
-        "fedobd", "fedavg", "fedpaq", "feddropoutavg", "smafd"
-    ]  # fmt: skip
+    methods = ["fedobd", "fedavg", "smafd"]
+    comparison = compare(values, folder, seeds=[1, 2], methods=methods)
+    assert [row.method for row in comparison.rows] == methods
     rows = {row.method: row for row in comparison.rows}
     summaries = {
         name: [
@@ -303,12 +316,11 @@ def test_compare_runs_all_and_tabulates(tmp_path: Path) -> None:
     assert all(best.final_metric >= rows[n].final_metric for n in rows if n != "fedobd")
     # cut off: one run is missing, another is not finished
     shutil.rmtree(folder / "smafd-seed2")
-    (folder / "fedpaq-seed1" / "summary.json").unlink()
+    (folder / "fedavg-seed1" / "summary.json").unlink()
     with pytest.raises(UsageError, match="holds another run"):
-        compare(values, folder, seeds=[1, 2])
-    resumed = compare(values, folder, seeds=[1, 2], resume=True)
-    same = [row.total_bytes for row in resumed.rows] == [r.total_bytes for r in comparison.rows]
-    assert same
+        compare(values, folder, seeds=[1, 2], methods=methods)
+    resumed = compare(values, folder, seeds=[1, 2], methods=methods, resume=True)
+    assert [r.total_bytes for r in resumed.rows] == [r.total_bytes for r in comparison.rows]
     assert [r.final_metric for r in resumed.rows] == [r.final_metric for r in comparison.rows]
 
 
@@ -343,22 +355,13 @@ def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
     values = config("fedavg", methods={"fedavg": {"rounds": 2}})
     tried: list[str] = []
 
-    class Second:
-        def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
-            pass
-
-        def client_done(self, plan: RoundPlan, done: int) -> None:
-            pass
-
-        def end_round(self, record: dict[str, Any]) -> None:
+    class Second(Callback):
+        def on_round_end(self, record: dict[str, Any]) -> None:
             with pytest.raises(UsageError, match=r"another process works on the run in '.*run'"):
                 run(values, folder, resume=True)
             tried.append((folder / "rounds.jsonl").read_text())
 
-        def end_run(self, summary: Summary) -> None:
-            pass
-
-    run(values, folder, observer=Second())
+    run(values, folder, callbacks=[Second()])
     assert [text.count("\n") for text in tried] == [1, 2]
     assert run(values, folder, resume=True).rounds == 2
 

@@ -33,8 +33,7 @@ from fedobd import (
 from fedobd._seeds import derive_seed
 from fedobd.blocks import ModelState
 from fedobd.data import ClientData
-from fedobd.experiments import run
-from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.experiments import Experiment, build_experiment, run
 from fedobd.sessions import Aggregator
 from fedobd.simulation import (
     ClientPool,
@@ -44,7 +43,6 @@ from fedobd.simulation import (
     ProcessPool,
     SequentialPool,
     StackedTraining,
-    Watcher,
     _pool,
     _worker,
     simulate,
@@ -52,7 +50,7 @@ from fedobd.simulation import (
 from fedobd.training import ClientStart, LocalResult
 from tests import toy
 from tests.helpers import heed_ctrl_c
-from tests.toy import config
+from tests.toy import PayloadKeeper, config
 
 ROOT = Path(__file__).parent.parent
 Played = tuple[dict[str, bytes], ModelState]
@@ -242,16 +240,12 @@ def play(
     server = ServerSession(
         experiment.method, experiment.schema, experiment.initial, num_clients=num_clients, seed=1
     )
-    kept: dict[str, bytes] = {}
-
-    def keep(round_number: int, name: str, payload: Any) -> None:
-        kept[f"{round_number} {name}"] = bytes(payload)
-
+    keeper = PayloadKeeper()
     with pool:
-        for played in simulate(server, pool, watcher=Watcher(on_payload=keep)):
+        for played in simulate(server, pool, callback=keeper):
             assert not played.record.refusals
             after_round()
-    return kept, server.state
+    return keeper.kept, server.state
 
 
 def same(
@@ -667,10 +661,10 @@ def test_ctrl_c_inside_an_exec_of_text_ends_with_the_usual_status(tmp_path: Path
     program = """
 from pathlib import Path
 import typer
-from fedobd.cli._main import _interruptible
+from fedobd.cli._run import interruptible
 
 def command() -> None:
-    with _interruptible(Path("a")):
+    with interruptible(Path("a")):
         exec("raise KeyboardInterrupt")
 
 typer.run(command)

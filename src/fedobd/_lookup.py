@@ -24,58 +24,63 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def find_object(name: str, what: str, known: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return a known function or class by its name, or a user's own by `package.module:object`.
+def no_such(what: str, name: str, known: Iterable[str]) -> UsageError:
+    """Return the error for a name that stands for nothing known, and is no path to an object."""
+    known = list(known)
+    wanted = f"one of {', '.join(known)}, or " if known else ""
+    return UsageError(
+        f"{what} {name!r} is unknown; wanted {wanted}'package.module:name' for your own"
+        f"{nearest(name, known)}"
+    )
+
+
+def find_object(name: str, what: str, known: Mapping[str, Callable[..., Any]]) -> Any:
+    """Return a known function or class by its name, or a user's by `package.module:object`.
 
     Args:
         name: a key of `known`, or a module's path, a colon, and a name in the module.
         what: what it is, for messages, such as `"model"`.
-        known: the objects that have a name of their own.
+        known: the functions and classes that have a short name.
 
     Raises:
         UsageError: the name is not known, or the module or the object in it is not there or
             cannot be called.
     """
     if name in known:
-        found: Any = known[name]
-        return found  # type: ignore[no-any-return]
+        return known[name]
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        wanted = f"one of {', '.join(known)}, or " if known else ""
-        raise UsageError(
-            f"{what} {name!r} is unknown; wanted {wanted}'package.module:name' for your own"
-            f"{nearest(name, known)}"
-        )
+        raise no_such(what, name, known)
     parts = attribute.split(".")
     if not all(part.isidentifier() for part in [*module_name.split("."), *parts]):
         raise UsageError(f"{what} {name!r} does not have the form 'package.module:name'")
     try:
-        found = importlib.import_module(module_name)
+        thing: Any = importlib.import_module(module_name)
     except Exception as error:  # whatever a user's module raises when it is imported
         raise UsageError(
             f"{what} {name!r}: module {module_name!r} cannot be imported: "
             f"{type(error).__name__}: {error}"
         ) from error
     for part in parts:
-        if not hasattr(found, part):
-            public = [n for n in vars(found) if not n.startswith("_")]
+        if not hasattr(thing, part):
+            public = [n for n in vars(thing) if not n.startswith("_")]
             raise UsageError(
                 f"{what} {name!r}: module {module_name!r} has no {attribute!r}"
                 f"{nearest(part, public)}"
             )
-        found = getattr(found, part)
-    if not callable(found):
+        thing = getattr(thing, part)
+    if not callable(thing):
         raise UsageError(
-            f"{what} {name!r}: {attribute!r} is of type {type(found).__name__}; "
+            f"{what} {name!r}: {attribute!r} is of type {type(thing).__name__}; "
             "wanted a class or function"
         )
-    return found  # type: ignore[no-any-return]
+    return thing
 
 
 def build_object(
     name: str, what: str, known: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]
 ) -> Any:
-    """Call a known factory, or a user's own, with options by name.
+    """Call a known factory, or a user's, with options by name.
 
     Args:
         name: see `find_object`.
@@ -93,15 +98,10 @@ def build_object(
         return factory(**options)
     except UsageError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"{what} {name!r} refused its options {dict(options)!r}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    except Exception as error:  # the user's own code
-        raise UsageError(
-            f"{what} {name!r} cannot be built: {type(error).__name__}: {error}"
-        ) from error
+    except Exception as error:  # of any kind: it may be a user's code
+        refused = f"refused its options {dict(options)!r}"
+        fault = refused if isinstance(error, TypeError | ValueError) else "cannot be built"
+        raise UsageError(f"{what} {name!r} {fault}: {type(error).__name__}: {error}") from error
 
 
 def _check_options(
@@ -180,9 +180,9 @@ def checkpoint_folder(checkpoint: str) -> Path:
         raise UsageError(f"checkpoint {checkpoint!r} holds no {_CONFIG}")
     if not _has_weights(folder):
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".h5"))
-        found = f" but {', '.join(others)}" if others else ""
+        instead = f" but {', '.join(others)}" if others else ""
         raise UsageError(
-            f"checkpoint {checkpoint!r} holds no {_WEIGHTS[0]}{found}; weights are read in the "
+            f"checkpoint {checkpoint!r} holds no {_WEIGHTS[0]}{instead}; weights are read in the "
             "safetensors format only"
         )
     return folder
@@ -205,14 +205,14 @@ def _folder_in_package(checkpoint: str) -> Path:
     if inner:
         return next((top / inner for top in tops if (top / inner).is_dir()), tops[0] / inner)
     places = [place for top in tops for place in (top, *sorted(top.iterdir()))]
-    found = [p for p in places if (p / _CONFIG).is_file() and _has_weights(p)]
-    if len(found) != 1:
-        names = ", ".join(f"'{PACKAGE}{name}/{p.name}'" for p in found if p not in tops)
+    folders = [p for p in places if (p / _CONFIG).is_file() and _has_weights(p)]
+    if len(folders) != 1:
+        names = ", ".join(f"'{PACKAGE}{name}/{p.name}'" for p in folders if p not in tops)
         raise UsageError(
-            f"checkpoint {checkpoint!r}: {len(found)} folders in {tops[0]} hold {_CONFIG} and "
+            f"checkpoint {checkpoint!r}: {len(folders)} folders in {tops[0]} hold {_CONFIG} and "
             f"{_WEIGHTS[0]}" + (f"; name one: {names}" if names else "; wanted one")
         )
-    return found[0]
+    return folders[0]
 
 
 def _has_weights(folder: Path) -> bool:

@@ -8,16 +8,16 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedobd._errors import UsageError
 from fedobd._lookup import not_installed
+from fedobd.cli._console import plain, say
+from fedobd.cli._options import Overrides, Source
 from fedobd.data import Columns, SplitReport, Splits, check_split, open_source
 from fedobd.experiments import build_data, load_config
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at data sets and how they are shared out.")
-console = Console(markup=False, emoji=False)  # names are shown as they are
 
 _SHADES = " ░▒▓█"
 _MOST_CLASSES = 20  # that are named one by one
@@ -40,25 +40,23 @@ def check_command(
         )
     except ModuleNotFoundError as error:
         raise not_installed("this", error, "data") from error
-    console.print(
+    say(
         f"{name}: {source.kind}s in column {source.input!r}, {len(source.classes)} classes in "
-        f"column {source.target!r}",
-        highlight=False,
-        soft_wrap=True,
+        f"column {source.target!r}"
     )
     reports = [check_split(source, source.train, train_split)]
     if source.test is not None:
         reports.append(check_split(source, source.test, test_split, like=reports[0]))
-    console.print(_split_table(reports))
-    console.print(_class_table(source.classes, reports))
+    plain.print(_split_table(reports))
+    plain.print(_class_table(source.classes, reports))
     if source.test is None:
-        console.print(f"no split {test_split!r}: a part of {train_split!r} will be set aside")
+        say(f"no split {test_split!r}: a part of {train_split!r} will be set aside")
     faults = [f"split {r.name!r}: {fault}" for r in reports for fault in r.faults]
     for fault in faults:
-        console.print(f"wrong: {fault}", style="red", soft_wrap=True)
+        say(f"wrong: {fault}", style="red")
     if faults:
         raise typer.Exit(2)
-    console.print("nothing is wrong with it")
+    say("nothing is wrong with it")
 
 
 def _split_table(reports: list[SplitReport]) -> Table:
@@ -75,18 +73,15 @@ def _class_table(classes: tuple[str, ...], reports: list[SplitReport]) -> Table:
         table.add_row(name, *counts)
     if len(classes) > _MOST_CLASSES:
         rest = [r.examples_by_class[_MOST_CLASSES:] for r in reports]
-        counts = [f"{min(found):,} to {max(found):,} each" for found in rest]
+        counts = [f"{min(numbers):,} to {max(numbers):,} each" for numbers in rest]
         table.add_row(f"{len(classes) - _MOST_CLASSES} more", *counts)
     return table
 
 
 @data_app.command("partition")
 def partition_command(
-    source: Annotated[str, typer.Argument(help="A preset's name or the path of a TOML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one key, such as federation.clients=20; repeatable."),
-    ] = None,
+    source: Source,
+    overrides: Overrides = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A PNG file to draw it in.")
     ] = None,
@@ -97,19 +92,12 @@ def partition_command(
     clients = built.federated.clients
     if built.classes is None or not clients:
         raise UsageError(f"the classes of data {config.data.name!r} are not known")
-    counts = torch.stack(
-        [
-            torch.bincount(
-                torch.cat([own.train.targets, own.validation.targets]),
-                minlength=len(built.classes),
-            )
-            for own in clients
-        ]
-    )
-    console.print(_partition_table(counts, built.classes))
+    targets = [torch.cat([data.train.targets, data.validation.targets]) for data in clients]
+    counts = torch.stack([torch.bincount(t, minlength=len(built.classes)) for t in targets])
+    plain.print(_partition_table(counts, built.classes))
     if output is not None:
         _draw(counts, built.classes, output, f"{config.data.name}, {config.data.partition.name}")
-        console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+        say(f"wrote {output}")
 
 
 def _partition_table(counts: torch.Tensor, classes: tuple[str, ...]) -> Table:

@@ -13,18 +13,21 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedobd._errors import UsageError
 from fedobd._format import format_bytes, format_duration, format_share
-from fedobd.cli._tables import block_table, plain_table
+from fedobd.cli._console import console, errors, say
+from fedobd.cli._console_tables import block_table, plain_table
+from fedobd.cli._options import (
+    FactoryOptions,
+    MaxBlockFraction,
+    Overrides,
+    parse_factory_options,
+)
 from fedobd.experiments import RunConfig, list_presets, load_config, parse_config
 from fedobd.methods import METHODS, FedAvg
 from fedobd.planning import MethodPlan, Plan, StagePlan, make_plan
-
-console = Console()
-errors = Console(stderr=True)
 
 _LINK = re.compile(r"(\d+(?:\.\d+)?|\.\d+) ?([kMG]?)bit/s")
 _UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
@@ -49,57 +52,60 @@ class _Pace:
         return method.seconds(self.link_bits_per_s, self.seconds_per_epoch)
 
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A built-in model or package.module:factory; or a preset's name or the path of a "
+        "TOML file, for its model and its methods with their options."
+    ),
+]
+Clients = Annotated[int | None, typer.Option(help="Clients; 10 for a model.")]
+Cohort = Annotated[
+    str | None,
+    typer.Option(help="Clients of a round (5), or their share (0.5); FedAvg has all."),
+]
+Rounds = Annotated[
+    int | None, typer.Option(help="Rounds, of FedOBD those of stage 1; 100 for a model.")
+]
+Epochs = Annotated[int | None, typer.Option(help="Local epochs of such a round; 5 for a model.")]
+StageTwoEpochs = Annotated[
+    int | None, typer.Option(help="Epochs of FedOBD's stage 2; 10 for a model.")
+]
+DropoutRate = Annotated[
+    float | None, typer.Option(help="λ of the methods that drop; 0.3 for a model.")
+]
+Weight = Annotated[float | None, typer.Option(help="β of FedOBD, up and down; 1e-3 for a model.")]
+UpdateSize = Annotated[
+    float | None,
+    typer.Option(
+        help="RMS of a round's update over RMS of the weights; 0.1, with a checkpoint 0.01."
+    ),
+]
+Link = Annotated[
+    str, typer.Option(help="Speed of each client's own link: kbit/s, Mbit/s or Gbit/s.")
+]
+SecondsPerClient = Annotated[
+    float, typer.Option(help="Seconds that a client trains for a local epoch.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
 def plan_command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A built-in model or package.module:factory; or a preset's name or the path of a "
-            "TOML file, for its model and its methods with their options."
-        ),
-    ],
-    options: Annotated[
-        str, typer.Option(help="The factory's keyword arguments as JSON: '{\"num_classes\": 5}'.")
-    ] = "{}",
-    max_block_fraction: Annotated[
-        float | None, typer.Option(help="Split blocks with a larger share of the parameters.")
-    ] = None,
-    clients: Annotated[int | None, typer.Option(help="Clients; 10 for a model.")] = None,
-    cohort: Annotated[
-        str | None,
-        typer.Option(help="Clients of a round (5), or their share (0.5); FedAvg has all."),
-    ] = None,
-    rounds: Annotated[
-        int | None, typer.Option(help="Rounds, of FedOBD those of stage 1; 100 for a model.")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Local epochs of such a round; 5 for a model.")
-    ] = None,
-    stage_two_epochs: Annotated[
-        int | None, typer.Option(help="Epochs of FedOBD's stage 2; 10 for a model.")
-    ] = None,
-    dropout_rate: Annotated[
-        float | None, typer.Option(help="λ of the methods that drop; 0.3 for a model.")
-    ] = None,
-    weight: Annotated[
-        float | None, typer.Option(help="β of FedOBD, up and down; 1e-3 for a model.")
-    ] = None,
-    update_size: Annotated[
-        float | None,
-        typer.Option(
-            help="RMS of a round's update over RMS of the weights; 0.1, with a checkpoint 0.01."
-        ),
-    ] = None,
-    link: Annotated[
-        str, typer.Option(help="Speed of each client's own link: kbit/s, Mbit/s or Gbit/s.")
-    ] = "10 Mbit/s",
-    seconds_per_client: Annotated[
-        float, typer.Option(help="Seconds that a client trains for a local epoch.")
-    ] = 0.0,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one key, such as federation.clients=20; repeatable."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    model: Model,
+    options: FactoryOptions = "{}",
+    max_block_fraction: MaxBlockFraction = None,
+    clients: Clients = None,
+    cohort: Cohort = None,
+    rounds: Rounds = None,
+    epochs: Epochs = None,
+    stage_two_epochs: StageTwoEpochs = None,
+    dropout_rate: DropoutRate = None,
+    weight: Weight = None,
+    update_size: UpdateSize = None,
+    link: Link = "10 Mbit/s",
+    seconds_per_client: SecondsPerClient = 0.0,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate what a federation will send, before anything is trained.
 
@@ -108,8 +114,8 @@ def plan_command(
     of --update-size.
     """
     pace = _Pace(link, _parse_link(link), _check_seconds(seconds_per_client))
-    config = _configuration(model, overrides or [])
-    shared = {
+    values = _configuration(model, overrides or []).to_dict()
+    changes = {
         "rounds": rounds,
         "stage_one_rounds": rounds,
         "epochs": epochs,
@@ -119,15 +125,19 @@ def plan_command(
         "uplink_weight": weight,
         "downlink_weight": weight,
     }
-    values = config.to_dict()
+    with_cohort = {**changes, "cohort": _parse_cohort(cohort)}
+    for name, section in values["methods"].items():
+        _put(section, changes if name == FedAvg.name else with_cohort)
     _put(values["federation"], {"clients": clients})
-    for name, own in values["methods"].items():
-        _put(own, shared if name == FedAvg.name else {**shared, "cohort": _parse_cohort(cohort)})
-    values["model"]["options"] |= parse_options(options)
+    values["model"]["options"] |= parse_factory_options(options)
     if max_block_fraction is not None:
         values["model"]["blocks"]["max_block_fraction"] = max_block_fraction
     with _one_thread():
-        plan = make_plan(parse_config(values), update_size=update_size, on_step=_say)
+        plan = make_plan(
+            parse_config(values),
+            update_size=update_size,
+            on_step=lambda step: say(step, to=errors, style="dim"),
+        )
     if as_json:
         typer.echo(json.dumps(_as_json(plan, pace), indent=2))
     else:
@@ -157,21 +167,6 @@ def _put(section: dict[str, Any], changes: Mapping[str, Any]) -> None:
         _put(section["codec"], changes)
 
 
-def parse_options(text: str) -> dict[str, Any]:
-    """Return the keyword arguments that `--options` gives as a JSON object.
-
-    Raises:
-        UsageError: it is none.
-    """
-    try:
-        options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"--options {text!r} is not JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise UsageError(f"--options {text!r}: wanted a JSON object of keyword arguments")
-    return options
-
-
 def _parse_cohort(text: str | None) -> int | float | None:
     try:
         return None if text is None else float(text) if "." in text else int(text)
@@ -183,8 +178,8 @@ def _parse_cohort(text: str | None) -> int | float | None:
 
 def _parse_link(text: str) -> float:
     """Return the bits a second."""
-    found = _LINK.fullmatch(text.strip())
-    speed = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    match = _LINK.fullmatch(text.strip())
+    speed = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if not (math.isfinite(speed) and speed > 0):
         raise UsageError(
             f"--link {text!r}: wanted a speed above 0 in bit/s, kbit/s, Mbit/s or Gbit/s, such as "
@@ -211,10 +206,6 @@ def _one_thread() -> Iterator[None]:
 
 
 # --- what is shown
-
-
-def _say(step: str) -> None:
-    errors.print(step, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(plan: Plan, pace: _Pace) -> None:
@@ -272,13 +263,13 @@ def _notes(plan: Plan, pace: _Pace) -> Iterator[str]:
         f"time: each client has a link of its own of {pace.link}, and all transfer at the same "
         f"time; the server's link is no limit; training: {training}."
     )
-    opened = [
-        f"{method.method} {method.openings} × {format_bytes(method.opening_bytes)}"
+    initial = [
+        f"{method.method} {method.initialized} × {format_bytes(method.initial_bytes)}"
         for method in plan.methods
-        if method.openings
+        if method.initialized
     ]
-    if opened:
-        yield f"sent to clients before their first round, counted in all: {', '.join(opened)}"
+    if initial:
+        yield f"sent to clients before their first round, counted in all: {', '.join(initial)}"
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
@@ -316,7 +307,11 @@ def _as_json(plan: Plan, pace: _Pace) -> dict[str, Any]:
         ],
         "methods": [
             {
-                **dataclasses.asdict(method),
+                "method": method.method,
+                "stages": [dataclasses.asdict(stage) for stage in method.stages],
+                "opening_bytes": method.initial_bytes,
+                "openings": method.initialized,
+                "opening_rounds": method.initial_rounds,
                 "uplink_bytes": method.uplink_bytes,
                 "downlink_bytes": method.downlink_bytes,
                 "total_bytes": method.total_bytes,

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fedobd._errors import UsageError
+from fedobd.cli._console import say
 from fedobd.report import write_figures, write_markdown, write_report
-
-console = Console(markup=False, emoji=False, highlight=False)  # paths are shown as they are
 
 
 class Format(StrEnum):
@@ -47,7 +45,7 @@ def report_command(
         )
     write = write_report if format_ is Format.HTML else write_markdown
     write(runs, file)
-    console.print(f"wrote {file}", soft_wrap=True)
+    say(f"wrote {file}")
     if figures is not None:
         drawn = write_figures(runs, figures)
-        console.print(f"wrote {len(drawn)} figures to {figures}", soft_wrap=True)
+        say(f"wrote {len(drawn)} figures to {figures}")

@@ -13,11 +13,11 @@ from torch import nn
 from fedobd._errors import UsageError
 from fedobd._lookup import find_object
 from fedobd._seeds import derive_seed, make_generator
-from fedobd.blocks import BlockRules, ModelSchema, ModelState, decompose, get_state, load_state
+from fedobd.blocks import ModelSchema, ModelState, decompose, get_state, load_state
 from fedobd.data import Augmentation, ClientData, ExampleSet, load_vectors, select
+from fedobd.experiments._config import ModelConfig, RunConfig
 from fedobd.experiments._data import build_data
 from fedobd.experiments._fit import check_fit
-from fedobd.experiments.config import ModelConfig, RunConfig
 from fedobd.models import MODELS, build_model, use_batch_statistics
 from fedobd.sessions import Method
 from fedobd.simulation import ClientSetup, StackedTraining
@@ -28,7 +28,6 @@ from fedobd.training import (
     LocalTraining,
     Loss,
     Metric,
-    TrainingOptions,
     evaluate,
     seed_device,
     train_locally,
@@ -43,7 +42,7 @@ class Experiment:
     Args:
         method: the method with its options.
         schema: the model's schema, cut as the method wants.
-        initial: the initial values.
+        initial: the initial values by name, on the CPU, with the shapes and dtypes of the schema.
         setup: what the clients share.
         evaluate: evaluates a state on the test set; None without one.
         evaluate_part: the same on the part of it that is tested on between rounds.
@@ -74,8 +73,7 @@ def build_experiment(config: RunConfig, workers: int = 0) -> Experiment:
     data = built.federated
     config_of_model = _with_vocabulary(config.model, built.vocabulary, seed)
     model = initial_model(config.model_copy(update={"model": config_of_model}))
-    rules = config.model.blocks if method.unit == "semantic" else BlockRules(style=method.unit)
-    schema = decompose(model, rules)
+    schema = decompose(model, config.block_rules(method))
     initial = get_state(model)
     loss: Loss = find_object(config.training.loss, "loss", LOSSES)
     metric: Metric = find_object(config.training.metric, "metric", METRICS)
@@ -131,9 +129,7 @@ def _training(config: RunConfig, loss: Loss) -> tuple[LocalTraining, StackedTrai
     training = config.training
     if training.function is not None:
         return find_object(training.function, "training function", {}), None
-    options = TrainingOptions(
-        **{name: getattr(training, name) for name in TrainingOptions.__slots__}
-    )
+    options = training.options
     augment = _augmentation(config)
     return (
         partial(train_locally, options=options, loss=loss, augment=augment),
@@ -157,14 +153,23 @@ def _with_vocabulary(
         UsageError: vectors are wanted, and the data are no texts.
     """
     options = dict(config.options)
-    factory = find_object(config.name, "model", MODELS)
-    if vocabulary is not None and "vocab_size" in inspect.signature(factory).parameters:
-        options.setdefault("vocab_size", len(vocabulary))
+    if vocabulary is not None and wants_vocab_size(config):
+        options["vocab_size"] = len(vocabulary)
     if isinstance(options.get("vectors"), str):
         if vocabulary is None:
             raise UsageError("model.options.vectors is for data that are texts")
         options["vectors"] = load_vectors(options["vectors"], vocabulary, seed=seed)
     return config.model_copy(update={"options": options})
+
+
+def wants_vocab_size(config: ModelConfig) -> bool:
+    """Whether a model takes the size of a vocabulary, and its options do not give it."""
+    factory = find_object(config.name, "model", MODELS)
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # some callables written in C have none
+        return False
+    return "vocab_size" in parameters and "vocab_size" not in config.options
 
 
 def initial_model(config: RunConfig, vocabulary: tuple[str, ...] | None = None) -> nn.Module:
@@ -223,6 +228,6 @@ def _device(name: str) -> str:
         raise UsageError(f"training.device is {name!r}; allowed are 'cpu', 'cuda' and 'auto'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"training.device is {name!r}, and there is no CUDA device here")
-    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
-        raise UsageError(f"training.device is {name!r}; CUDA devices here: {found}, from cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UsageError(f"training.device is {name!r}; CUDA devices here: {count}, from cuda:0")
     return name

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from fedobd._errors import UsageError
-from fedobd._lookup import build_object, find_object
+from fedobd._lookup import build_object, no_such
 from fedobd.data import (
     Examples,
     ExampleSet,
     FederatedData,
-    LoadedData,
     Prepare,
     Selection,
     StoredExamples,
@@ -29,7 +28,7 @@ from fedobd.data import (
     set_aside,
     share_out,
 )
-from fedobd.experiments.config import RunConfig
+from fedobd.experiments._config import RunConfig
 
 _Whole = Examples | StoredExamples
 _NO_EXAMPLES = Examples(torch.empty(0), torch.empty(0))
@@ -47,31 +46,6 @@ class BuiltData:
     """
 
     federated: FederatedData
-    classes: tuple[str, ...] | None = None
-    vocabulary: tuple[str, ...] | None = None
-    padding: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pool:
-    """Examples that are not shared out yet.
-
-    Args:
-        train: training examples.
-        numbers: which of them are used.
-        targets: of the training examples, in memory.
-        test: what is tested on; None to set a part aside.
-        prepare: what is done to inputs when they are taken.
-        owners: whose each training example is.
-        classes, vocabulary, padding: see `BuiltData`.
-    """
-
-    train: ExampleSet
-    numbers: torch.Tensor
-    targets: torch.Tensor
-    test: ExampleSet | None
-    prepare: Prepare | None = None
-    owners: tuple[Any, ...] | None = None
     classes: tuple[str, ...] | None = None
     vocabulary: tuple[str, ...] | None = None
     padding: int | None = None
@@ -100,20 +74,19 @@ def build_data(config: RunConfig, device: str = "cpu", workers: int = 0) -> Buil
         raise UsageError(f"data.test_path is for data 'nodes'; data is {data.name!r}")
     if data.name == "digits":
         digits = load_digits()
-        pool = _Pool(
-            train=place(digits),
-            numbers=draw_numbers(len(digits), data.splits.max_train),
-            targets=digits.targets,
-            test=None,
-            classes=tuple(map(str, range(10))),
-        )
-        return _share(config, pool)
+        numbers = draw_numbers(len(digits), data.splits.max_train)
+        federated = _share(config, place(digits), numbers, digits.targets)
+        return BuiltData(federated=federated, classes=tuple(map(str, range(10))))
     if ":" in data.name:
         return BuiltData(federated=_from_function(config))
     if "/" not in data.name and not Path(data.name).exists():
-        find_object(
-            data.name, "data set", dict.fromkeys(("digits", "nodes"))
-        )  # says what there is
+        raise no_such("data set", data.name, ("digits", "nodes"))
+    return _from_source(config, place)
+
+
+def _from_source(config: RunConfig, place: Callable[[_Whole], _Whole]) -> BuiltData:
+    """Load a file, a folder, or a data set on the hub."""
+    data = config.data
     loaded = load_data(
         data.name,
         columns=data.columns,
@@ -122,20 +95,20 @@ def build_data(config: RunConfig, device: str = "cpu", workers: int = 0) -> Buil
         text=data.text,
         channels_last=config.model.memory_format == "channels_last",
     )
-    return _share(config, _pool_of(loaded, place))
-
-
-def _pool_of(loaded: LoadedData, place: Callable[[_Whole], _Whole]) -> _Pool:
     test = None
     if loaded.test is not None:
         test = Selection(place(loaded.test), loaded.test_numbers, loaded.prepare)
-    return _Pool(
-        train=place(loaded.train),
-        numbers=loaded.train_numbers,
-        targets=loaded.train.targets,
+    federated = _share(
+        config,
+        place(loaded.train),
+        loaded.train_numbers,
+        loaded.train.targets,
         test=test,
         prepare=loaded.prepare,
         owners=loaded.clients,
+    )
+    return BuiltData(
+        federated=federated,
         classes=loaded.classes,
         vocabulary=loaded.vocabulary,
         padding=loaded.padding,
@@ -150,33 +123,46 @@ def _place(examples: _Whole, device: torch.device, copies: int) -> _Whole:
     return move_to(examples, device, most_bytes=free_bytes // (4 * copies))
 
 
-def _share(config: RunConfig, pool: _Pool) -> BuiltData:
+def _share(
+    config: RunConfig,
+    train: ExampleSet,
+    numbers: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    test: ExampleSet | None = None,
+    prepare: Prepare | None = None,
+    owners: tuple[Any, ...] | None = None,
+) -> FederatedData:
+    """Share examples out among the clients.
+
+    Args:
+        config: the configuration.
+        train: training examples, inputs as they are stored.
+        numbers: which of them are used, int64, shape (n,).
+        targets: those of all training examples, int64, shape (len(train),), on the CPU.
+        test: what is tested on; None to set a part of the training examples aside.
+        prepare: what is done to inputs when they are taken.
+        owners: whose each training example is.
+    """
     data, federation = config.data, config.federation
-    numbers, test = pool.numbers, pool.test
     if test is None:
         rest, aside = set_aside(len(numbers), data.test_fraction, seed=federation.seed)
-        test = Selection(pool.train, numbers[aside[: data.splits.max_test]], pool.prepare)
+        test = Selection(train, numbers[aside[: data.splits.max_test]], prepare)
         numbers = numbers[rest]
-    owners = None if pool.owners is None else [pool.owners[n] for n in numbers.tolist()]
     shares = partition(
-        pool.targets[numbers],
+        targets[numbers],
         federation.clients,
         data.partition,
-        owners=owners,
+        owners=None if owners is None else [owners[n] for n in numbers.tolist()],
         seed=federation.seed,
     )
     clients = share_out(
-        pool.train,
+        train,
         [numbers[share] for share in shares],
         data.validation_fraction,
-        prepare=pool.prepare,
+        prepare=prepare,
     )
-    return BuiltData(
-        federated=FederatedData(clients, test),
-        classes=pool.classes,
-        vocabulary=pool.vocabulary,
-        padding=pool.padding,
-    )
+    return FederatedData(clients, test)
 
 
 def _from_function(config: RunConfig) -> FederatedData:

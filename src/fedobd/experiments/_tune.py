@@ -18,7 +18,7 @@ _SECONDS = 20.0  # of measuring, after which no larger stack is tried
 def measure_stack(experiment: Experiment, server: ServerSession) -> int:
     """Return the stack with which a client of the first round takes the least time here.
 
-    Plays some clients of the round with 1, 2, 4, ... of them together, twice each, and looks at
+    Runs some clients of the round with 1, 2, 4, ... of them together, twice each, and looks at
     the second time; stops where a larger stack no longer gains a twentieth, or does not fit into
     the memory of a GPU.
 
@@ -33,12 +33,16 @@ def measure_stack(experiment: Experiment, server: ServerSession) -> int:
     if plan is None:
         return 1
     broadcast = server.broadcast().data
-    openings = {
-        c: server.initial_payload(c).data for c in plan.cohort if server.needs_initial_payload(c)
-    }
     tasks = [
-        ClientTask(plan=plan, client=c, broadcast=broadcast, initial_payload=openings.get(c))
-        for c in plan.cohort
+        ClientTask(
+            plan=plan,
+            client=client,
+            broadcast=broadcast,
+            initial_payload=server.initial_payload(client).data
+            if server.needs_initial_payload(client)
+            else None,
+        )
+        for client in plan.cohort
     ]
     server.restore(before)
     best, least, began = 1, float("inf"), time.perf_counter()
@@ -67,7 +71,7 @@ def _sizes(most: int) -> Iterator[int]:
 
 
 def _seconds_per_client(setup: ClientSetup, tasks: list[ClientTask], stack: int) -> float:
-    """Return the seconds that a client takes when so many are played together."""
+    """Return the seconds that a client takes when so many are trained together."""
     with SequentialPool(dataclasses.replace(setup, stack=stack)) as pool:
         list(pool.run(tasks))
         began = time.perf_counter()

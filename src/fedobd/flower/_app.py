@@ -38,7 +38,7 @@ from fedobd.flower._opening import MetricKeys
 from fedobd.flower._plan import read_plan
 from fedobd.flower._strategy import FedOBDStrategy
 from fedobd.sessions import RoundPlan, ServerSession
-from fedobd.simulation import ClientStates, PlayedRound, Watcher, prepare_process
+from fedobd.simulation import Callback, ClientStates, RoundResult, prepare_process
 
 logger = getLogger("flwr")  # where Flower shows what an app says
 
@@ -86,15 +86,15 @@ def _serve(grid: Grid, context: Context, config_file: Path) -> None:
         *,
         should_evaluate: Callable[[RoundPlan], bool],
         states: ClientStates,
-        watcher: Watcher,
-    ) -> Iterator[PlayedRound]:
+        callback: Callback,
+    ) -> Iterator[RoundResult]:
         """Play the rounds on the grid's nodes, which keep their own states."""
         yield from strategy.play(
             grid,
             server,
             evaluate=experiment.evaluate_part,
             should_evaluate=should_evaluate,
-            watcher=watcher,
+            callback=callback,
         )
         sent = strategy.opening_bytes
         logger.log(INFO, "fedobd: %d bytes of openings, schema and options included", sent)
@@ -103,7 +103,7 @@ def _serve(grid: Grid, context: Context, config_file: Path) -> None:
         config,
         path,
         resume=bool(options.get("resume", False)),
-        observer=_LogObserver(),
+        callbacks=[_FlowerLog()],
         engine=engine,
     )
 
@@ -123,21 +123,21 @@ def _number(options: Mapping[str, object], key: str, default: float) -> float:
     return float(value)
 
 
-class _LogObserver:
+class _FlowerLog(Callback):
     """Says in Flower's log how a run goes."""
 
-    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
-        """See `Observer.begin_run`."""
+    def on_run_begin(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
+        """See `Callback.on_run_begin`."""
         logger.log(
             INFO, "fedobd: %s, %d rounds, run folder %s", config.method, planned_rounds, folder
         )
 
-    def client_done(self, plan: RoundPlan, done: int) -> None:
-        """See `Observer.client_done`."""
+    def on_client_end(self, plan: RoundPlan, done: int) -> None:
+        """See `Callback.on_client_end`."""
         logger.log(INFO, "fedobd: round %d: %d of %d uploads", plan.round, done, len(plan.cohort))
 
-    def end_round(self, record: dict[str, Any]) -> None:
-        """See `Observer.end_round`."""
+    def on_round_end(self, record: dict[str, Any]) -> None:
+        """See `Callback.on_round_end`."""
         metric = record["test_metric"]
         logger.log(
             INFO,
@@ -150,8 +150,8 @@ class _LogObserver:
             record["downlink_bytes"],
         )
 
-    def end_run(self, summary: Summary) -> None:
-        """See `Observer.end_run`."""
+    def on_run_end(self, summary: Summary) -> None:
+        """See `Callback.on_run_end`."""
         logger.log(
             INFO,
             "fedobd: %d rounds, final metric %s, %d bytes in all",

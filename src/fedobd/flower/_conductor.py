@@ -29,7 +29,7 @@ from fedobd.flower._exchange import POLL_SECONDS, collect, push
 from fedobd.flower._opening import Opening
 from fedobd.flower._plan import plan_config
 from fedobd.sessions import RoundPlan, RoundRecord, ServerSession
-from fedobd.simulation import Watcher
+from fedobd.simulation import Callback
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
 
@@ -44,7 +44,7 @@ class Conductor:
         round_timeout: seconds after which replies are late.
         poll_seconds: pause between two looks for replies.
         keep_broadcast: have clients keep the round's broadcast, to evaluate it.
-        watcher: what else to call.
+        callback: sees payloads, and clients that have uploaded.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Conductor:
         round_timeout: float,
         poll_seconds: float = POLL_SECONDS,
         keep_broadcast: bool = False,
-        watcher: Watcher | None = None,
+        callback: Callback | None = None,
     ) -> None:
         self._grid = grid
         self._server = server
@@ -64,7 +64,7 @@ class Conductor:
         self._round_timeout = round_timeout
         self._poll_seconds = poll_seconds
         self._keep_broadcast = keep_broadcast
-        self._watcher = watcher or Watcher()
+        self._callback = callback if callback is not None else Callback()
         self._opened: set[int] = set()  # nodes that were sent an opening in this run
         self._nodes: dict[int, int] = {}
         self._waiting: set[int] = set()  # clients of the round that have not answered
@@ -211,8 +211,7 @@ class Conductor:
         finally:
             self.seconds["fold"] += time.perf_counter() - began
         self._accepted.append(client)
-        if self._watcher.on_client is not None:
-            self._watcher.on_client(self.plan, len(self._accepted))
+        self._callback.on_client_end(self.plan, len(self._accepted))
         return client
 
     def _miss(self, client: int, reason: str, message: str) -> None:
@@ -242,8 +241,8 @@ class Conductor:
         return [self._message(client, content, "evaluate") for client in self._accepted]
 
     def _see(self, name: str, payload: bytes) -> None:
-        if self._watcher.on_payload is not None and self.plan is not None:
-            self._watcher.on_payload(self.plan.round, name, payload)
+        if self._callback.wants_payloads and self.plan is not None:
+            self._callback.on_payload(self.plan.round, name, payload)
 
 
 def _has_lost_opening(reply: Message, message: Message) -> bool:

@@ -34,7 +34,7 @@ from fedobd.sessions import (
     cohort_size,
     weighted_mean,
 )
-from fedobd.simulation import PlayedRound, Watcher
+from fedobd.simulation import Callback, RoundResult
 from fedobd.training import Evaluation
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
@@ -263,9 +263,9 @@ class FedOBDStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate: Callable[[ModelState], Evaluation] | None = None,
         should_evaluate: Callable[[RoundPlan], bool] = lambda plan: True,
-        watcher: Watcher | None = None,
+        callback: Callback | None = None,
         result: Result | None = None,
-    ) -> Iterator[PlayedRound]:
+    ) -> Iterator[RoundResult]:
         """Play the remaining rounds of a session; between two yields it can be saved.
 
         Args:
@@ -276,7 +276,7 @@ class FedOBDStrategy(Strategy):
             evaluate_config: entries to add to that of evaluate messages.
             evaluate: evaluates a state on the test set.
             should_evaluate: in which rounds.
-            watcher: what else to call.
+            callback: sees payloads, and clients that have uploaded.
             result: where clients' metrics go.
 
         Yields:
@@ -309,7 +309,7 @@ class FedOBDStrategy(Strategy):
             round_timeout=self._round_timeout,
             poll_seconds=self._poll_seconds,
             keep_broadcast=self._evaluate,
-            watcher=watcher,
+            callback=callback,
         )
         self._roster.gather(self.num_clients, self._min_replies, self._join_timeout)
         arrays = ArrayRecord()
@@ -331,7 +331,7 @@ class FedOBDStrategy(Strategy):
                 test = evaluate(server.state)
                 server.observe_test_metric(test.metric)
             seconds = {**conductor.seconds, "round": time.perf_counter() - began}
-            yield PlayedRound(plan=plan, record=record, test=test, seconds=seconds)
+            yield RoundResult(record=record, test=test, seconds=seconds)
 
     def _train(self, grid: Grid, config: ConfigRecord, result: Result) -> RoundRecord:
         """Play the training of a round, again where too few uploads came."""

@@ -1,7 +1,7 @@
-"""MethodPlan: the bytes that a method will send, from a few of its rounds played without training.
+"""MethodPlan: the bytes that a method will send, from a few of its rounds run without training.
 
-The real sessions encode made-up updates of one client, and what they emit is counted. Of each
-stage the rounds are cut into a few runs, and the middle one of each run is played.
+The real sessions encode made-up updates of one client, and what they emit is counted. The
+rounds of each stage are cut into a few spans, and the middle round of each is run.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fedobd.sessions import (
     sample_cohort,
 )
 
-_MOST_RUNS = 5  # of a stage's rounds
-_PLAYED_PARAMETERS = 40_000_000  # of all runs of a stage together: fewer rounds of a large model
-_CLIENT = 0  # the one that is played
+_MOST_SPANS = 5  # of a stage
+_MOST_PARAMETERS = 40_000_000  # in all rounds of a stage that are run: fewer of a large model
+_CLIENT = 0
 _REPORT = Report(num_examples=1000, train_loss=1.0, num_validation_examples=100)
 
 
@@ -73,17 +73,17 @@ class MethodPlan:
     Args:
         method: the method's name.
         stages: its stages.
-        opening_bytes: of the opening payload that a client is sent before its first broadcast; 0
+        initial_bytes: of the initial payload that a client is sent before its first broadcast; 0
             where there is none.
-        openings: how many clients are sent one.
-        opening_rounds: in how many rounds one is sent.
+        initialized: how many clients are sent one.
+        initial_rounds: in how many rounds one is sent.
     """
 
     method: str
     stages: tuple[StagePlan, ...]
-    opening_bytes: int
-    openings: int
-    opening_rounds: int
+    initial_bytes: int
+    initialized: int
+    initial_rounds: int
 
     @property
     def uplink_bytes(self) -> float:
@@ -92,9 +92,9 @@ class MethodPlan:
 
     @property
     def downlink_bytes(self) -> float:
-        """Bytes of all broadcasts and openings."""
+        """Bytes of all broadcasts and initial payloads."""
         broadcasts = (stage.rounds * stage.cohort * stage.downlink_bytes for stage in self.stages)
-        return sum(broadcasts) + self.openings * self.opening_bytes
+        return sum(broadcasts) + self.initialized * self.initial_bytes
 
     @property
     def total_bytes(self) -> float:
@@ -108,7 +108,7 @@ class MethodPlan:
             link_bits_per_s: speed of each client's own link; the server's is no limit.
             seconds_per_epoch: how long a client trains for a local epoch.
         """
-        sent = self.opening_rounds * self.opening_bytes + sum(
+        sent = self.initial_rounds * self.initial_bytes + sum(
             stage.rounds * (stage.uplink_bytes + stage.downlink_bytes) for stage in self.stages
         )
         epochs = sum(stage.rounds * stage.epochs for stage in self.stages)
@@ -117,19 +117,19 @@ class MethodPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """What one client was sent and sent in a played round, in bytes."""
+    """What one client was sent and sent in a round, in bytes."""
 
     uplink: int
     broadcast: int
-    opening: int
+    initial: int
 
 
-class _Play:
-    """Plays single rounds of a run with one client.
+class _Client:
+    """Runs single rounds of a run with one client.
 
     Args:
         server: the run's server, before its first round.
-        initial: the initial values.
+        initial: the initial values by name.
         updates: what stands for training.
     """
 
@@ -141,34 +141,30 @@ class _Play:
         assert first is not None
         server.abort_round()
         self._first_time = updates.learning_time(first)
-        self._client = ClientSession(
+        self._session = ClientSession(
             server.method, server.schema, client=_CLIENT, seed=server.seed, start=initial
         )
 
-    def play(self, stage: int, before: int, stage_rounds: int) -> _Sent:
-        """Play a round.
+    def run_round(self, stage: int, stage_rounds: int) -> _Sent:
+        """Run a round.
 
         Args:
             stage: index of its stage.
-            before: rounds that lie before it.
-            stage_rounds: those of them that belong to its stage.
+            stage_rounds: rounds of the stage that lie before it.
         """
-        server = self._server
-        saved = server.save()
-        saved.values.update(stage=stage, rounds=before, stage_rounds=stage_rounds)
-        server.restore(saved)
+        server, initial = self._server, b""
+        server.skip_to(stage, stage_rounds)
         plan = server.begin_round(available={_CLIENT})
         assert plan is not None
-        opening = b""
         if server.needs_initial_payload(_CLIENT):
-            opening = server.initial_payload(_CLIENT).data
-            self._client.initialize(opening)
+            initial = server.initial_payload(_CLIENT).data
+            self._session.initialize(initial)
         broadcast = server.broadcast().data
-        trained = self._train(plan, self._client.receive(broadcast))
-        upload = self._client.upload(trained, _REPORT).data
+        trained = self._train(plan, self._session.receive(broadcast))
+        upload = self._session.upload(trained, _REPORT).data
         server.receive(_CLIENT, upload)
         server.end_round()
-        return _Sent(len(upload), len(broadcast), len(opening))
+        return _Sent(len(upload), len(broadcast), len(initial))
 
     def _train(self, plan: RoundPlan, start: ModelState) -> ModelState:
         share = self._updates.learning_time(plan) / self._first_time
@@ -189,7 +185,7 @@ def plan_method(
     Args:
         method: the method with its options.
         schema: the model's schema, cut as the method wants.
-        initial: the initial values by name.
+        initial: the initial values by name, with the schema's shapes and dtypes.
         federation: who takes part.
         updates: what stands for training.
 
@@ -205,19 +201,18 @@ def plan_method(
         seed=federation.seed,
         shared_start=federation.shared_start,
     )
-    has_initial_payload = server.has_initial_payload
-    play = _Play(server, dict(initial), updates)
-    runs = max(1, min(_MOST_RUNS, _PLAYED_PARAMETERS // max(1, schema.num_parameters)))
-    stages, before, opening_bytes = [], 0, 0
+    newcomers = _newcomers(method, federation) if server.has_initial_payload else []
+    client = _Client(server, dict(initial), updates)
+    spans = max(1, min(_MOST_SPANS, _MOST_PARAMETERS // max(1, schema.num_parameters)))
+    stages, initial_bytes = [], 0
     for index, stage in enumerate(method.stages()):
         uplink = downlink = 0
         special = federation.shared_start and index == 0  # the first round sends a fingerprint
-        for stage_rounds, weight in _sampled(stage.rounds, runs, first_apart=special):
-            sent = play.play(index, before + stage_rounds, stage_rounds)
+        for stage_rounds, weight in _sampled(stage.rounds, spans, first_apart=special):
+            sent = client.run_round(index, stage_rounds)
             uplink += weight * sent.uplink
             downlink += weight * sent.broadcast
-            opening_bytes += sent.opening  # a client is opened once
-        before += stage.rounds
+            initial_bytes += sent.initial  # a client is sent it once
         stages.append(
             StagePlan(
                 number=stage.number,
@@ -228,24 +223,23 @@ def plan_method(
                 downlink_bytes=downlink / stage.rounds,
             )
         )
-    opened = _newcomers(method, federation) if has_initial_payload else []
     return MethodPlan(
         method=method.name,
         stages=tuple(stages),
-        opening_bytes=opening_bytes,
-        openings=sum(opened),
-        opening_rounds=sum(count > 0 for count in opened),
+        initial_bytes=initial_bytes,
+        initialized=sum(newcomers),
+        initial_rounds=sum(count > 0 for count in newcomers),
     )
 
 
-def _sampled(rounds: int, most_runs: int, *, first_apart: bool) -> Iterator[tuple[int, int]]:
-    """Yield the rounds of a stage to play, from 0, and how many rounds each stands for."""
+def _sampled(rounds: int, most_spans: int, *, first_apart: bool) -> Iterator[tuple[int, int]]:
+    """Yield the rounds of a stage to run, from 0, and how many rounds each stands for."""
     apart = int(first_apart)
     if first_apart:
         yield 0, 1
-    runs = min(most_runs, rounds - apart)
-    for number in range(runs):
-        start, stop = (apart + (rounds - apart) * n // runs for n in (number, number + 1))
+    spans = min(most_spans, rounds - apart)
+    for number in range(spans):
+        start, stop = (apart + (rounds - apart) * n // spans for n in (number, number + 1))
         yield (start + stop - 1) // 2, stop - start
 
 

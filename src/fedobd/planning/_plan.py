@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
-from fedobd._lookup import find_object
-from fedobd.blocks import BlockRules, ModelSchema, decompose, get_state
-from fedobd.experiments import RunConfig, build_data, initial_model
+from fedobd.blocks import ModelSchema, decompose, get_state
+from fedobd.experiments import RunConfig, build_data, initial_model, wants_vocab_size
 from fedobd.methods import FedAvg, FedOBD
-from fedobd.models import MODELS
 from fedobd.planning._method_plan import Federation, MethodPlan, plan_method
 from fedobd.planning._updates import FINE_TUNING_UPDATE_SIZE, TYPICAL_UPDATE_SIZE, UpdateModel
 from fedobd.sessions import Method, oversized_blocks
-from fedobd.training import TrainingOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +35,7 @@ class Plan:
 
     def reduction(self, method: MethodPlan) -> float:
         """Return by which share of FedAvg's bytes a method sends less."""
-        (fedavg,) = (own for own in self.methods if own.method == FedAvg.name)
+        (fedavg,) = (m for m in self.methods if m.method == FedAvg.name)
         return 1 - method.total_bytes / fedavg.total_bytes
 
     def never_uploaded(self) -> tuple[int, ...]:
@@ -73,7 +69,7 @@ def make_plan(
     if update_size is None:
         is_pretrained = config.model.options.get("checkpoint") is not None
         update_size = FINE_TUNING_UPDATE_SIZE if is_pretrained else TYPICAL_UPDATE_SIZE
-    updates = UpdateModel(size=update_size, training=_schedule(config))
+    updates = UpdateModel(size=update_size, training=config.training.options)
     federation = Federation(
         num_clients=config.federation.clients,
         seed=config.federation.seed,
@@ -85,7 +81,7 @@ def make_plan(
     plans = []
     for method in _with_fedavg(config):
         on_step(f"{method.name}: playing a few rounds of one client")
-        schema = decompose(model, _rules(config, method))
+        schema = decompose(model, config.block_rules(method))
         plans.append(plan_method(method, schema, initial, federation, updates))
     return Plan(
         schema=decompose(model, config.model.blocks),
@@ -96,14 +92,8 @@ def make_plan(
     )
 
 
-def _schedule(config: RunConfig) -> TrainingOptions:
-    return TrainingOptions(
-        **{name: getattr(config.training, name) for name in TrainingOptions.__slots__}
-    )
-
-
 def _initial_model(config: RunConfig) -> nn.Module:
-    if _needs_data(config):
+    if wants_vocab_size(config.model):
         return initial_model(config, build_data(config).vocabulary)
     options = dict(config.model.options)
     if isinstance(options.get("vectors"), str):
@@ -112,25 +102,12 @@ def _initial_model(config: RunConfig) -> nn.Module:
     return initial_model(config.model_copy(update={"model": model}))
 
 
-def _needs_data(config: RunConfig) -> bool:
-    """Whether the data decide on the size of the model's vocabulary."""
-    try:
-        takes = inspect.signature(find_object(config.model.name, "model", MODELS)).parameters
-    except (TypeError, ValueError):  # some callables written in C have none
-        return False
-    return "vocab_size" in takes and "vocab_size" not in config.model.options
-
-
 def _with_fedavg(config: RunConfig) -> list[Method]:
     methods: dict[str, Method] = dict(config.methods)
     if FedAvg.name not in methods:
         first = config.chosen.stages()[0]
         methods[FedAvg.name] = FedAvg(rounds=first.rounds, epochs=first.epochs)
     return list(methods.values())
-
-
-def _rules(config: RunConfig, method: Method) -> BlockRules:
-    return config.model.blocks if method.unit == "semantic" else BlockRules(style=method.unit)
 
 
 def _dropout_rate(config: RunConfig) -> float | None:

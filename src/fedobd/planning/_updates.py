@@ -67,11 +67,16 @@ class UpdateModel:
         return sum(rate_factor(self.training, plan, m / steps, 1 / steps) for m in moments) / steps
 
     def scales(self, schema: ModelSchema, initial: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Return the RMS of the first round's update for each floating tensor that changes."""
+        """Return the RMS of the first round's update for each floating tensor that changes.
+
+        Args:
+            schema: the model's schema.
+            initial: the initial values by name, with the schema's shapes and dtypes.
+        """
         changing = [s for s in schema.tensors if s.is_floating and s.role is not Role.FROZEN]
-        own = {s.name: _rms(initial[s.name]) if len(s.shape) > 1 else 0.0 for s in changing}
-        common = median([rms for rms in own.values() if rms > 0] or [1.0])
-        return {name: self.size * (rms or common) for name, rms in own.items()}
+        sizes = {s.name: _rms(initial[s.name]) if len(s.shape) > 1 else 0.0 for s in changing}
+        common = median([rms for rms in sizes.values() if rms > 0] or [1.0])
+        return {name: self.size * (rms or common) for name, rms in sizes.items()}
 
     def train(
         self,
@@ -82,7 +87,8 @@ class UpdateModel:
         """Return what training would have left, apart from integer tensors, which stay.
 
         Args:
-            start: the received values by name.
+            start: the received values by name, of any shapes and dtypes; the update is drawn in
+                float32 and rounded to the dtype.
             scales: RMS of the update by tensor name; others stay as they are.
             generator: of the draws, on the CPU.
         """

@@ -21,10 +21,10 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
         output: the file; one that is there is replaced.
 
     Raises:
-        UsageError: a folder holds no run, a run is damaged, plotly is not installed, or the file
+        UsageError: a folder holds no run, a run is damaged, vl-convert is not installed, or the file
             cannot be written.
     """
-    from fedobd.report._page import make_page  # when first needed, as plotly is
+    from fedobd.report._page import make_page  # when first needed, as vl-convert is
 
     _write(output, make_page(gather(runs)))
 

@@ -21,7 +21,7 @@ from fedobd.report._chart import (
 )
 from fedobd.report._gather import Section, Variant
 from fedobd.report._run import Run, Values
-from fedobd.tracking import starvation_warning
+from fedobd.tracking import rare_blocks_warning
 
 
 def upload_shares(run: Run) -> Values:
@@ -140,4 +140,4 @@ def _cells(labels: Sequence[str], told: dict[str, tuple[str, str]]) -> Spec:
 def warning(variant: Variant) -> str | None:
     """Return a warning of blocks that starved in stage 1, None without any."""
     runs = variant.counted
-    return starvation_warning(runs[0].config.chosen, {run.seed: run.starved for run in runs})
+    return rare_blocks_warning(runs[0].config.chosen, {run.seed: run.starved for run in runs})

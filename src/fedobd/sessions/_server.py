@@ -372,6 +372,28 @@ class ServerSession:
             progress.stage_rounds = 0
             progress.watch = StopWatch()
 
+    def skip_to(self, stage: int, stage_rounds: int) -> None:
+        """Go to a place between two rounds without running those before it, to estimate traffic.
+
+        The state, what the method remembers, and who has had an initial payload stay as they are.
+
+        Args:
+            stage: index of the stage in the method's stages, from 0.
+            stage_rounds: how many rounds of it lie behind.
+
+        Raises:
+            UsageError: a round is open, or the method has no such round.
+        """
+        if self._open is not None:
+            raise UsageError(f"round {self._open.plan.round} is open; skip between rounds")
+        if not (0 <= stage < len(self._stages) and 0 <= stage_rounds < self._stages[stage].rounds):
+            raise UsageError(
+                f"there is no round {stage_rounds + 1} of stage {stage} in {self.method.name}"
+            )
+        progress = self._progress
+        progress.stage, progress.stage_rounds = stage, stage_rounds
+        progress.rounds = sum(s.rounds for s in self._stages[:stage]) + stage_rounds
+
     def never_uploaded(self) -> tuple[int, ...]:
         """Return the blocks with parameters that no client has uploaded in stage 1 so far."""
         return tuple(

@@ -60,8 +60,9 @@ def float32_bytes(record: Mapping[str, Any], schema: ModelSchema) -> int:
     of a part of the blocks, or one that stands for a model that clients hold already, counts as
     the whole model.
 
-    Headers, openings and attempts at a round that were aborted are not in it, though they are in
-    the bytes that were really sent: a reduction against it is rather too small than too large.
+    Headers, initial payloads and attempts at a round that were aborted are not in it, though they
+    are in the bytes that were really sent: a reduction against it is rather too small than too
+    large.
 
     Args:
         record: the round's line of rounds.jsonl.

@@ -95,9 +95,9 @@ class MLflowTracker(Tracker):
         self._last_step = max((metric.step for metric in history), default=0)
 
     def _experiment(self, artifacts: str | None) -> str:
-        found = self._client.get_experiment_by_name(EXPERIMENT)
-        if found is not None:
-            return str(found.experiment_id)
+        experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        if experiment is not None:
+            return str(experiment.experiment_id)
         return str(self._client.create_experiment(EXPERIMENT, artifact_location=artifacts))
 
     def _log_parameters(self, parameters: Mapping[str, Any]) -> None:

@@ -10,12 +10,12 @@ from fedobd._lookup import nearest
 
 def list_presets() -> dict[str, str]:
     """Return each preset's name with its first comment line."""
-    found = {}
+    presets = {}
     for entry in sorted(files(__package__).iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".toml"):
             first = entry.read_text(encoding="utf-8").partition("\n")[0]
-            found[entry.name.removesuffix(".toml")] = first.lstrip("# ")
-    return found
+            presets[entry.name.removesuffix(".toml")] = first.lstrip("# ")
+    return presets
 
 
 def preset_text(name: str) -> str:

@@ -6,21 +6,20 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from fedobd._errors import UsageError
 from fedobd.experiments._build import build_experiment
-from fedobd.experiments.config import RunConfig
-from fedobd.experiments.folder import (
+from fedobd.experiments._config import RunConfig
+from fedobd.experiments._folder import (
     CONFIG_FILE,
     SCHEMA_FILE,
     claim_folder,
-    read_config,
     settle_config,
     write_json,
 )
-from fedobd.experiments.runner import Observer, Summary, run
-from fedobd.simulation import check_workers
+from fedobd.experiments._runner import run
+from fedobd.experiments._summary import Summary
+from fedobd.simulation import Callback, check_workers
 
 COMPARISON = "comparison.json"
 
@@ -90,9 +89,9 @@ def compare(
     methods: Sequence[str] = (),
     workers: int = 0,
     resume: bool = False,
-    observer: Observer | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Comparison:
-    """Run each method with each seed, each in a folder of its own, and compare them.
+    """Run each method with each seed, each in its folder, and compare them.
 
     Args:
         config: holds the options of each method.
@@ -101,7 +100,7 @@ def compare(
         methods: which methods; empty for all of the configuration.
         workers: worker processes of each run.
         resume: keep finished runs and go on with the one that was cut off.
-        observer: sees each run as it goes.
+        callbacks: see each run as it goes.
 
     Raises:
         UsageError: there is nothing to compare, or it cannot be run, or the folder holds something
@@ -116,11 +115,11 @@ def compare(
     check_workers(workers)
     build_experiment(next(iter(singles.values())))  # what cannot be run leaves no folder
     claim_folder(path, CONFIG_FILE, resume=resume)
-    settle_config(path, config.to_resume(read_config(path)))
+    settle_config(path, config.to_dict())
     summaries: dict[str, list[Summary]] = {name: [] for name in chosen}
     for (name, seed), single in singles.items():
         folder = path / f"{name}-seed{seed}"
-        summary = run(single, folder, workers=workers, resume=folder.exists(), observer=observer)
+        summary = run(single, folder, workers=workers, resume=folder.exists(), callbacks=callbacks)
         summaries[name].append(summary)
     comparison = tabulate(summaries, tuple(seeds))
     write_json(path / COMPARISON, dataclasses.asdict(comparison))
@@ -129,7 +128,7 @@ def compare(
 
 def tabulate(summaries: dict[str, list[Summary]], seeds: tuple[int, ...]) -> Comparison:
     """Make the table from the summaries of each method."""
-    plain = {name: _row(name, found) for name, found in summaries.items()}
+    plain = {name: _row(name, of_method) for name, of_method in summaries.items()}
     baselines = [row for row in plain.values() if row.method != "fedobd"]
     best = max(baselines, key=lambda r: (r.final_metric, -r.total_bytes), default=None)
     fedavg = plain.get("fedavg")
@@ -148,39 +147,39 @@ def _reduction(row: Row, other: Row | None) -> float | None:
     return None if other is None else 1 - row.total_bytes / other.total_bytes
 
 
-def _row(name: str, found: list[Summary]) -> Row:
-    def spread(values: list[float]) -> float:
+def _row(name: str, summaries: Sequence[Summary]) -> Row:
+    def spread(values: Sequence[float]) -> float:
         return stdev(values) if len(values) > 1 else 0.0
 
-    finals = [s.final_metric for s in found if s.final_metric is not None]
-    bests = [s.best_metric for s in found if s.best_metric is not None]
-    if not len(finals) == len(bests) == len(found):
+    finals = [s.final_metric for s in summaries if s.final_metric is not None]
+    bests = [s.best_metric for s in summaries if s.best_metric is not None]
+    if not len(finals) == len(bests) == len(summaries):
         raise UsageError(f"method {name!r} was not tested; a comparison needs a test set")
-    overheads = [s.overhead for s in found if s.overhead is not None]
+    overheads = [s.overhead for s in summaries if s.overhead is not None]
+    nominal_bits = [s.uplink_nominal_bits + s.downlink_nominal_bits for s in summaries]
+    never_uploaded = [sum(block["share"] for block in s.never_uploaded) for s in summaries]
     return Row(
         method=name,
         final_metric=fmean(finals),
         final_metric_std=spread(finals),
         best_metric=fmean(bests),
         best_metric_std=spread(bests),
-        uplink_bytes=fmean([s.uplink_bytes for s in found]),
-        downlink_bytes=fmean([s.downlink_bytes for s in found]),
-        total_bytes=fmean([s.total_bytes for s in found]),
-        nominal_bytes=fmean(
-            [(s.uplink_nominal_bits + s.downlink_nominal_bits) / 8 for s in found]
-        ),
+        uplink_bytes=fmean(s.uplink_bytes for s in summaries),
+        downlink_bytes=fmean(s.downlink_bytes for s in summaries),
+        total_bytes=fmean(s.total_bytes for s in summaries),
+        nominal_bytes=fmean(nominal_bits) / 8,
         reduction_fedavg=None,
         reduction_baseline=None,
-        seconds=fmean([s.seconds["round"] for s in found]),
-        header_share=fmean([_share(s, "header") for s in found]),
-        buffer_share=fmean([_share(s, "buffers") for s in found]),
+        seconds=fmean(s.seconds["round"] for s in summaries),
+        header_share=fmean(_share(s, "header") for s in summaries),
+        buffer_share=fmean(_share(s, "buffers") for s in summaries),
         overhead=fmean(overheads) if overheads else None,
-        never_uploaded_share=max(sum(block["share"] for block in s.never_uploaded) for s in found),
+        never_uploaded_share=max(never_uploaded),
     )
 
 
 def _share(summary: Summary, part: str) -> float:
     """Share of a part in what went up and down together."""
     up, down = summary.uplink_bytes, summary.downlink_bytes
-    shares: dict[str, Any] = summary.shares
-    return float((shares["uplink"][part] * up + shares["downlink"][part] * down) / (up + down))
+    shares = summary.shares
+    return (shares["uplink"][part] * up + shares["downlink"][part] * down) / (up + down)

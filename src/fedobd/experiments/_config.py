@@ -128,9 +128,14 @@ class TrainingConfig(TrainingOptions):
     function: str | None = None
     device: str = "cpu"
 
+    @property
+    def options(self) -> TrainingOptions:
+        """The options of the built-in local training alone."""
+        return TrainingOptions(**{name: getattr(self, name) for name in TrainingOptions.__slots__})
+
 
 class SimulationConfig(_Section):
-    """How the local engine plays clients, as far as results depend on it in their last bits."""
+    """How the local engine runs clients, as far as results depend on it in their last bits."""
 
     stack: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         1,
@@ -191,12 +196,8 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _check_methods(self) -> RunConfig:
         checked = {name: make_method(name, options) for name, options in self.methods.items()}
-        if self.method not in METHODS:
-            raise UsageError(
-                f"method {self.method!r} is unknown; allowed are {', '.join(METHODS)}"
-                f"{nearest(self.method, METHODS)}"
-            )
-        checked.setdefault(self.method, METHODS[self.method]())
+        if self.method not in checked:
+            checked[self.method] = _method_class(self.method)()
         object.__setattr__(self, "methods", checked)
         return self
 
@@ -205,6 +206,10 @@ class RunConfig(_Section):
         """The method to run, with its options."""
         method: Method = self.methods[self.method]
         return method
+
+    def block_rules(self, method: Method) -> BlockRules:
+        """Return how a method wants the model cut: by `model.blocks`, or by layer or tensor."""
+        return self.model.blocks if method.unit == "semantic" else BlockRules(style=method.unit)
 
     def for_method(self, name: str, seed: int) -> RunConfig:
         """Return the configuration of a single run: one method, one seed.
@@ -223,22 +228,6 @@ class RunConfig(_Section):
         changed = self.to_dict()
         changed["simulation"]["stack"] = stack
         return parse_config(changed)
-
-    def to_resume(self, started: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return plain values to start a run folder with, or to go on with one that was started.
-
-        What tracks a run may change then, since results do not depend on it.
-
-        Args:
-            started: the configuration in the folder; None for a new run.
-        """
-        plain = self.to_dict()
-        if started is not None:
-            for key in ("trackers", "tracking_uri"):
-                plain["output"].pop(key, None)
-                if key in started.get("output", {}):
-                    plain["output"][key] = started["output"][key]
-        return plain
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, every key present that has a value."""
@@ -272,13 +261,17 @@ def make_method(name: str, options: Any) -> Method:
     """
     if isinstance(options, Method):
         return options
+    method = _validate(_method_class(name), options, f"methods.{name}")
+    assert isinstance(method, Method)
+    return method
+
+
+def _method_class(name: str) -> type[Method]:
     if name not in METHODS:
         raise UsageError(
             f"method {name!r} is unknown; allowed are {', '.join(METHODS)}{nearest(name, METHODS)}"
         )
-    method = _validate(METHODS[name], options, f"methods.{name}")
-    assert isinstance(method, Method)
-    return method
+    return METHODS[name]
 
 
 def _validate(kind: type[Any], value: Any, path: str) -> Any:

@@ -1,8 +1,8 @@
-"""Tables: what came of runs, a model's blocks, what a payload holds."""
+"""Tables on the console: what came of runs, a model's blocks, what a payload holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from rich import box
 from rich.table import Table
@@ -31,9 +31,6 @@ def plain_table(title: str, caption: str | None = None) -> Table:
 
 def summary_table(summary: Summary) -> Table:
     """Return a run's summary as a table of two columns."""
-    table = Table(title=f"{summary.method}, seed {summary.seed}", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
     rows = {
         "rounds": str(summary.rounds),
         "test accuracy, final": format_metric(summary.final_metric),
@@ -53,15 +50,13 @@ def summary_table(summary: Summary) -> Table:
     }
     if summary.stops_on_test:
         rows["note"] = "stopped on the test set"
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+    return _facts_table(f"{summary.method}, seed {summary.seed}", rows)
 
 
 def comparison_table(comparison: Comparison) -> Table:
     """Return the comparison as a table, the best value of each column bold."""
     many = len(comparison.seeds) > 1
-    seeds = _list(comparison.seeds)
+    seeds = ", ".join(map(str, comparison.seeds))
     of_seeds = f"seeds {seeds}, mean ± standard deviation" if many else f"seed {seeds}"
     best = comparison.best_baseline if comparison.best_baseline != "fedavg" else None
     table = plain_table(
@@ -106,10 +101,6 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
-def _list(values: Iterable[object]) -> str:
-    return ", ".join(map(str, values))
-
-
 def _reduction(row: Row, value: float | None, other: str | None) -> str:
     return "–" if row.method == other else format_share(value)
 
@@ -142,18 +133,13 @@ def block_table(schema: ModelSchema, dropout_rate: float) -> Table:
     return table
 
 
-def _content(header: Header) -> str:
-    if header.start is not None:
-        return f"the initial model's, {header.start.hex()}"
-    return "differences" if header.is_difference else "values"
-
-
 def payload_tables(payload: Payload) -> list[Table]:
     """Return what a payload holds: its header and its blocks."""
+    return [_header_table(payload), _payload_block_table(payload)]
+
+
+def _header_table(payload: Payload) -> Table:
     schema, header, count = payload.schema, payload.header, payload.num_bytes
-    facts = Table(title=f"{header.kind.name.lower()} payload", show_header=False)
-    facts.add_column(style="bold")
-    facts.add_column(justify="right")
     held = sum(schema.blocks[number].num_parameters for number in header.block_ids)
     rows = {
         "method": method_of_wire_id(header.method).name,
@@ -174,32 +160,46 @@ def payload_tables(payload: Payload) -> list[Table]:
         rows["client"] = str(header.client)
         rows["examples"] = str(header.report.num_examples)
         rows["training loss"] = f"{header.report.train_loss:.4f}"
-    for name, value in rows.items():
-        facts.add_row(name, value)
+    return _facts_table(f"{header.kind.name.lower()} payload", rows)
 
-    blocks = plain_table("blocks")
+
+def _content(header: Header) -> str:
+    if header.start is not None:
+        return f"the initial model's, {header.start.hex()}"
+    return "differences" if header.is_difference else "values"
+
+
+def _payload_block_table(payload: Payload) -> Table:
+    table = plain_table("blocks")
     for name in ("#", "block", "parameters", "coding", "levels", "bytes", "bits/param"):
-        blocks.add_column(name, justify="left" if name in ("block", "coding") else "right")
-    traffic = payload.block_traffic()
-    codings: dict[int, list[Coding]] = {}
+        table.add_column(name, justify="left" if name in ("block", "coding") else "right")
+    schema = payload.schema
+    codings: dict[int, dict[str, None]] = {}  # names in their order, each once
     levels: dict[int, list[int]] = {}
     for number, segment, code in payload.codes():
         if schema.tensors[segment.tensor].role is Role.PARAMETER:
-            codings.setdefault(number, []).append(code.coding)
+            codings.setdefault(number, {})[code.coding.name.lower()] = None
             if code.coding is Coding.LEVELS:
                 levels.setdefault(number, []).append(code.num_levels)
-    for number, own_traffic in traffic.items():
-        num_bytes = own_traffic.num_bytes
-        block = schema.blocks[number]
-        own = levels.get(number, [])
-        kinds = dict.fromkeys(coding.name.lower() for coding in codings.get(number, []))
-        blocks.add_row(
+    for number, traffic in payload.block_traffic().items():
+        block, num_bytes = schema.blocks[number], traffic.num_bytes
+        counts = levels.get(number)
+        table.add_row(
             str(number),
             Text(block.name),
             f"{block.num_parameters:,}",
-            "+".join(kinds) or "buffers",
-            f"{min(own)}–{max(own)}" if own else "–",
+            "+".join(codings.get(number, ())) or "buffers",
+            f"{min(counts)}–{max(counts)}" if counts else "–",
             f"{num_bytes:,}",
             f"{8 * num_bytes / block.num_parameters:.2f}" if block.num_parameters else "–",
         )
-    return [facts, blocks]
+    return table
+
+
+def _facts_table(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

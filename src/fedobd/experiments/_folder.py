@@ -26,7 +26,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import tomli_w
 from safetensors import SafetensorError, safe_open
@@ -36,6 +36,8 @@ from fedobd._errors import UsageError
 from fedobd.blocks import ModelState
 from fedobd.payload import Bytes
 from fedobd.sessions import SavedSession
+from fedobd.simulation import Callback
+from fedobd.tracking import TRACKING_KEYS
 
 CONFIG_FILE = "config.toml"
 SCHEMA_FILE = "schema.json"
@@ -50,8 +52,13 @@ def write_atomically(path: Path, data: Bytes) -> None:
     with draft.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # else a power cut could leave the new name with no content
     draft.replace(path)
+
+
+def _to_safetensors(tensors: ModelState, metadata: Mapping[str, str] | None = None) -> bytes:
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    return save(contiguous, None if metadata is None else dict(metadata))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -73,13 +80,14 @@ def claim_folder(path: Path, marker: str, *, resume: bool) -> None:
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"output {str(path)!r} is a file; wanted a folder")
-    if path.is_dir() and any(path.iterdir()) and not resume:
-        what = "another run" if (path / marker).exists() else "other files"
+    is_used, has_run = path.is_dir() and any(path.iterdir()), (path / marker).exists()
+    if is_used and not resume:
+        what = "another run" if has_run else "other files"
         raise UsageError(
             f"output folder {str(path)!r} holds {what}; choose another, or --resume to go on "
             f"with it"
         )
-    if resume and path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
+    if is_used and not has_run:
         raise UsageError(f"output folder {str(path)!r} holds no run to resume")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -90,16 +98,20 @@ def claim_folder(path: Path, marker: str, *, resume: bool) -> None:
 def settle_config(path: Path, config: Mapping[str, Any]) -> None:
     """Write a folder's configuration, or compare it with the one that is there.
 
+    What tracks a run may change when it goes on, since results do not depend on it.
+
     Raises:
         UsageError: another one is there.
     """
     before = read_config(path)
     if before is None:
         write_atomically(path / CONFIG_FILE, tomli_w.dumps(config).encode())
-    elif changed := sorted(_differences(before, config)):
+        return
+    changed = {k: v for k, v in _differences(before, config) if k not in TRACKING_KEYS}
+    if changed:
         raise UsageError(
             f"the run in {str(path)!r} has another configuration and cannot be resumed: "
-            + "; ".join(changed)
+            + "; ".join(f"{key} {change}" for key, change in sorted(changed.items()))
         )
 
 
@@ -155,6 +167,7 @@ class RunFolder:
         Raises:
             UsageError: another one does.
         """
+        # config.toml is there in every folder and written once, so it is always the same file.
         with (self.path / CONFIG_FILE).open("rb") as stream:
             try:
                 _lock(stream.fileno())
@@ -175,7 +188,7 @@ class RunFolder:
     def append_record(self, record: dict[str, Any]) -> None:
         """Add a round's record."""
         with (self.path / ROUNDS_FILE).open("ab") as file:
-            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
 
@@ -191,8 +204,7 @@ class RunFolder:
         """Keep the records of the first rounds, drop later ones."""
         file = self.path / ROUNDS_FILE
         if file.exists():
-            kept = [record for record in _whole_lines(file) if record["round"] <= rounds]
-            lines = [json.dumps(record, allow_nan=False).encode() + b"\n" for record in kept]
+            lines = [_line(r) for r in _whole_lines(file) if r["round"] <= rounds]
             write_atomically(file, b"".join(lines))
 
     # --- checkpoint
@@ -210,9 +222,8 @@ class RunFolder:
             "session": json.dumps(saved.values),
             "client_states": json.dumps(self._state_rounds),
         }
-        tensors = {name: value.contiguous() for name, value in saved.tensors.items()}
-        write_atomically(self._checkpoint, save(tensors, metadata))
-        self._drop_stale_states()
+        write_atomically(self._checkpoint, _to_safetensors(saved.tensors, metadata))
+        self._drop_stale_states()  # only now: a kill before it must find the older ones
 
     def load_checkpoint(self) -> SavedSession | None:
         """Return the last checkpoint, None before the first.
@@ -256,22 +267,14 @@ class RunFolder:
 
     def store(self, client: int, round_number: int, state: ModelState) -> None:
         """Keep a client's state after a round; it counts from the next checkpoint on."""
-        tensors = {name: value.contiguous() for name, value in state.items()}
-        write_atomically(self._state_file(client, round_number), save(tensors))
+        write_atomically(self._state_file(client, round_number), _to_safetensors(state))
         self._state_rounds[client] = round_number
 
     # --- results
 
-    def write_payload(self, round_number: int, name: str, payload: Bytes) -> None:
-        """Keep a payload as a file."""
-        folder = self.path / "payloads" / f"round-{round_number:04d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{name}.fobd", payload)
-
     def write_model(self, state: ModelState) -> None:
         """Write the trained model."""
-        tensors = {name: value.contiguous() for name, value in state.items()}
-        write_atomically(self.path / MODEL_FILE, save(tensors, {"format": "pt"}))
+        write_atomically(self.path / MODEL_FILE, _to_safetensors(state, {"format": "pt"}))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one of the folder's JSON files."""
@@ -288,6 +291,30 @@ class RunFolder:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UsageError(f"{str(file)!r} is damaged: {error}") from error
+
+
+@final
+class PayloadFiles(Callback):
+    """Keeps every payload of a run as a file in its folder.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    wants_payloads = True
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder.path / "payloads"
+
+    def on_payload(self, round_number: int, name: str, payload: Bytes) -> None:
+        """See `Callback.on_payload`."""
+        folder = self._folder / f"round-{round_number:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{name}.fobd", payload)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
 def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -316,13 +343,14 @@ def _lock(file: int) -> None:
         return
 
 
-def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+def _differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted keys whose values differ, and how."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in before.keys() | after.keys():
             place = f"{path}.{key}" if path else str(key)
             yield from _differences(before.get(key), after.get(key), place)
     elif before != after:
-        yield f"{path} was {_shown(before)}, is {_shown(after)}"
+        yield path, f"was {_shown(before)}, is {_shown(after)}"
 
 
 def _shown(value: Any) -> str:

@@ -38,7 +38,7 @@ from fedobd.experiments import (
     run,
 )
 from fedobd.flower import make_client_app, make_server_app, write_app
-from fedobd.flower._carrier import IDENTIFY, UPLOAD, carried
+from fedobd.flower._messages import IDENTIFY, UPLOAD, carried
 from tests.data_helpers import fedobd
 from tests.flower_grid import FIRST_NODE_ID, RUN_ID, SUPERLINK_NODE_ID, InProcessGrid
 from tests.toy import CONFIG

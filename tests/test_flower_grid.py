@@ -16,12 +16,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 from torch import nn
 
-import fedobd.flower._grid as grid_module
+import fedobd.flower._model_codec as codec_module
 from fedobd import Codec, UsageError, decompose
 from fedobd.flower import CodecGrid, CompressionMod
-from fedobd.flower._carrier import BROADCAST, OPENING, UPLOAD
-from fedobd.flower._layout import describe
-from fedobd.flower._opening import Opening
+from fedobd.flower._handshake import Handshake, describe
+from fedobd.flower._messages import BROADCAST, HANDSHAKE, UPLOAD
 from fedobd.models import DigitsCNN
 from fedobd.payload import encode_payload
 from tests.flower_grid import FIRST_NODE_ID, InProcessGrid
@@ -156,10 +155,10 @@ def outcome(name: str, codec: Codec | None, num_rounds: int = 3) -> tuple[Any, I
 
 def check_traffic(grid: Any, nodes: InProcessGrid) -> None:
     """All array bytes that travelled are payloads, and Traffic counts every one."""
-    sent = {stype: sum(map(len, payloads(nodes.sent, stype))) for stype in (BROADCAST, OPENING)}
+    sent = {stype: sum(map(len, payloads(nodes.sent, stype))) for stype in (BROADCAST, HANDSHAKE)}
     received = sum(map(len, payloads(nodes.replies, UPLOAD)))
     assert grid.traffic.broadcasts == sent[BROADCAST]
-    assert grid.traffic.openings == sent[OPENING]
+    assert grid.traffic.handshakes == sent[HANDSHAKE]
     assert grid.traffic.uploads == received
     assert array_bytes(nodes.sent) == sum(sent.values())
     assert array_bytes(nodes.replies) == received
@@ -502,11 +501,11 @@ def test_a_bfloat16_model_trains_through_float32_arrays() -> None:
 def test_names_alone_and_a_model_factory_give_the_digits_model_the_same_schema() -> None:
     model = seeded(DigitsCNN)
     record = record_of(model())
-    by_name, layout = describe(record)
+    by_name, keys = describe(record)
     by_model, other = describe(record, model)
     assert by_model == decompose(model())
     assert by_name.tensors == by_model.tensors
-    assert layout == other
+    assert keys == other
     cut = [
         [(b.name, b.layers, b.segments, b.num_parameters) for b in schema.blocks]
         for schema in (by_name, by_model)
@@ -527,7 +526,7 @@ def test_a_broadcast_is_encoded_once_a_round_and_shared_by_all_its_messages(
         calls.append(args)
         return encode(*args, **options)
 
-    monkeypatch.setattr(grid_module, "encode_payload", counted)
+    monkeypatch.setattr(codec_module, "encode_payload", counted)
     nodes = make_nodes(num_nodes=5)
     run_strategy(fed_avg(), wrap(nodes, Codec()), record_of(net()), 3)
     trains = [m for m in nodes.sent if m.metadata.message_type == "train"]
@@ -591,16 +590,16 @@ def test_two_models_in_one_push_are_answered_apart() -> None:
         assert largest_difference(arrays_of(replies[node]), values_of(record)) == 0
 
 
-def test_an_opening_goes_once_to_each_node_and_never_in_the_broadcast() -> None:
+def test_a_handshake_goes_once_to_each_node_and_never_in_the_broadcast() -> None:
     nodes = make_nodes(num_nodes=3)
     grid = wrap(nodes, Codec())
     run_strategy(fed_avg(), grid, record_of(net()), 3)
-    opened = [m.metadata.dst_node_id for m in nodes.sent if payloads([m], OPENING)]
-    assert sorted(opened) == [FIRST, SECOND, THIRD]
-    assert len(set(payloads(nodes.sent, OPENING))) == 1
-    opening, rest = Opening.unpack(payloads(nodes.sent, OPENING)[0])
+    greeted = [m.metadata.dst_node_id for m in nodes.sent if payloads([m], HANDSHAKE)]
+    assert sorted(greeted) == [FIRST, SECOND, THIRD]
+    assert len(set(payloads(nodes.sent, HANDSHAKE))) == 1
+    handshake, rest = Handshake.unpack(payloads(nodes.sent, HANDSHAKE)[0])
     assert rest == b""
-    assert opening.schema == describe(record_of(net()))[0]
+    assert handshake.schema == describe(record_of(net()))[0]
     for message in nodes.sent:
         assert len(message.content.array_records) == 1
         arrays = message.content["arrays"]
@@ -609,11 +608,11 @@ def test_an_opening_goes_once_to_each_node_and_never_in_the_broadcast() -> None:
         assert len(payloads([message], BROADCAST)) == 1
         kinds = {type(r).__name__ for r in message.content.values()}
         assert kinds == {"ArrayRecord", "ConfigRecord"}
-    assert grid.traffic.reopened == 0
+    assert grid.traffic.resent == 0
 
 
 @pytest.mark.parametrize("factory", [None, seeded(frozen_net)])
-def test_a_node_that_forgot_is_opened_again_within_the_round(
+def test_a_node_that_forgot_is_greeted_again_within_the_round(
     factory: Callable[[], nn.Module] | None,
 ) -> None:
     nodes = make_nodes(num_nodes=3)
@@ -625,12 +624,12 @@ def test_a_node_that_forgot_is_opened_again_within_the_round(
     assert after.keys() == before.keys() == {FIRST, SECOND, THIRD}
     for node, reply in after.items():
         assert largest_difference(arrays_of(reply), arrays_of(before[node])) == 0
-    assert grid.traffic.reopened == 1
-    assert len(payloads(nodes.sent, OPENING)) == 4
+    assert grid.traffic.resent == 1
+    assert len(payloads(nodes.sent, HANDSHAKE)) == 4
     check_traffic(grid, nodes)
     nodes.forget(SECOND)
     exchange(grid, nodes, record)
-    assert grid.traffic.reopened == 2
+    assert grid.traffic.resent == 2
 
 
 def test_a_node_that_forgets_each_message_is_answered_with_an_error_after_one_try() -> None:
@@ -646,7 +645,7 @@ def test_a_node_that_forgets_each_message_is_answered_with_an_error_after_one_tr
     grid = wrap(nodes)
     for _ in range(3):
         assert len(exchange(grid, nodes, record_of(net()))) == 2
-    assert grid.traffic.reopened == 4
+    assert grid.traffic.resent == 4
 
     def deaf(message: Message, context: Any) -> Message:
         record = message.content["arrays"]
@@ -660,7 +659,7 @@ def test_a_node_that_forgets_each_message_is_answered_with_an_error_after_one_tr
     for reply in exchange(grid, nodes, record_of(net())).values():
         assert reply.has_error()
         assert "this node holds no opening payload" in reason_of(reply)
-    assert grid.traffic.reopened == 2
+    assert grid.traffic.resent == 2
 
 
 def test_a_reply_is_addressed_as_an_answer_to_the_message_that_was_pushed() -> None:
@@ -968,10 +967,10 @@ def test_offline_and_silent_nodes_do_not_hold_a_round() -> None:
     assert replies[FIRST].has_error()
     nodes.offline = set()
     nodes.silent = set()
-    after = exchange(grid, nodes, record)  # opened although the first opening never came
+    after = exchange(grid, nodes, record)  # greeted although the first handshake never came
     assert len(after) == 4
     assert not any(reply.has_error() for reply in after.values())
-    assert grid.traffic.reopened == 1
+    assert grid.traffic.resent == 1
 
 
 def test_a_late_reply_is_decoded_against_the_round_that_it_answers() -> None:
@@ -1141,7 +1140,7 @@ def test_a_second_start_on_the_same_grid_goes_on() -> None:
     first = run_strategy(fed_avg(), grid, record_of(net()), 2)
     second = run_strategy(fed_avg(), grid, first.arrays, 2)
     assert set(second.train_metrics_clientapp) == {1, 2}
-    assert len(payloads(nodes.sent, OPENING)) == 3
+    assert len(payloads(nodes.sent, HANDSHAKE)) == 3
     check_traffic(grid, nodes)
 
 

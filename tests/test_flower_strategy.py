@@ -48,22 +48,21 @@ from fedobd import (
     get_state,
 )
 from fedobd.experiments import RunFolder
-from fedobd.flower import CompressionMod, FedOBDStrategy, MetricKeys, _roster
-from fedobd.flower._carrier import (
+from fedobd.flower import CompressionMod, FedOBDStrategy, MetricKeys, _clients
+from fedobd.flower._clients import ClientRegistry, client_id
+from fedobd.flower._handshake import ArrayKeys, Handshake, describe
+from fedobd.flower._messages import (
     BROADCAST,
+    HANDSHAKE,
     IDENTIFY,
     KEPT_ROUND,
-    NEEDS_OPENING,
-    OPENING,
+    NEEDS_HANDSHAKE,
     UPLOAD,
     carried,
     carry,
+    plan_config,
+    read_plan,
 )
-from fedobd.flower._identity import client_id
-from fedobd.flower._layout import Layout, describe
-from fedobd.flower._opening import Opening
-from fedobd.flower._plan import plan_config, read_plan
-from fedobd.flower._roster import Roster
 from tests.flower_grid import FIRST_NODE_ID, InProcessGrid
 from tests.session_helpers import (
     MODELS,
@@ -130,8 +129,8 @@ class Fleet:
         self.report = report
         self.keys = keys or MetricKeys()
         self.num_clients = num_clients
-        self.layout = self._describe()
-        self.arrays = self.layout.to_arrays(self.state)
+        self.names = self._describe()
+        self.arrays = self.names.to_arrays(self.state)
         self.mod = mod or CompressionMod()
         self.configs = configs or [{"partition-id": i} for i in range(num_clients)]
         self.on_train: Callable[[int, int], None] = lambda client, number: None
@@ -143,7 +142,7 @@ class Fleet:
         self.grid = self.new_grid()
         self.result = Result()
 
-    def _describe(self) -> Layout:
+    def _describe(self) -> ArrayKeys:
         model = self.make_model()
         record = ArrayRecord(
             {
@@ -182,7 +181,7 @@ class Fleet:
                 }
             )
             self.metrics(metrics)
-            content = RecordDict({"arrays": self.layout.to_arrays(trained), "metrics": metrics})
+            content = RecordDict({"arrays": self.names.to_arrays(trained), "metrics": metrics})
             return Message(content, reply_to=message)
 
         @app.evaluate()
@@ -200,7 +199,7 @@ class Fleet:
         arrays, config = arrays_of(message), config_of(message)
         client = client_id(context)
         assert client is not None
-        return client, config, self.layout.to_state(arrays, self.schema)
+        return client, config, self.names.to_state(arrays, self.schema)
 
     def strategy(self, **options: Any) -> FedOBDStrategy:
         return FedOBDStrategy(
@@ -225,7 +224,7 @@ class Fleet:
 
     @property
     def final(self) -> ModelState:
-        return self.layout.to_state(self.result.arrays, self.schema)
+        return self.names.to_state(self.result.arrays, self.schema)
 
     def node(self, client: int) -> int:
         return FIRST_NODE_ID + [
@@ -362,7 +361,7 @@ def test_a_round_has_one_broadcast_object_and_payloads_ride_alone(name: str) -> 
             assert list(message.content.array_records) == ["arrays"]
             assert len(message.content.config_records) == 1
             kinds = [array.stype for array in record.values()]
-            assert kinds in ([BROADCAST], [BROADCAST, OPENING])
+            assert kinds in ([BROADCAST], [BROADCAST, HANDSHAKE])
     for reply in fleet.grid.replies:
         if IDENTIFY not in reply.content:
             (record,) = reply.content.array_records.values()
@@ -374,12 +373,12 @@ def test_a_node_is_opened_once_and_apart_from_the_broadcast() -> None:
     strategy = fleet.run()
     opened: dict[int, int] = {}
     for message in fleet.messages():
-        opening = carried(arrays_of(message), OPENING)
+        opening = carried(arrays_of(message), HANDSHAKE)
         node = message.metadata.dst_node_id
         assert (opening is not None) == (node not in opened)
         if opening is not None:
             opened[node] = int(message.metadata.group_id)
-            terms, payload = Opening.unpack(opening)
+            terms, payload = Handshake.unpack(opening)
             assert terms.schema == fleet.schema
             assert terms.method == fleet.method
             assert Payload.parse(payload, fleet.schema).num_bytes.total == len(payload)
@@ -444,7 +443,7 @@ def test_the_result_has_the_figures_of_each_round() -> None:
 
     def evaluate(number: int, arrays: ArrayRecord) -> MetricRecord | None:
         asked.append(number)
-        fleet.layout.to_state(arrays, fleet.schema)
+        fleet.names.to_state(arrays, fleet.schema)
         return MetricRecord({"accuracy": 0.1 * number}) if number != 2 else None
 
     strategy = fleet.strategy()
@@ -497,8 +496,8 @@ def test_the_bytes_of_the_record_are_those_on_the_grid() -> None:
             for message in fleet.messages():
                 if message.metadata.group_id == str(record.round):
                     down += len(carried(arrays_of(message), BROADCAST) or b"")
-                    opening = carried(arrays_of(message), OPENING)
-                    down += len(Opening.unpack(opening)[1]) if opening else 0
+                    opening = carried(arrays_of(message), HANDSHAKE)
+                    down += len(Handshake.unpack(opening)[1]) if opening else 0
             for (number, _), upload in fleet.uploads().items():
                 up += len(upload) if number == record.round else 0
             assert (record.uplink_bytes, record.downlink_bytes) == (up, down)
@@ -641,8 +640,8 @@ def test_a_client_is_known_by_its_number_and_not_by_its_node() -> None:
         assert bits(fleet.final) == bits(plain.final)
 
 
-def roster_of(grid: InProcessGrid, num_clients: int = 4, **options: Any) -> Roster:
-    return Roster(grid, num_clients, poll_seconds=0.001, **options)
+def registry_of(grid: InProcessGrid, num_clients: int = 4, **options: Any) -> ClientRegistry:
+    return ClientRegistry(grid, num_clients, poll_seconds=0.001, **options)
 
 
 @pytest.mark.parametrize(
@@ -666,13 +665,13 @@ def test_a_node_without_a_legal_number_is_refused(
     config: dict[str, Any], message: str | None, log: pytest.LogCaptureFixture
 ) -> None:
     grid = InProcessGrid(Fleet().app(), [{"client-id": 0}, config], serialize=False)
-    roster = roster_of(grid)
-    assert roster.online() == {0: FIRST_NODE_ID}
-    reason = roster.refused[FIRST_NODE_ID + 1]
+    registry = registry_of(grid)
+    assert registry.online() == {0: FIRST_NODE_ID}
+    reason = registry.refused[FIRST_NODE_ID + 1]
     assert message is None or message in reason
     assert f"node {FIRST_NODE_ID + 1} is refused" in log.text
     before = len(grid.sent)
-    roster.online()
+    registry.online()
     assert len(grid.sent) == before  # it is not asked over and over
 
 
@@ -685,9 +684,9 @@ def test_nodes_without_the_mod_are_refused_with_a_hint() -> None:
             raise KeyError("arrays")
         return Message(RecordDict({"metrics": MetricRecord({"loss": 1.0})}), reply_to=message)
 
-    roster = roster_of(InProcessGrid(bare, [{"kind": "raises"}, {"kind": "answers"}]))
+    registry = registry_of(InProcessGrid(bare, [{"kind": "raises"}, {"kind": "answers"}]))
     with pytest.raises(FedOBDError) as caught:
-        roster.gather(1, 1, 0.01)
+        registry.gather(1, 1, 0.01)
     assert "0 clients are online after 0 s; wanted at least 1" in str(caught.value)
     assert f"node {FIRST_NODE_ID}: it answered with error 2" in str(caught.value)
     assert "mods=[fedobd.flower.CompressionMod()]?" in str(caught.value)
@@ -715,24 +714,24 @@ def test_an_answer_of_another_version_is_refused(answer: dict[str, Any], message
         return reply
 
     grid.tamper = tamper
-    roster = roster_of(grid)
-    assert roster.online() == {1: FIRST_NODE_ID + 1}
-    assert message in roster.refused[FIRST_NODE_ID]
+    registry = registry_of(grid)
+    assert registry.online() == {1: FIRST_NODE_ID + 1}
+    assert message in registry.refused[FIRST_NODE_ID]
 
 
 def test_a_duplicate_waits_until_the_first_has_gone() -> None:
     grid = InProcessGrid(Fleet().app(), [{"client-id": i} for i in (2, 1, 2)])
-    roster = roster_of(grid)
+    registry = registry_of(grid)
     other = FIRST_NODE_ID + 1
-    first = roster.online()[2]  # who answers first is first
+    first = registry.online()[2]  # who answers first is first
     twin = 2 * FIRST_NODE_ID + 2 - first
-    assert roster.online() == {2: first, 1: other}
-    assert roster.refused == {twin: f"its client-id 2 is that of node {first}"}
+    assert registry.online() == {2: first, 1: other}
+    assert registry.refused == {twin: f"its client-id 2 is that of node {first}"}
     grid.offline = {first}
-    assert roster.online() == {2: twin, 1: other}
-    assert roster.refused == {}
+    assert registry.online() == {2: twin, 1: other}
+    assert registry.refused == {}
     grid.offline = {first, twin}
-    assert roster.online() == {1: other}
+    assert registry.online() == {1: other}
     assert len(grid.sent) == 3  # each was asked once
 
 
@@ -754,7 +753,7 @@ def test_a_duplicate_takes_over_in_mid_run_and_is_opened_itself() -> None:
         (first_twin,) = fleet.grid.offline
         (twin,) = twins - {first_twin}
         first = next(m for m in fleet.messages() if m.metadata.dst_node_id == twin)
-        assert carried(first.content["arrays"], OPENING) is not None
+        assert carried(first.content["arrays"], HANDSHAKE) is not None
         took_part = {r.round for r in strategy.records if 3 in r.cohort and r.round > 2}
         assert took_part
         accepted = {r.round for r in strategy.records for u in r.uploads if u.client == 3}
@@ -762,7 +761,7 @@ def test_a_duplicate_takes_over_in_mid_run_and_is_opened_itself() -> None:
 
 
 def test_a_silent_new_node_does_not_hold_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_roster, "IDENTIFY_SECONDS", 1.0)
+    monkeypatch.setattr(_clients, "IDENTIFY_SECONDS", 1.0)
     fleet = Fleet(method=FedAvg(rounds=2))
     fleet.grid.silent = {fleet.node(4)}
     began = time.monotonic()
@@ -959,7 +958,7 @@ def test_a_long_reason_is_cut_and_an_absent_one_is_no_crash() -> None:
     assert record.refusals[1].message == "error 2: no reason"
 
 
-def test_a_long_reason_is_cut_in_the_roster_and_in_the_log_too(
+def test_a_long_reason_is_cut_in_the_registry_and_in_the_log_too(
     log: pytest.LogCaptureFixture,
 ) -> None:
     app = ClientApp()
@@ -968,9 +967,9 @@ def test_a_long_reason_is_cut_in_the_roster_and_in_the_log_too(
     def train_function(message: Message, context: Context) -> Message:
         raise RuntimeError("x" * 1_000_000)
 
-    roster = roster_of(InProcessGrid(app, [{"client-id": 0}]))
-    roster.online()
-    assert len(roster.refused[FIRST_NODE_ID]) < 5000
+    registry = registry_of(InProcessGrid(app, [{"client-id": 0}]))
+    registry.online()
+    assert len(registry.refused[FIRST_NODE_ID]) < 5000
     assert len(log.text) < 10_000
 
 
@@ -1142,7 +1141,7 @@ def test_replies_without_an_upload_are_recorded_as_such() -> None:
         RecordDict({"arrays": ArrayRecord()}),
         RecordDict({"arrays": ArrayRecord([torch.zeros(3).numpy()])}),
         RecordDict({"arrays": carry(b"x" * 100, BROADCAST)}),
-        RecordDict({"arrays": carry(b"x" * 100, OPENING)}),
+        RecordDict({"arrays": carry(b"x" * 100, HANDSHAKE)}),
         RecordDict({"metrics": MetricRecord({"num-examples": 3})}),
     ]
     for content in shapes:
@@ -1186,7 +1185,7 @@ def test_a_hostile_client_cannot_ask_for_its_opening_for_ever() -> None:
                 if m.metadata.message_id == reply.metadata.reply_to_message_id
             )
             if IDENTIFY not in message.content:
-                return Message(Error(code=6, reason=NEEDS_OPENING), reply_to=message)
+                return Message(Error(code=6, reason=NEEDS_HANDSHAKE), reply_to=message)
         return reply
 
     fleet.grid.tamper = tamper
@@ -1233,8 +1232,8 @@ def test_a_node_that_forgot_is_opened_again_within_the_round(name: str, kind: st
     sent = [m for m in fleet.messages() if m.metadata.group_id == "2"]
     assert len(sent) == len(second.cohort) + 1
     broadcasts = sum(len(carried(arrays_of(m), BROADCAST) or b"") for m in sent)
-    openings = [carried(arrays_of(m), OPENING) for m in sent]
-    opening = sum(len(Opening.unpack(data)[1]) for data in openings if data)
+    openings = [carried(arrays_of(m), HANDSHAKE) for m in sent]
+    opening = sum(len(Handshake.unpack(data)[1]) for data in openings if data)
     assert second.opening_bytes == opening > 0
     assert second.downlink_bytes == broadcasts + opening
     assert all(record.reopened == () for record in (strategy.records[0], *strategy.records[2:]))
@@ -1546,7 +1545,7 @@ def holding_mod(fleet: Fleet, seed: int = 0) -> CompressionMod:
     def make() -> nn.Module:
         model = fleet.make_model()
         state = make_state(model, seed)
-        model.load_state_dict({key: state[name] for key, name in fleet.layout.keys}, strict=True)
+        model.load_state_dict({key: state[name] for key, name in fleet.names.pairs}, strict=True)
         return model
 
     return CompressionMod(make)
@@ -1656,7 +1655,7 @@ def test_a_model_of_nan_is_refused_before_it_is_sent() -> None:
     fleet = Fleet()
     state = {**fleet.state, "0.bias": torch.full((4,), math.nan)}
     with pytest.raises(UsageError, match=r"0\.bias"):
-        fleet.strategy().start(fleet.grid, fleet.layout.to_arrays(state))
+        fleet.strategy().start(fleet.grid, fleet.names.to_arrays(state))
     assert fleet.messages() == []
 
 

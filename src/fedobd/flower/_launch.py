@@ -34,8 +34,7 @@ from fedobd.experiments import (
     build_experiment,
     read_summary,
 )
-from fedobd.flower._app import check_stack
-from fedobd.flower._scaffold import write_app
+from fedobd.flower._app import check_stack, write_app
 from fedobd.simulation import check_workers
 from fedobd.tracking import log_round, log_summary
 
@@ -70,12 +69,12 @@ def run_in_simulation(
     """Run a configuration in Flower's simulation.
 
     The run folder is that of `fedobd.experiments.run`, with the same bytes and results. With the
-    environment variable `RAY_ADDRESS` clients are played on that Ray cluster.
+    environment variable `RAY_ADDRESS` clients run on that Ray cluster.
 
     Args:
         config: what to run.
         path: the run folder.
-        workers: how many clients are played at a time, one CPU each; 0 for one a CPU.
+        workers: how many clients run at a time, one CPU each; 0 for one a CPU.
         resume: go on from the folder's checkpoint.
         observer: sees the run as it goes.
 

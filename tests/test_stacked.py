@@ -34,7 +34,7 @@ from fedobd.models import (
     TransformerClassifier,
     use_batch_statistics,
 )
-from fedobd.sessions import Intake
+from fedobd.sessions import Aggregator
 from fedobd.simulation import (
     ClientResult,
     ClientSetup,
@@ -807,7 +807,7 @@ def test_a_stack_changes_a_run_by_no_more_than_rounding(method: str) -> None:
         assert len(uploads) == sum(len(played.plan.cohort) for played in rounds)
         for data in uploads.values():
             payload = Payload.parse(data, experiment.schema)
-            assert len(list(payload.blocks())) == len(payload.header.kept)
+            assert len(list(payload.blocks())) == len(payload.header.block_ids)
         accuracies.append([played.test.metric for played in rounds if played.test])
     for alone, together in zip(*accuracies, strict=True):
         assert together == pytest.approx(alone, abs=11 / 359)
@@ -822,7 +822,7 @@ class FreshClients(SequentialPool):
         self._shared = setup
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
         for task in tasks:
             yield from LocalClient(self._shared).run([task])

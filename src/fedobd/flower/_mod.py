@@ -146,7 +146,7 @@ class CompressionMod:
         handshake, payload = Handshake.unpack(data)
         session = self._session(handshake, context, {})
         if payload:
-            session.open(payload)
+            session.initialize(payload)
         context.state[HANDSHAKE] = carry(data[: len(data) - len(payload)], HANDSHAKE)
         _keep(context, session.state)
 
@@ -194,7 +194,7 @@ class _Work:
         trained = self.handshake.keys.to_state(records[self.key], self.handshake.schema)
         report = _report(reply.content, self.handshake.metrics)
         del reply.content[self.key]  # Flower warns where one record replaces another
-        return b"".join(self.session.upload(trained, report))
+        return self.session.upload(trained, report).data
 
 
 def _report(content: RecordDict, keys: MetricKeys | None) -> Report:

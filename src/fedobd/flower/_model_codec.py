@@ -110,7 +110,7 @@ class ModelCodec:
                 method=self._method.wire_id,
                 round=self._number,
                 stage=1,
-                kept=all_blocks(schema),
+                block_ids=all_blocks(schema),
                 start=known.fingerprint if self._number == 1 else None,
             ),
             master_state(schema, values),
@@ -139,27 +139,25 @@ class ModelCodec:
         payload = b""
         if schema.frozen():
             header = Header(
-                kind=Kind.OPENING,
+                kind=Kind.INITIAL,
                 method=self._method.wire_id,
                 round=1,
                 stage=1,
-                kept=(),
+                block_ids=(),
                 start=start,
             )
             payload = self._payload(schema, header, master_state(schema, state))
         return _Described(handshake, as_array(handshake.pack(payload), HANDSHAKE), start)
 
     def _payload(self, schema: ModelSchema, header: Header, state: ModelState) -> bytes:
-        return b"".join(
-            encode_payload(
-                schema,
-                header,
-                lambda segment: segment_of(state, schema.tensors[segment.tensor], segment),
-                self._method.codec.downlink,
-                generator=make_generator(self._seed, "downlink", header.round),
-                frozen=lambda spec: state[spec.name],
-            )
-        )
+        return encode_payload(
+            schema,
+            header,
+            lambda segment: segment_of(state, schema.tensors[segment.tensor], segment),
+            self._method.codec.downlink,
+            generator=make_generator(self._seed, "downlink", header.round),
+            frozen=lambda spec: state[spec.name],
+        ).data
 
     def decode(self, upload: bytes, sent: EncodedModel) -> ArrayRecord:
         """Return W plus the differences of an upload; buffers are taken as they came.

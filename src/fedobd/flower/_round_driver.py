@@ -100,7 +100,7 @@ class RoundDriver:
         self._nodes = {client: nodes[client] for client in plan.cohort}
         self._waiting, self._accepted, self.left_out = set(plan.cohort), [], {}
         began = time.perf_counter()
-        self._broadcast = b"".join(server.broadcast())
+        self._broadcast = server.broadcast().data
         self.seconds["broadcast"] += time.perf_counter() - began
         self._see("broadcast", self._broadcast)
         full = ConfigRecord({**config, **plan_config(plan)})
@@ -110,13 +110,13 @@ class RoundDriver:
         first = plain
         new = [client for client in plan.cohort if self._nodes[client] not in self._greeted]
         if new:
-            initial = {c: b"".join(server.opening(c)) for c in new if server.has_opening}
-            for client, payload in initial.items():
+            # The initial payload is the same for all. Flower names an object by its hash, so what
+            # messages share is uploaded to the SuperLink once: nothing of one client's may be here.
+            payload = b""
+            for client in new if server.has_initial_payload else ():
+                payload = server.initial_payload(client).data
                 self._see(f"opening-{client}", payload)
-            # All are the same bytes. Flower names an object by its hash, so what messages share is
-            # uploaded to the SuperLink once; nothing of one client's own may be in here.
-            shared = next(iter(initial.values()), b"")
-            first = RecordDict({"arrays": self._with_handshake(shared), "config": full})
+            first = RecordDict({"arrays": self._with_handshake(payload), "config": full})
         return [self._message(client, first if client in new else plain) for client in plan.cohort]
 
     def _with_handshake(self, payload: bytes) -> ArrayRecord:
@@ -170,8 +170,9 @@ class RoundDriver:
     def _resent(self, message: Message) -> Message:
         client = self._client_of(message)
         logger.log(INFO, "fedobd: client %d has lost its handshake and is sent it again", client)
-        payload = b"".join(self._server.reopen(client))
-        content = RecordDict({**message.content, "arrays": self._with_handshake(payload)})
+        initial = self._server.resend_initial_payload(client)
+        arrays = self._with_handshake(initial.data if initial else b"")
+        content = RecordDict({**message.content, "arrays": arrays})
         return self._message(client, content)
 
     def _client_of(self, message: Message) -> int:

@@ -22,8 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedobd import ServerSession
-from fedobd.experiments import load_config
-from fedobd.experiments._build import build_experiment
+from fedobd.experiments import build_experiment, load_config
 from fedobd.simulation import open_pool, simulate
 
 CHANGES = ("federation.clients=2", "methods.fedavg.epochs=1", "methods.fedavg.rounds=1")

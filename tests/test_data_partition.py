@@ -402,7 +402,7 @@ def test_runs_on_images_are_the_same_with_workers_and_resumed(tmp_path: Path) ->
     run(config, tmp_path / "b", workers=2)
     assert results(tmp_path / "a") == results(tmp_path / "b")
     with pytest.raises(Interrupted):
-        run(config, tmp_path / "c", observer=Stopper(1))
+        run(config, tmp_path / "c", callbacks=[Stopper(1)])
     run(config, tmp_path / "c", resume=True)
     assert results(tmp_path / "a") == results(tmp_path / "c")
 
@@ -423,6 +423,6 @@ def test_a_run_on_texts_of_writers_is_the_same_when_it_is_resumed(tmp_path: Path
     )
     run(config, tmp_path / "a")
     with pytest.raises(Interrupted):
-        run(config, tmp_path / "b", observer=Stopper(1))
+        run(config, tmp_path / "b", callbacks=[Stopper(1)])
     run(config, tmp_path / "b", resume=True)
     assert results(tmp_path / "a") == results(tmp_path / "b")

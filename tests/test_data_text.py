@@ -13,8 +13,7 @@ import torch
 
 from fedobd import UsageError
 from fedobd.data import LoadedData, Selection, TextOptions, gather
-from fedobd.experiments import RunConfig, parse_config, run
-from fedobd.experiments._build import build_experiment
+from fedobd.experiments import RunConfig, build_experiment, parse_config, run
 from tests.data_helpers import keep_offline, load, sentences, text_folder, write_parquet
 
 

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from fedobd import UsageError
 from fedobd.data import load_vectors
-from fedobd.experiments import RunConfig, parse_config, run
-from fedobd.experiments._build import build_experiment
+from fedobd.experiments import RunConfig, build_experiment, parse_config, run
 from tests.data_helpers import (
     TINY,
     changes,

@@ -70,17 +70,17 @@ def test_every_method_has_a_line_from_the_beginning_and_keeps_its_figures(folder
     assert [line.split()[0] for line in lines[1:4]] == methods
     assert lines[4] == "saved: less than the same payloads as plain float32"
 
-    display.begin_run(named("fedobd", 0), 50, folder)
+    display.on_run_begin(named("fedobd", 0), 50, folder)
     assert shown(display, 80)[1].split() == [
         "fedobd", "1/50", "1", "–", "–", "0.00", "0.00", "–", "0/2", "–"
     ]  # fmt: skip
-    display.client_done(dataclasses.replace(PLAN, round=1), 2)  # in round 1 of 50
+    display.on_client_end(dataclasses.replace(PLAN, round=1), 2)  # in round 1 of 50
     assert shown(display, 80)[1].split()[-2:] == ["2/8", "–"]
     first, second, *_ = records(folder)
     for record in (first, second):
         record["seconds"] = {"round": 8.0}
-        display.end_round(record)
-    display.client_done(PLAN, 2)
+        display.on_round_end(record)
+    display.on_client_end(PLAN, 2)
     up = first["uplink_bytes"] + second["uplink_bytes"]
     down = first["downlink_bytes"] + second["downlink_bytes"]
     payloads = sum(len(r["clients"]) + len(r["cohort"]) for r in (first, second))
@@ -91,16 +91,16 @@ def test_every_method_has_a_line_from_the_beginning_and_keeps_its_figures(folder
         f"{up / 1e6:.2f}", f"{down / 1e6:.2f}", f"{saved:.1f}", "%", "2/8", "6:22",
     ]  # fmt: skip
 
-    display.begin_run(named("fedavg", 0), 3, folder)
+    display.on_run_begin(named("fedavg", 0), 3, folder)
     assert shown(display, 80)[1].split()[:2] == ["fedobd", "3/50"]
     assert shown(display, 80)[2].split()[:2] == ["fedavg", "1/3"]
 
 
 def test_narrow_terminals_leave_out_columns_and_break_no_line(folder: Path) -> None:
     display = Display(terminal(60), methods=["fedobd", "feddropoutavg"], seeds=[0])
-    display.begin_run(named("fedobd", 0), 5, folder)
+    display.on_run_begin(named("fedobd", 0), 5, folder)
     for record in records(folder):
-        display.end_round(record)
+        display.on_round_end(record)
     lines = shown(display, 60)
     assert lines[0].split() == [
         "method",
@@ -123,13 +123,13 @@ def test_long_names_and_large_numbers_break_no_line(folder: Path) -> None:
     long = "a_method_with_a_name_that_is_longer_than_any_screen_wants_it_to_be_[bold]"
     for width in (60, 80, 200):
         display = Display(terminal(width), methods=[long, "fedobd"], seeds=[0, 20_000_000])
-        display.begin_run(named("fedobd", 20_000_000), 10_000, folder)
+        display.on_run_begin(named("fedobd", 20_000_000), 10_000, folder)
         (record, *_) = records(folder)
         record |= {
             "uplink_bytes": 10**14, "downlink_bytes": 10**11, "train_loss": 123456.789,
             "test_metric": -3.25, "round": 9_999, "seconds": {"round": 100_000.0},
         }  # fmt: skip
-        display.end_round(record)
+        display.on_round_end(record)
         lines = shown(display, width)
         assert "a_method_with_a" in lines[1]
         assert "…" in lines[1]
@@ -152,7 +152,7 @@ def test_the_live_table_ends_with_the_figures_of_the_summaries(tmp_path: Path) -
                 tmp_path / "all",
                 seeds=[0, 1],
                 methods=methods,
-                observer=display,
+                callbacks=[display],
                 resume=resume,
             )
         assert isinstance(console.file, io.StringIO)
@@ -178,7 +178,7 @@ def test_the_live_table_ends_with_the_figures_of_the_summaries(tmp_path: Path) -
 
 def test_a_json_object_a_round_and_one_a_run(folder: Path) -> None:
     stream = io.StringIO()
-    run(config(), folder, resume=True, observer=JsonLines(stream))
+    run(config(), folder, resume=True, callbacks=[JsonLines(stream)])
     *rounds, summary = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [found["type"] for found in rounds] == ["round"] * 5
     total = 0
@@ -197,7 +197,7 @@ def test_a_json_object_a_round_and_one_a_run(folder: Path) -> None:
 def test_plain_lines_without_a_terminal(folder: Path) -> None:
     console = Console(file=io.StringIO(), width=40)
     with Display(console, methods=["fedobd"], seeds=[1]) as display:
-        run(config(), folder, resume=True, observer=display)
+        run(config(), folder, resume=True, callbacks=[display])
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 6
@@ -211,11 +211,11 @@ def test_plain_lines_without_a_terminal(folder: Path) -> None:
 def test_plain_lines_say_that_a_first_round_goes_on(folder: Path) -> None:
     console = Console(file=io.StringIO(), width=40)
     with Display(console, methods=["fedobd"]) as display:
-        display.begin_run(named("fedobd", 0), 50, folder)
-        display.client_done(dataclasses.replace(PLAN, round=1), 1)
-        display.client_done(dataclasses.replace(PLAN, round=1), 2)
-        display.end_round(records(folder)[0])
-        display.client_done(dataclasses.replace(PLAN, round=2), 1)
+        display.on_run_begin(named("fedobd", 0), 50, folder)
+        display.on_client_end(dataclasses.replace(PLAN, round=1), 1)
+        display.on_client_end(dataclasses.replace(PLAN, round=1), 2)
+        display.on_round_end(records(folder)[0])
+        display.on_client_end(dataclasses.replace(PLAN, round=2), 1)
     assert isinstance(console.file, io.StringIO)
     begun, first, ended = console.file.getvalue().splitlines()
     assert begun.startswith("fedobd: seed 0, 50 rounds")

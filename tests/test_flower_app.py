@@ -39,6 +39,7 @@ from fedobd.experiments import (
 )
 from fedobd.flower import make_client_app, make_server_app, write_app
 from fedobd.flower._messages import IDENTIFY, UPLOAD, carried
+from fedobd.simulation import Callback
 from tests.data_helpers import fedobd
 from tests.flower_grid import FIRST_NODE_ID, RUN_ID, SUPERLINK_NODE_ID, InProcessGrid
 from tests.toy import CONFIG
@@ -650,10 +651,10 @@ def test_two_looks_at_a_run_may_fail_and_no_more(
     link = link_that_answers(tmp_path, monkeypatch, *[FAILED] * failures, RUNNING, ended)
     folder = RunFolder(tmp_path / "run")
     if failures == 2:
-        _launch._follow(folder, link, None, 3)
+        _launch._follow(folder, link, Callback())
     else:
         with pytest.raises(FedOBDError, match="the link is busy"):
-            _launch._follow(folder, link, None, 3)
+            _launch._follow(folder, link, Callback())
 
 
 def test_a_negative_number_of_workers_is_refused_before_flower_starts(tmp_path: Path) -> None:

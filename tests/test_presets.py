@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from fedobd import FedOBD
-from fedobd.experiments import RunConfig, list_presets, load_config, run
-from fedobd.experiments._build import build_experiment
+from fedobd.experiments import RunConfig, build_experiment, list_presets, load_config, run
 from fedobd.models import build_model
 from tests.data_helpers import (
     WORDS,

@@ -17,13 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedobd import FedOBDError, ModelSchema, Payload, RoundPlan, UsageError
+from fedobd import FedOBDError, ModelSchema, Payload, UsageError
 from fedobd.blocks import ModelState, load_state
-from fedobd.experiments import RunConfig, RunFolder, Summary, compare, parse_config, run, runner
-from fedobd.experiments._build import build_experiment
+from fedobd.experiments import RunFolder, build_experiment, compare, parse_config, run
 from fedobd.models import build_model
+from fedobd.simulation import Callback
 from fedobd.training import Evaluation
-from tests.toy import CONFIG, config
+from tests.toy import CONFIG, Interrupted, Stopper, config
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,36 +135,10 @@ def test_what_clients_hold_in_the_end_is_tested_where_it_is_not_what_the_server_
         return seen[-1]
 
     counted = dataclasses.replace(experiment, evaluate=count)
-    monkeypatch.setattr(runner, "build_experiment", lambda *_: counted)
+    monkeypatch.setattr("fedobd.experiments._runner.build_experiment", lambda *_: counted)
     summary = run(config(method), tmp_path / "run")
     assert [seen[0].metric, seen[-1].metric] == [summary.final_metric, summary.broadcast_metric]
     assert len(seen) == tests
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error, a stand-in for Ctrl-C
-    pass
-
-
-class Stopper:
-    """An observer that interrupts a run after a round."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-        self.seen: list[int] = []
-
-    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
-        self.planned = planned_rounds
-
-    def client_done(self, plan: Any, done: int) -> None:
-        pass
-
-    def end_round(self, record: dict[str, Any]) -> None:
-        self.seen.append(record["round"])
-        if record["round"] == self.after and len(self.seen) == self.after:
-            raise Interrupted
-
-    def end_run(self, summary: Any) -> None:
-        self.seen.append(-1)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedpaq", "feddropoutavg", "smafd", "fedobd"])
@@ -173,9 +147,9 @@ def test_every_method_resumes_after_every_round(method: str, tmp_path: Path) -> 
     for after in range(1, 4):
         folder = tmp_path / f"after{after}"
         with pytest.raises(Interrupted):
-            run(config(method), folder, observer=Stopper(after))
+            run(config(method), folder, callbacks=[Stopper(after)])
         stopper = Stopper(99)
-        run(config(method), folder, resume=True, observer=stopper)
+        run(config(method), folder, resume=True, callbacks=[stopper])
         assert stopper.seen == [*range(1, stopper.planned + 1), -1]
         assert results(folder) == results(tmp_path / "whole")
 
@@ -204,7 +178,7 @@ def test_a_finished_run_is_read_back_and_a_changed_one_refused(tmp_path: Path) -
 def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
-        run(config(), folder, observer=Stopper(2))
+        run(config(), folder, callbacks=[Stopper(2)])
     file = folder / "checkpoint" / "server.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UsageError, match=r"server.safetensors' is damaged"):
@@ -214,7 +188,7 @@ def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path: Path) -> None:
 def test_damaged_records_are_said_to_be_damaged(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
-        run(config(), folder, observer=Stopper(2))
+        run(config(), folder, callbacks=[Stopper(2)])
     records = folder / "rounds.jsonl"
     first, _ = records.read_bytes().splitlines(keepends=True)
     records.write_bytes(first + b"{]\n")
@@ -343,22 +317,13 @@ def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
     values = config("fedavg", methods={"fedavg": {"rounds": 2}})
     tried: list[str] = []
 
-    class Second:
-        def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
-            pass
-
-        def client_done(self, plan: RoundPlan, done: int) -> None:
-            pass
-
-        def end_round(self, record: dict[str, Any]) -> None:
+    class Second(Callback):
+        def on_round_end(self, record: dict[str, Any]) -> None:
             with pytest.raises(UsageError, match=r"another process works on the run in '.*run'"):
                 run(values, folder, resume=True)
             tried.append((folder / "rounds.jsonl").read_text())
 
-        def end_run(self, summary: Summary) -> None:
-            pass
-
-    run(values, folder, observer=Second())
+    run(values, folder, callbacks=[Second()])
     assert [text.count("\n") for text in tried] == [1, 2]
     assert run(values, folder, resume=True).rounds == 2
 

@@ -25,8 +25,8 @@ from tests.session_helpers import (
     make_state,
     set_up,
 )
-from tests.test_runner import Interrupted, Stopper, records, results
-from tests.toy import config
+from tests.test_runner import records, results
+from tests.toy import Interrupted, Stopper, config
 
 every_model = pytest.mark.parametrize("kind", sorted(MODELS))
 
@@ -186,7 +186,7 @@ def test_a_configured_run_shares_its_start_and_resumes(name: str, tmp_path: Path
     broadcast = tmp_path / "whole" / "payloads" / "round-0001" / "broadcast.fobd"
     assert broadcast.stat().st_size < 200
     with pytest.raises(Interrupted):
-        run(chosen, tmp_path / "cut", observer=Stopper(1))
+        run(chosen, tmp_path / "cut", callbacks=[Stopper(1)])
     assert len(records(tmp_path / "cut")) == 1
     run(chosen, tmp_path / "cut", resume=True)
     assert results(tmp_path / "cut") == results(tmp_path / "whole")

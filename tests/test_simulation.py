@@ -15,34 +15,34 @@ from torch import nn
 from fedobd import EmptyRoundError, RoundRecord, ServerSession, UsageError
 from fedobd._seeds import derive_seed
 from fedobd.data import ClientData
-from fedobd.experiments._build import Experiment, build_experiment
-from fedobd.payload import Bytes
+from fedobd.experiments import Experiment, build_experiment
 from fedobd.sessions import Aggregator, RoundPlan
 from fedobd.simulation import (
+    Callback,
     ClientPool,
     ClientResult,
     ClientSetup,
     ClientTask,
     ProcessPool,
     SequentialPool,
-    Watcher,
     open_pool,
     simulate,
 )
 from fedobd.training import LocalResult
 from tests import toy
-from tests.toy import config
+from tests.toy import PayloadKeeper, config
 
 
 def play(
-    experiment: Experiment, pool: ClientPool, watcher: Watcher | None = None
+    experiment: Experiment, pool: ClientPool, callback: Callback | None = None
 ) -> tuple[list[RoundRecord], dict[str, torch.Tensor]]:
     server = ServerSession(
         experiment.method, experiment.schema, experiment.initial, num_clients=4, seed=1
     )
     with pool:
         records = [
-            r.record for r in simulate(server, pool, evaluate=experiment.evaluate, watcher=watcher)
+            r.record
+            for r in simulate(server, pool, evaluate=experiment.evaluate, callback=callback)
         ]
     return records, server.state
 
@@ -61,21 +61,14 @@ def test_two_processes_give_the_bytes_of_one(method: str, frozen: bool) -> None:
         else {method: {"rounds": 3, "cohort": 3}},
     }
     experiment = build_experiment(config(method, **changes))
-    payloads: list[dict[str, bytes]] = [{}, {}]
-
-    def watcher(number: int) -> Watcher:
-        def keep(round_number: int, name: str, payload: Bytes) -> None:
-            payloads[number][f"{round_number} {name}"] = bytes(payload)
-
-        return Watcher(on_payload=keep)
-
-    one = play(experiment, open_pool(experiment.setup, 0), watcher(0))
-    two = play(experiment, open_pool(experiment.setup, 2), watcher(1))
-    assert payloads[0] == payloads[1]
-    assert len(payloads[0]) >= 3 * 3
+    first, second = PayloadKeeper(), PayloadKeeper()
+    one = play(experiment, open_pool(experiment.setup, 0), first)
+    two = play(experiment, open_pool(experiment.setup, 2), second)
+    assert first.kept == second.kept
+    assert len(first.kept) >= 3 * 3
     assert one[0] == two[0]
     assert same(one[1], two[1])
-    opened = [name for name in payloads[0] if "opening" in name]
+    opened = [name for name in first.kept if "opening" in name]
     assert bool(opened) is (frozen or method == "smafd")
 
 
@@ -147,8 +140,12 @@ def test_a_client_whose_upload_is_refused_keeps_what_it_received(
     experiment = build_experiment(config("smafd", methods={"smafd": {"rounds": 3, "cohort": 4}}))
     setup = replace(experiment.setup, train=overshoot_first)
     counts: list[tuple[int, int]] = []
-    watcher = Watcher(on_client=lambda plan, done: counts.append((plan.round, done)))
-    records, _ = play(experiment, pool(setup), watcher)
+
+    class Counter(Callback):
+        def on_client_end(self, plan: RoundPlan, done: int) -> None:
+            counts.append((plan.round, done))
+
+    records, _ = play(experiment, pool(setup), Counter())
     assert [len(record.refusals) for record in records] == [1, 0, 0]
     assert counts == [(number, done) for number in (1, 2, 3) for done in (1, 2, 3, 4)]
 

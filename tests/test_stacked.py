@@ -24,8 +24,7 @@ from torch import nn
 from fedobd import Payload, RoundPlan, ServerSession, UsageError
 from fedobd.blocks import ModelState, get_state, load_state
 from fedobd.data import ClientData, Examples, gather
-from fedobd.experiments import RunConfig, _tune, load_config, run
-from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.experiments import Experiment, RunConfig, _tune, build_experiment, load_config, run
 from fedobd.experiments._tune import measure_stack
 from fedobd.models import (
     DenseNet40,
@@ -40,9 +39,8 @@ from fedobd.simulation import (
     ClientSetup,
     ClientTask,
     LocalClient,
-    PlayedRound,
+    RoundResult,
     SequentialPool,
-    Watcher,
     open_pool,
     simulate,
 )
@@ -57,7 +55,7 @@ from fedobd.training import (
 )
 from fedobd.training._stacked import _steps
 from tests.helpers import law
-from tests.toy import config, make_model
+from tests.toy import Interrupted, PayloadKeeper, Stopper, config, make_model
 
 
 class Within(NamedTuple):
@@ -775,21 +773,15 @@ Kept = dict[str, bytes]
 
 def play(
     experiment: Experiment, pool: Any, num_clients: int, seed: int
-) -> tuple[list[PlayedRound], Kept, ModelState]:
+) -> tuple[list[RoundResult], Kept, ModelState]:
     server = ServerSession(
         experiment.method, experiment.schema, experiment.initial,
         num_clients=num_clients, seed=seed,
     )  # fmt: skip
-    kept: Kept = {}
-
-    def keep(round_number: int, name: str, payload: Any) -> None:
-        kept[f"{round_number} {name}"] = bytes(payload)
-
+    keeper = PayloadKeeper()
     with pool:
-        rounds = list(
-            simulate(server, pool, evaluate=experiment.evaluate, watcher=Watcher(on_payload=keep))
-        )
-    return rounds, kept, server.state
+        rounds = list(simulate(server, pool, evaluate=experiment.evaluate, callback=keeper))
+    return rounds, keeper.kept, server.state
 
 
 @pytest.mark.parametrize("method", ["fedobd", "smafd"])
@@ -844,30 +836,6 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error, a stand-in for Ctrl-C
-    pass
-
-
-class Stopper:
-    """An observer that interrupts a run after a round."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
-        pass
-
-    def client_done(self, plan: RoundPlan, done: int) -> None:
-        pass
-
-    def end_round(self, record: dict[str, Any]) -> None:
-        if record["round"] == self.after:
-            raise Interrupted
-
-    def end_run(self, summary: Any) -> None:
-        pass
-
-
 ROUNDS: dict[str, dict[str, int]] = {
     "fedobd": {
         "stage_one_rounds": 2, "stage_one_epochs": 2, "stage_two_epochs": 1, "cohort": 2
@@ -889,7 +857,7 @@ def test_a_stacked_run_has_the_same_bytes_with_workers_and_resumed(
     run(chosen, tmp_path / "a")
     run(chosen, tmp_path / "b", workers=2)
     with pytest.raises(Interrupted):
-        run(chosen, tmp_path / "c", observer=Stopper(2))
+        run(chosen, tmp_path / "c", callbacks=[Stopper(2)])
     run(chosen, tmp_path / "c", resume=True)
     model = (tmp_path / "a" / "model.safetensors").read_bytes()
     for other in ("b", "c"):

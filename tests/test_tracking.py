@@ -14,43 +14,23 @@ from typing import Any, ClassVar
 
 import pytest
 
-from fedobd import SMAFD, FedOBD, ModelSchema, RoundPlan, UsageError, __version__
-from fedobd.experiments import RunConfig, Summary, compare, load_config, parse_config, run, runner
+from fedobd import SMAFD, FedOBD, ModelSchema, UsageError, __version__
+from fedobd.experiments import RunConfig, compare, load_config, parse_config, run
 from fedobd.tracking import (
     RoundMetrics,
+    RunLog,
     TensorBoardTracker,
     Tracker,
     flatten,
     float32_bytes,
-    log_round,
     log_to_terminal,
     make_trackers,
-    starvation_warning,
-    starved_blocks,
+    rare_blocks,
+    rare_blocks_warning,
 )
-from tests.toy import config
+from tests.toy import Interrupted, Stopper, config
 
 ROOT = Path(__file__).parent.parent
-
-
-class Stopper:
-    """An observer that stops a run after some rounds."""
-
-    def __init__(self, after: int) -> None:
-        self._after = after
-
-    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
-        pass
-
-    def client_done(self, plan: RoundPlan, done: int) -> None:
-        pass
-
-    def end_round(self, record: dict[str, Any]) -> None:
-        if record["round"] == self._after:
-            raise KeyboardInterrupt
-
-    def end_run(self, summary: Summary) -> None:
-        pass
 
 
 Figures = dict[str, list[tuple[int, Any]]]
@@ -71,8 +51,8 @@ def tracked(*names: str, **changes: Any) -> RunConfig:
 
 
 def stopped(settings: RunConfig, folder: Path, after: int) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, folder, observer=Stopper(after))
+    with pytest.raises(Interrupted):
+        run(settings, folder, callbacks=[Stopper(after)])
 
 
 # --- figures
@@ -253,7 +233,7 @@ def test_a_tracker_that_fails_costs_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = Failing(fails_in=3)
-    monkeypatch.setattr(runner, "make_trackers", lambda *_: [tracker])
+    monkeypatch.setattr("fedobd.experiments._runner.make_trackers", lambda *_: [tracker])
     summary = run(config(), tmp_path / "a")
     assert (summary.rounds, tracker.seen, tracker.closed) == (5, [1, 2], 0)
     message = caplog.messages[0]
@@ -267,7 +247,7 @@ def test_trackers_are_closed_once_however_a_run_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = Failing(fails_in=99)
-    monkeypatch.setattr(runner, "make_trackers", lambda *_: [tracker])
+    monkeypatch.setattr("fedobd.experiments._runner.make_trackers", lambda *_: [tracker])
     stopped(config(), tmp_path / "a", after=2)
     assert tracker.closed == 1
     tracker = Failing(fails_in=99)
@@ -295,7 +275,7 @@ def test_the_log_of_a_run_is_appended_to_when_it_goes_on(tmp_path: Path) -> None
     first = messages(folder)
     assert first[0] == start
     assert first[1].startswith("INFO round 1/5, stage 1: metric 0.")
-    assert first[3:] == ["INFO stopped: KeyboardInterrupt()"]
+    assert first[3:] == ["INFO stopped: Interrupted()"]
     summary = run(config(), folder, resume=True)
     second = messages(folder)[len(first) :]
     assert second[:2] == [start, "INFO goes on after round 2"]
@@ -324,7 +304,7 @@ def test_errors_and_refusals_are_logged(tmp_path: Path, caplog: pytest.LogCaptur
         "round": 1, "stage": 1, "test_metric": None, "train_loss": 1.0, "uplink_bytes": 1,
         "downlink_bytes": 1, "seconds": {"round": 1.0}, "refusals": [late, damaged],
     }  # fmt: skip
-    log_round(record, 5)
+    RunLog().on_round_end(record)
     assert caplog.messages == [
         "round 1: the upload of client 3 is missing: it came too late",
         "round 1: the upload of client 4 is refused: too long",
@@ -383,7 +363,7 @@ terminal = log_to_terminal("error")
 terminal.__enter__()
 folder = pathlib.Path(sys.argv[1])
 try:
-    run(tracked("mlflow"), folder, observer=Stopper(2))
+    run(tracked("mlflow"), folder, callbacks=[Stopper(2)])
 except KeyboardInterrupt:
     pass
 from mlflow import MlflowClient
@@ -459,7 +439,7 @@ def test_a_store_that_mlflow_cannot_use(tmp_path: Path) -> None:
         assert len(done.stdout) < 500
 
 
-# starved blocks
+# rare blocks
 
 SCHEMA = ModelSchema.from_json(
     {
@@ -480,10 +460,10 @@ def test_blocks_starve_below_a_twentieth_of_the_uploads_of_stage_1() -> None:
         uploads(1, [0, 1, 2], [0, 1, 2], [0, 1]),
         uploads(2, *[[0, 1, 2, 3]] * 9),
     ]
-    c, d = starved_blocks(rounds, SCHEMA)
+    c, d = rare_blocks(rounds, SCHEMA)
     assert (c.block, c.parameters, c.share, c.uploads) == ("c", 8, 0.25, 2 / 41)
     assert (d.block, d.uploads) == ("d", 0)
-    text = starvation_warning(FedOBD(), {0: [c, d], 1: [c, d], 2: [], 3: [d]})
+    text = rare_blocks_warning(FedOBD(), {0: [c, d], 1: [c, d], 2: [], 3: [d]})
     assert text == (
         "fedobd: clients left out some blocks in stage 1, so the server hardly trained them in "
         "it. Seeds 0, 1: no client uploaded block d (25.0 % of the parameters); fewer than 5 % of "
@@ -491,12 +471,12 @@ def test_blocks_starve_below_a_twentieth_of_the_uploads_of_stage_1() -> None:
         "(25.0 % of the parameters). Split large blocks with model.blocks.max_block_fraction, "
         "lower dropout_rate, or give stage 2 more epochs."
     )
-    assert starvation_warning(FedOBD(), {0: [], 1: []}) is None
+    assert rare_blocks_warning(FedOBD(), {0: [], 1: []}) is None
 
 
 def test_advice_suits_the_method_and_long_lists_are_cut() -> None:
-    (found,) = starved_blocks([uploads(1, [0, 1, 2])], SCHEMA)
-    text = starvation_warning(SMAFD(), {0: [found] * 10})
+    (found,) = rare_blocks([uploads(1, [0, 1, 2])], SCHEMA)
+    text = rare_blocks_warning(SMAFD(), {0: [found] * 10})
     assert text is not None
     assert "d (25.0 %), 2 more, 250.0 % of the parameters in all. Lower dropout_rate." in text
     assert "max_block_fraction" not in text

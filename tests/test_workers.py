@@ -32,8 +32,7 @@ from fedobd import (
 )
 from fedobd.blocks import ModelState
 from fedobd.data import ClientData
-from fedobd.experiments import run
-from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.experiments import Experiment, build_experiment, run
 from fedobd.sessions import Aggregator
 from fedobd.simulation import (
     ClientPool,
@@ -43,14 +42,13 @@ from fedobd.simulation import (
     ProcessPool,
     SequentialPool,
     StackedTraining,
-    Watcher,
     _pool,
     simulate,
 )
 from fedobd.training import LocalResult
 from tests import toy
 from tests.helpers import heed_ctrl_c
-from tests.toy import config
+from tests.toy import PayloadKeeper, config
 
 ROOT = Path(__file__).parent.parent
 Played = tuple[dict[str, bytes], ModelState]
@@ -233,16 +231,12 @@ def play(
     server = ServerSession(
         experiment.method, experiment.schema, experiment.initial, num_clients=num_clients, seed=1
     )
-    kept: dict[str, bytes] = {}
-
-    def keep(round_number: int, name: str, payload: Any) -> None:
-        kept[f"{round_number} {name}"] = bytes(payload)
-
+    keeper = PayloadKeeper()
     with pool:
-        for played in simulate(server, pool, watcher=Watcher(on_payload=keep)):
+        for played in simulate(server, pool, callback=keeper):
             assert not played.record.refusals
             after_round()
-    return kept, server.state
+    return keeper.kept, server.state
 
 
 def same(

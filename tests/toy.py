@@ -17,6 +17,8 @@ from torch import nn
 from fedobd import RoundPlan
 from fedobd.data import ClientData, Examples, FederatedData, federate
 from fedobd.experiments import RunConfig, parse_config
+from fedobd.payload import Bytes
+from fedobd.simulation import Callback
 from fedobd.training import LocalResult, TrainingOptions, train_locally
 
 OPTIONS = TrainingOptions(learning_rate=0.05, batch_size=8)
@@ -87,6 +89,41 @@ def no_data(num_clients: int, seed: int) -> FederatedData:
 
 def not_data(num_clients: int, seed: int) -> int:
     return num_clients + seed
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error, a stand-in for Ctrl-C
+    pass
+
+
+class Stopper(Callback):
+    """Interrupts a run after a round."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.seen: list[int] = []
+
+    def on_run_begin(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
+        self.planned = planned_rounds
+
+    def on_round_end(self, record: dict[str, Any]) -> None:
+        self.seen.append(record["round"])
+        if record["round"] == self.after:
+            raise Interrupted
+
+    def on_run_end(self, summary: Any) -> None:
+        self.seen.append(-1)
+
+
+class PayloadKeeper(Callback):
+    """Keeps all payloads of a run, by round and name."""
+
+    wants_payloads = True
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+
+    def on_payload(self, round_number: int, name: str, payload: Bytes) -> None:
+        self.kept[f"{round_number} {name}"] = bytes(payload)
 
 
 CONFIG = """

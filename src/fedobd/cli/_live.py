@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, final
 
 from rich.console import Console
 from rich.live import Live
@@ -19,6 +19,7 @@ from fedobd._format import fit_number, format_bytes, format_metric, format_share
 from fedobd.blocks import ModelSchema
 from fedobd.experiments import RunConfig, RunFolder, Summary
 from fedobd.sessions import RoundPlan, cohort_size
+from fedobd.simulation import Callback
 from fedobd.tracking import float32_bytes
 
 
@@ -117,8 +118,9 @@ _LEAST_NAME, _MOST_NAME = 8, 24  # characters of a method's name
 _NOTE = "saved: less than the same payloads as plain float32"
 
 
-class Display:
-    """An observer of runs: a live table, a line a method, on a terminal; plain lines elsewhere.
+@final
+class Display(Callback):
+    """Shows runs: a live table, a line a method, on a terminal; plain lines elsewhere.
 
     Args:
         console: where to show it.
@@ -155,8 +157,8 @@ class Display:
         if self._live is not None:
             self._live.stop()
 
-    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
-        """See `Observer.begin_run`."""
+    def on_run_begin(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
+        """See `Callback.on_run_begin`."""
         seed = config.federation.seed
         first, *_ = config.chosen.stages()
         cohort = cohort_size(first.cohort, config.federation.clients)
@@ -172,8 +174,8 @@ class Display:
         self._folder, self._schema = folder, None
         self._say(f"{config.method}: seed {seed}, {planned_rounds} rounds, folder {folder}")
 
-    def client_done(self, plan: RoundPlan, done: int) -> None:
-        """See `Observer.client_done`."""
+    def on_client_end(self, plan: RoundPlan, done: int) -> None:
+        """See `Callback.on_client_end`."""
         line = self._line
         line.round, line.stage = plan.round, str(plan.stage)
         line.clients = f"{done}/{len(plan.cohort)}"
@@ -184,8 +186,8 @@ class Display:
                 f"1 of {len(plan.cohort)} clients done"
             )
 
-    def end_round(self, record: dict[str, Any]) -> None:
-        """See `Observer.end_round`."""
+    def on_round_end(self, record: dict[str, Any]) -> None:
+        """See `Callback.on_round_end`."""
         if self._schema is None:  # a run writes it before its first record
             values = RunFolder(self._folder).read_json("schema.json")
             self._schema = ModelSchema.from_json(values)
@@ -206,8 +208,8 @@ class Display:
             f"sent {format_bytes(line.uplink_bytes + line.downlink_bytes)}"
         )
 
-    def end_run(self, summary: Summary) -> None:
-        """See `Observer.end_run`."""
+    def on_run_end(self, summary: Summary) -> None:
+        """See `Callback.on_run_end`."""
         self._line.metric = summary.final_metric
         self._line.has_ended = True
 

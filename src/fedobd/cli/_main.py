@@ -34,7 +34,6 @@ from fedobd.cli._plan import parse_options, plan_command
 from fedobd.cli._report import report_command
 from fedobd.cli._tables import block_table, comparison_table, payload_tables, summary_table
 from fedobd.experiments import (
-    Observer,
     RunConfig,
     Summary,
     compare,
@@ -47,6 +46,7 @@ from fedobd.models import build_model
 from fedobd.payload import Payload
 from fedobd.report import write_report
 from fedobd.sessions import oversized_blocks
+from fedobd.simulation import Callback
 from fedobd.tracking import log_to_terminal
 
 app = typer.Typer(
@@ -160,16 +160,16 @@ class _Screen:
     @contextmanager
     def watching(
         self, folder: Path, methods: Sequence[str], seeds: Sequence[int]
-    ) -> Iterator[Observer | None]:
-        """Yield what observes the runs in a folder."""
+    ) -> Iterator[Sequence[Callback]]:
+        """Yield what shows the runs in a folder."""
         with _interruptible(folder), log_to_terminal(self.log_level):
             if self.quiet:
-                yield None
+                yield ()
             elif self.as_json:
-                yield JsonLines(sys.stdout)
+                yield (JsonLines(sys.stdout),)
             else:
                 with Display(console, methods=methods, seeds=seeds) as display:
-                    yield display
+                    yield (display,)
 
     def end(self, table: Table, folder: Path) -> None:
         """Show what came of the runs in a folder, and write their report."""
@@ -222,8 +222,8 @@ def run_command(
     play = _engine(engine)
     single = _single(source, _with_device(overrides, device), method, seed)
     folder = _folder(output, source, single.method, resume)
-    with screen.watching(folder, [single.method], [single.federation.seed]) as observer:
-        summary = play(single, folder, workers=workers, resume=resume, observer=observer)
+    with screen.watching(folder, [single.method], [single.federation.seed]) as callbacks:
+        summary = play(single, folder, workers=workers, resume=resume, callbacks=callbacks)
     screen.end(summary_table(summary), folder)
 
 
@@ -252,7 +252,7 @@ class _Play(Protocol):
         *,
         workers: int = 0,
         resume: bool = False,
-        observer: Observer | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> Summary: ...
 
 
@@ -315,7 +315,7 @@ def compare_command(
     folder = _folder(output, source, "compare", resume)
     chosen = [name.strip() for name in methods.split(",") if name.strip()] or list(config.methods)
     chosen_seeds = _seeds(seeds, config)
-    with screen.watching(folder, chosen, chosen_seeds) as observer:
+    with screen.watching(folder, chosen, chosen_seeds) as callbacks:
         comparison = compare(
             config,
             folder,
@@ -323,7 +323,7 @@ def compare_command(
             methods=chosen,
             workers=workers,
             resume=resume,
-            observer=observer,
+            callbacks=callbacks,
         )
     screen.end(comparison_table(comparison), folder)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from fedobd.experiments._build import Experiment, build_experiment, initial_model
-from fedobd.experiments._data import BuiltData, build_data
-from fedobd.experiments.compare import Comparison, Row, compare
-from fedobd.experiments.config import (
+from fedobd.experiments._compare import Comparison, Row, compare
+from fedobd.experiments._config import (
     RunConfig,
     load_config,
     make_method,
     parse_config,
     plain_values,
 )
-from fedobd.experiments.folder import (
+from fedobd.experiments._data import BuiltData, build_data
+from fedobd.experiments._folder import (
     CONFIG_FILE,
     MODEL_FILE,
     ROUNDS_FILE,
@@ -21,16 +21,10 @@ from fedobd.experiments.folder import (
     RunFolder,
     write_atomically,
 )
+from fedobd.experiments._record import BYTE_PARTS, make_record
+from fedobd.experiments._runner import Engine, run
+from fedobd.experiments._summary import Summary, read_summary
 from fedobd.experiments.presets import list_presets
-from fedobd.experiments.runner import (
-    BYTE_PARTS,
-    Engine,
-    Observer,
-    Summary,
-    make_record,
-    read_summary,
-    run,
-)
 
 __all__ = [
     "BYTE_PARTS",
@@ -43,7 +37,6 @@ __all__ = [
     "Comparison",
     "Engine",
     "Experiment",
-    "Observer",
     "Row",
     "RunConfig",
     "RunFolder",

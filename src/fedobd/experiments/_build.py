@@ -15,9 +15,9 @@ from fedobd._lookup import find_object
 from fedobd._seeds import derive_seed, make_generator
 from fedobd.blocks import BlockRules, ModelSchema, ModelState, decompose, get_state, load_state
 from fedobd.data import Augmentation, ClientData, ExampleSet, load_vectors, select
+from fedobd.experiments._config import ModelConfig, RunConfig
 from fedobd.experiments._data import build_data
 from fedobd.experiments._fit import check_fit
-from fedobd.experiments.config import ModelConfig, RunConfig
 from fedobd.models import MODELS, build_model, use_batch_statistics
 from fedobd.sessions import Method
 from fedobd.simulation import ClientSetup, StackedTraining

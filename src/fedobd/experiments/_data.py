@@ -29,7 +29,7 @@ from fedobd.data import (
     set_aside,
     share_out,
 )
-from fedobd.experiments.config import RunConfig
+from fedobd.experiments._config import RunConfig
 
 _Whole = Examples | StoredExamples
 _NO_EXAMPLES = Examples(torch.empty(0), torch.empty(0))

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from fedobd._errors import UsageError, describe
+from fedobd.experiments._config import RunConfig
 from fedobd.experiments._data import BuiltData
-from fedobd.experiments.config import RunConfig
 from fedobd.training import Loss, binary_cross_entropy, cross_entropy
 
 

@@ -48,7 +48,7 @@ from fedobd.flower._messages import read_plan
 from fedobd.flower._mod import CompressionMod
 from fedobd.flower._strategy import FedOBDStrategy
 from fedobd.sessions import RoundPlan, ServerSession
-from fedobd.simulation import ClientStates, PlayedRound, Watcher, prepare_process
+from fedobd.simulation import Callback, ClientStates, RoundResult, prepare_process
 
 logger = getLogger("flwr")  # where Flower shows what an app says
 
@@ -126,15 +126,15 @@ def _serve(grid: Grid, context: Context, config_file: Path) -> None:
         *,
         should_evaluate: Callable[[RoundPlan], bool],
         states: ClientStates,
-        watcher: Watcher,
-    ) -> Iterator[PlayedRound]:
+        callback: Callback,
+    ) -> Iterator[RoundResult]:
         """Run the rounds on the grid's nodes, which keep their own states."""
         yield from strategy.run(
             grid,
             server,
             evaluate=experiment.evaluate_part,
             should_evaluate=should_evaluate,
-            watcher=watcher,
+            callback=callback,
         )
         sent = strategy.handshake_bytes
         logger.log(INFO, "fedobd: %d bytes of handshakes, schema and options included", sent)
@@ -143,7 +143,7 @@ def _serve(grid: Grid, context: Context, config_file: Path) -> None:
         config,
         path,
         resume=bool(options.get("resume", False)),
-        observer=_LogObserver(),
+        callbacks=[_FlowerLog()],
         engine=engine,
     )
 
@@ -163,18 +163,18 @@ def _number(options: Mapping[str, object], key: str, default: float) -> float:
     return float(value)
 
 
-class _LogObserver:
+class _FlowerLog(Callback):
     """Says in Flower's log how a run goes."""
 
-    def begin_run(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
+    def on_run_begin(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
         logger.log(
             INFO, "fedobd: %s, %d rounds, run folder %s", config.method, planned_rounds, folder
         )
 
-    def client_done(self, plan: RoundPlan, done: int) -> None:
+    def on_client_end(self, plan: RoundPlan, done: int) -> None:
         logger.log(INFO, "fedobd: round %d: %d of %d uploads", plan.round, done, len(plan.cohort))
 
-    def end_round(self, record: dict[str, Any]) -> None:
+    def on_round_end(self, record: dict[str, Any]) -> None:
         metric = record["test_metric"]
         logger.log(
             INFO,
@@ -187,7 +187,7 @@ class _LogObserver:
             record["downlink_bytes"],
         )
 
-    def end_run(self, summary: Summary) -> None:
+    def on_run_end(self, summary: Summary) -> None:
         logger.log(
             INFO,
             "fedobd: %d rounds, final metric %s, %d bytes in all",

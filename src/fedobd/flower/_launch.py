@@ -26,17 +26,10 @@ import psutil
 import tomli_w
 
 from fedobd._errors import FedOBDError, UsageError
-from fedobd.experiments import (
-    Observer,
-    RunConfig,
-    RunFolder,
-    Summary,
-    build_experiment,
-    read_summary,
-)
+from fedobd.experiments import RunConfig, RunFolder, Summary, build_experiment, read_summary
 from fedobd.flower._app import check_stack, write_app
-from fedobd.simulation import check_workers
-from fedobd.tracking import log_round, log_summary
+from fedobd.simulation import Callback, Callbacks, check_workers
+from fedobd.tracking import RunLog
 
 START_SECONDS = 60.0
 STOP_SECONDS = 5.0
@@ -64,7 +57,7 @@ def run_in_simulation(
     *,
     workers: int = 0,
     resume: bool = False,
-    observer: Observer | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Summary:
     """Run a configuration in Flower's simulation.
 
@@ -76,7 +69,7 @@ def run_in_simulation(
         path: the run folder.
         workers: how many clients run at a time, one CPU each; 0 for one a CPU.
         resume: go on from the folder's checkpoint.
-        observer: sees the run as it goes.
+        callbacks: see the run as it goes; no payloads, and no client that has uploaded.
 
     Raises:
         UsageError: the configuration cannot be run, or the folder holds another run.
@@ -91,11 +84,15 @@ def run_in_simulation(
     folder = RunFolder(path)
     folder.start(config.to_resume(folder.config()), resume=resume)
     planned = sum(stage.rounds for stage in config.chosen.stages())
-    if observer is not None:
-        observer.begin_run(config, planned, path)
+    callback: Callback = Callbacks(callbacks)
+    callback.on_run_begin(config, planned, path)
     if folder.is_finished:
-        _show(folder.records(), observer)
+        for record in folder.records():
+            callback.on_round_end(record)
     else:
+        log = RunLog()
+        log.on_run_begin(config, planned, path)
+        callback = Callbacks([log, callback])
         with tempfile.TemporaryDirectory(prefix="fedobd-flower-") as made:
             app = Path(made) / "app"
             write_app(app, config)
@@ -103,29 +100,19 @@ def run_in_simulation(
                 settings = {"output": str(path), "resume": True}
                 clients = config.federation.clients
                 link.start_run(app, settings, clients=clients, workers=workers)
-                _follow(folder, link, observer, planned)
+                _follow(folder, link, callback)
     summary = read_summary(folder)
-    if observer is not None:
-        observer.end_run(summary)
+    callback.on_run_end(summary)
     return summary
 
 
-def _show(records: Sequence[dict[str, Any]], observer: Observer | None) -> None:
-    if observer is not None:
-        for record in records:
-            observer.end_round(record)
-
-
-def _follow(
-    folder: RunFolder, link: _SuperLink, observer: Observer | None, planned_rounds: int
-) -> None:
+def _follow(folder: RunFolder, link: _SuperLink, callback: Callback) -> None:
     """Show a run's rounds as they come, until Flower says that it has ended."""
     seen, looked, missed, status = 0, time.monotonic(), 0, "running"
     while True:
         records = folder.records()
         for record in records[seen:]:
-            log_round(record, planned_rounds)
-        _show(records[seen:], observer)
+            callback.on_round_end(record)
         seen = len(records)
         if status.startswith("finished"):
             break
@@ -140,7 +127,6 @@ def _follow(
         time.sleep(LOOK_SECONDS)
     if status != "finished:completed" or not folder.is_finished:
         raise FedOBDError(f"Flower ended the run as {status!r}; its log ends with:\n{link.log()}")
-    log_summary(folder.read_json("summary.json"))
 
 
 class _NoAnswerError(FedOBDError):

@@ -31,7 +31,7 @@ from fedobd.flower._messages import (
     reason_of,
 )
 from fedobd.sessions import RoundPlan, RoundRecord, ServerSession
-from fedobd.simulation import Watcher
+from fedobd.simulation import Callback
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
 
@@ -46,7 +46,7 @@ class RoundDriver:
         round_timeout: seconds after which replies are late.
         poll_seconds: pause between two looks for replies.
         keep_broadcast: have clients keep the round's broadcast, to evaluate it.
-        watcher: what else to call.
+        callback: sees payloads, and clients that have uploaded.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RoundDriver:
         round_timeout: float,
         poll_seconds: float = POLL_SECONDS,
         keep_broadcast: bool = False,
-        watcher: Watcher | None = None,
+        callback: Callback | None = None,
     ) -> None:
         self._grid = grid
         self._server = server
@@ -66,7 +66,7 @@ class RoundDriver:
         self._round_timeout = round_timeout
         self._poll_seconds = poll_seconds
         self._keep_broadcast = keep_broadcast
-        self._watcher = watcher or Watcher()
+        self._callback = callback or Callback()
         self._greeted: set[int] = set()  # nodes that were sent a handshake in this run
         self._nodes: dict[int, int] = {}
         self._waiting: set[int] = set()  # clients of the round that have not answered
@@ -111,7 +111,7 @@ class RoundDriver:
         new = [client for client in plan.cohort if self._nodes[client] not in self._greeted]
         if new:
             # The initial payload is the same for all. Flower names an object by its hash, so what
-            # messages share is uploaded to the SuperLink once: nothing of one client's may be here.
+            # messages share is uploaded once: nothing of one client's own may be in here.
             payload = b""
             for client in new if server.has_initial_payload else ():
                 payload = server.initial_payload(client).data
@@ -214,8 +214,7 @@ class RoundDriver:
         finally:
             self.seconds["fold"] += time.perf_counter() - began
         self._accepted.append(client)
-        if self._watcher.on_client is not None:
-            self._watcher.on_client(self.plan, len(self._accepted))
+        self._callback.on_client_end(self.plan, len(self._accepted))
         return client
 
     def _miss(self, client: int, reason: str, message: str) -> None:
@@ -245,8 +244,8 @@ class RoundDriver:
         return [self._message(client, content, "evaluate") for client in self._accepted]
 
     def _see(self, name: str, payload: bytes) -> None:
-        if self._watcher.on_payload is not None and self.plan is not None:
-            self._watcher.on_payload(self.plan.round, name, payload)
+        if self._callback.wants_payloads and self.plan is not None:
+            self._callback.on_payload(self.plan.round, name, payload)
 
 
 def _asks_for_handshake(reply: Message, message: Message) -> bool:

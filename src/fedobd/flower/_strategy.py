@@ -33,7 +33,7 @@ from fedobd.sessions import (
     cohort_size,
     weighted_mean,
 )
-from fedobd.simulation import PlayedRound, Watcher
+from fedobd.simulation import Callback, RoundResult
 from fedobd.training import Evaluation
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
@@ -257,8 +257,8 @@ class FedOBDStrategy(Strategy):
         configs: Mapping[str, ConfigRecord | None] = MappingProxyType({}),
         evaluate: Callable[[ModelState], Evaluation] | None = None,
         should_evaluate: Callable[[RoundPlan], bool] = lambda plan: True,
-        watcher: Watcher | None = None,
-    ) -> Iterator[PlayedRound]:
+        callback: Callback | None = None,
+    ) -> Iterator[RoundResult]:
         """Run the remaining rounds of a session; between two yields it can be saved.
 
         Args:
@@ -268,7 +268,7 @@ class FedOBDStrategy(Strategy):
             configs: entries to add to the config of messages, by kind: `train`, `evaluate`.
             evaluate: evaluates a state on the test set.
             should_evaluate: in which rounds.
-            watcher: what else to call.
+            callback: sees payloads, and clients that have uploaded.
 
         Yields:
             Each round when it has ended.
@@ -276,7 +276,7 @@ class FedOBDStrategy(Strategy):
         Raises:
             EmptyRoundError, FedOBDError: see `start`.
         """
-        driver = self._join(grid, server, keys or ArrayKeys.of(server.schema), watcher)
+        driver = self._join(grid, server, keys or ArrayKeys.of(server.schema), callback)
         train_config = configs.get("train") or ConfigRecord()
         evaluate_config = configs.get("evaluate") or ConfigRecord()
         while not server.is_finished:
@@ -292,10 +292,10 @@ class FedOBDStrategy(Strategy):
                 test = evaluate(server.state)
                 server.observe_test_metric(test.metric)
             seconds = {**driver.seconds, "round": time.perf_counter() - began}
-            yield PlayedRound(plan=plan, record=record, test=test, seconds=seconds)
+            yield RoundResult(plan=plan, record=record, test=test, seconds=seconds)
 
     def _join(
-        self, grid: Grid, server: ServerSession, keys: ArrayKeys, watcher: Watcher | None
+        self, grid: Grid, server: ServerSession, keys: ArrayKeys, callback: Callback | None
     ) -> RoundDriver:
         """Take up a session, and wait for its clients."""
         self._server = server
@@ -321,7 +321,7 @@ class FedOBDStrategy(Strategy):
             round_timeout=self._round_timeout,
             poll_seconds=self._poll_seconds,
             keep_broadcast=self._evaluate,
-            watcher=watcher,
+            callback=callback,
         )
         self._registry.gather(self.num_clients, self._min_replies, self._join_timeout)
         return self._driver

@@ -29,7 +29,7 @@ from fedobd.experiments import (
     RunFolder,
     load_config,
 )
-from fedobd.tracking import StarvedBlock, starved_blocks
+from fedobd.tracking import RareBlock, rare_blocks
 
 Record = dict[str, Any]
 """One line of rounds.jsonl."""
@@ -180,7 +180,7 @@ class Run:
     schema: ModelSchema
     rounds: tuple[Round, ...]
     uploads: Values
-    starved: tuple[StarvedBlock, ...]
+    starved: tuple[RareBlock, ...]
     differences: Values | None
     uplink: Traffic | None
     downlink: Traffic | None
@@ -278,7 +278,7 @@ def _read(stored: RunFolder) -> Run | None:
             schema=schema,
             rounds=tuple(map(_round, records)),
             uploads=_uploads(records, len(schema.blocks)),
-            starved=starved_blocks(records, schema),
+            starved=rare_blocks(records, schema),
             differences=_differences(records, len(schema.blocks)),
             uplink=_traffic(records, "uplink_blocks", len(schema.blocks)),
             downlink=_traffic(records, "broadcast_blocks", len(schema.blocks)),

@@ -22,7 +22,7 @@ from fedobd.report._plot import (
     typed,
 )
 from fedobd.report._run import Run, Values
-from fedobd.tracking import starvation_warning
+from fedobd.tracking import rare_blocks_warning
 
 
 def upload_shares(run: Run) -> Values:
@@ -129,4 +129,4 @@ def _view(run: Run, step: int) -> dict[str, Any]:
 def warning(variant: Variant) -> str | None:
     """Return a warning of blocks that starved in stage 1, None without any."""
     runs = variant.counted
-    return starvation_warning(runs[0].config.chosen, {run.seed: run.starved for run in runs})
+    return rare_blocks_warning(runs[0].config.chosen, {run.seed: run.starved for run in runs})

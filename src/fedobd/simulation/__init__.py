@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedobd.simulation._callback import Callback, Callbacks
 from fedobd.simulation._client import (
     ClientResult,
     ClientSetup,
@@ -9,7 +10,7 @@ from fedobd.simulation._client import (
     LocalClient,
     StackedTraining,
 )
-from fedobd.simulation._engine import ClientStates, MemoryStates, PlayedRound, Watcher, simulate
+from fedobd.simulation._engine import ClientStates, MemoryStates, RoundResult, simulate
 from fedobd.simulation._pool import (
     ClientPool,
     ProcessPool,
@@ -20,6 +21,8 @@ from fedobd.simulation._pool import (
 from fedobd.simulation._process import prepare_process
 
 __all__ = [
+    "Callback",
+    "Callbacks",
     "ClientPool",
     "ClientResult",
     "ClientSetup",
@@ -27,11 +30,10 @@ __all__ = [
     "ClientTask",
     "LocalClient",
     "MemoryStates",
-    "PlayedRound",
     "ProcessPool",
+    "RoundResult",
     "SequentialPool",
     "StackedTraining",
-    "Watcher",
     "check_workers",
     "open_pool",
     "prepare_process",

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from fedobd._errors import DecodeError
 from fedobd.blocks import ModelState
-from fedobd.payload import Bytes
 from fedobd.sessions import RoundPlan, RoundRecord, ServerSession
+from fedobd.simulation._callback import Callback
 from fedobd.simulation._client import ClientTask
 from fedobd.simulation._pool import ClientPool
 from fedobd.training import Evaluation
@@ -46,15 +46,15 @@ class MemoryStates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlayedRound:
-    """One round, as an engine has played it.
+class RoundResult:
+    """What came of one round, whichever engine ran it.
 
     Args:
         plan: what was planned.
         record: what happened.
         test: the new state's figures on the test set, where they were asked for.
         seconds: wall-clock seconds by phase: `round` in all; `broadcast`, `mean` and `evaluate` on
-            the server; `fold` over all uploads; where clients are played here, `decode`,
+            the server; `fold` over all uploads; where clients run on this machine, `decode`,
             `validate`, `train` and `encode` summed over them, which overlap where there are
             workers, and so does `fold`; where they are not, `wait` for their uploads.
     """
@@ -65,20 +65,6 @@ class PlayedRound:
     seconds: dict[str, float]
 
 
-@dataclass(slots=True, kw_only=True)
-class Watcher:
-    """What a caller wants to see while a round goes on; every function may be None.
-
-    Args:
-        on_payload: gets round, a name such as `"broadcast"` or `"upload-3"`, and each payload's
-            bytes.
-        on_client: gets the plan and the number of uploads so far, refused ones too, after each.
-    """
-
-    on_payload: Callable[[int, str, Bytes], None] | None = None
-    on_client: Callable[[RoundPlan, int], None] | None = None
-
-
 def simulate(
     server: ServerSession,
     pool: ClientPool,
@@ -86,19 +72,19 @@ def simulate(
     evaluate: Callable[[ModelState], Evaluation] | None = None,
     should_evaluate: Callable[[RoundPlan], bool] = lambda plan: True,
     states: ClientStates | None = None,
-    watcher: Watcher | None = None,
-) -> Iterator[PlayedRound]:
-    """Play the remaining rounds of a run.
+    callback: Callback | None = None,
+) -> Iterator[RoundResult]:
+    """Run the remaining rounds of a run.
 
     Between two yields the server session is between rounds and can be saved.
 
     Args:
         server: the server's session.
-        pool: plays the clients.
+        pool: runs the clients.
         evaluate: evaluates a state on the test set.
         should_evaluate: in which rounds.
         states: keeps client states; None keeps them in memory.
-        watcher: what else to call.
+        callback: sees payloads, and clients that have ended.
 
     Yields:
         Each round when it has ended.
@@ -107,14 +93,14 @@ def simulate(
         EmptyRoundError: no upload of a round was accepted.
     """
     states = states if states is not None else MemoryStates()
-    watcher = watcher or Watcher()
+    callback = callback if callback is not None else Callback()
     while True:
         began = time.perf_counter()
         seconds: defaultdict[str, float] = defaultdict(float)
         plan = server.begin_round()
         if plan is None:
             return
-        _play(server, plan, pool, states, watcher, seconds)
+        _run_clients(server, plan, pool, states, callback, seconds)
         with _timed(seconds, "mean"):
             record = server.end_round()
         test = None
@@ -123,18 +109,17 @@ def simulate(
                 test = evaluate(server.state)
             server.observe_test_metric(test.metric)
         seconds["round"] = time.perf_counter() - began
-        yield PlayedRound(plan=plan, record=record, test=test, seconds=dict(seconds))
+        yield RoundResult(plan=plan, record=record, test=test, seconds=dict(seconds))
 
 
-def _play(
+def _run_clients(
     server: ServerSession,
     plan: RoundPlan,
     pool: ClientPool,
     states: ClientStates,
-    watcher: Watcher,
+    callback: Callback,
     seconds: defaultdict[str, float],
 ) -> None:
-    see = watcher.on_payload or (lambda *_: None)
     with _timed(seconds, "broadcast"):
         broadcast = server.broadcast().data
         openings = {
@@ -142,9 +127,10 @@ def _play(
             for client in plan.cohort
             if server.needs_initial_payload(client)
         }
-    see(plan.round, "broadcast", broadcast)
-    for client, opening in openings.items():
-        see(plan.round, f"opening-{client}", opening)
+    if callback.wants_payloads:
+        callback.on_payload(plan.round, "broadcast", broadcast)
+        for client, opening in openings.items():
+            callback.on_payload(plan.round, f"opening-{client}", opening)
     tasks = (
         ClientTask(
             plan=plan,
@@ -156,8 +142,8 @@ def _play(
         for client in plan.cohort
     )
     # Uploads that are to be seen must come here; so must those of clients with states, since the
-    # tasks of workers that take uploads in are kept, to be played again if a worker dies.
-    must_come = watcher.on_payload is not None or server.method.keeps_client_state
+    # tasks of workers that take uploads in are kept, to be run again if a worker dies.
+    must_come = callback.wants_payloads or server.method.keeps_client_state
     results = pool.run(tasks, None if must_come else server.aggregator)
     for done, result in enumerate(results, start=1):
         for phase, spent in result.seconds.items():
@@ -165,12 +151,12 @@ def _play(
         if result.state:  # it has received the broadcast, whatever becomes of its upload
             states.store(result.client, plan.round, result.state)
         if result.upload is not None:
-            see(plan.round, f"upload-{result.client}", result.upload)
+            if callback.wants_payloads:
+                callback.on_payload(plan.round, f"upload-{result.client}", result.upload)
             # A refusal is recorded by the session with its reason; the round goes on.
             with _timed(seconds, "fold"), suppress(DecodeError):
                 server.receive(result.client, result.upload)
-        if watcher.on_client is not None:
-            watcher.on_client(plan, done)
+        callback.on_client_end(plan, done)
 
 
 @contextmanager

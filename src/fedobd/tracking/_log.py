@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from fedobd._errors import UsageError
+from fedobd.simulation import Callback
 
 LEVELS = ("debug", "info", "warning", "error")
 """From where on the terminal may show the log, from most to least."""
@@ -92,48 +94,56 @@ def _handled_by(*handlers: logging.Handler) -> Iterator[None]:
         _package.setLevel(level)
 
 
-def log_round(record: Mapping[str, Any], planned_rounds: int) -> None:
-    """Log a round, and the uploads that were refused in it as warnings.
+@final
+class RunLog(Callback):
+    """Logs how a run goes; refused and missing uploads as warnings."""
 
-    Args:
-        record: the round's line of rounds.jsonl.
-        planned_rounds: how many rounds the run has at most.
-    """
-    logger.info(
-        "round %d/%d, stage %d: metric %s, loss %.4f, %d bytes up, %d bytes down, %.1f s",
-        record["round"],
-        planned_rounds,
-        record["stage"],
-        _metric(record["test_metric"]),
-        record["train_loss"],
-        record["uplink_bytes"],
-        record["downlink_bytes"],
-        record["seconds"]["round"],
-    )
-    for refusal in record["refusals"]:
-        came = refusal["uplink_bytes"] > 0
-        logger.warning(
-            "round %d: the upload of client %d %s: %s",
-            record["round"],
-            refusal["client"],
-            "is refused" if came else "is missing",
-            refusal["message"],
+    def __init__(self) -> None:
+        self._planned_rounds = 0
+
+    def on_run_begin(self, config: Any, planned_rounds: int, folder: Path) -> None:
+        """See `Callback.on_run_begin`."""
+        self._planned_rounds = planned_rounds
+        logger.info(
+            "fedobd %s: method %s, seed %d, at most %d rounds",
+            version("fedobd"),
+            config.method,
+            config.federation.seed,
+            planned_rounds,
         )
 
+    def on_round_end(self, record: dict[str, Any]) -> None:
+        """See `Callback.on_round_end`."""
+        logger.info(
+            "round %d/%d, stage %d: metric %s, loss %.4f, %d bytes up, %d bytes down, %.1f s",
+            record["round"],
+            self._planned_rounds,
+            record["stage"],
+            _metric(record["test_metric"]),
+            record["train_loss"],
+            record["uplink_bytes"],
+            record["downlink_bytes"],
+            record["seconds"]["round"],
+        )
+        for refusal in record["refusals"]:
+            came = refusal["uplink_bytes"] > 0
+            logger.warning(
+                "round %d: the upload of client %d %s: %s",
+                record["round"],
+                refusal["client"],
+                "is refused" if came else "is missing",
+                refusal["message"],
+            )
 
-def log_summary(summary: Mapping[str, Any]) -> None:
-    """Log that a run has ended.
-
-    Args:
-        summary: what summary.json holds.
-    """
-    logger.info(
-        "ended after %d rounds: metric %s, %d bytes up, %d bytes down",
-        summary["rounds"],
-        _metric(summary["final_metric"]),
-        summary["uplink_bytes"],
-        summary["downlink_bytes"],
-    )
+    def on_run_end(self, summary: Any) -> None:
+        """See `Callback.on_run_end`."""
+        logger.info(
+            "ended after %d rounds: metric %s, %d bytes up, %d bytes down",
+            summary.rounds,
+            _metric(summary.final_metric),
+            summary.uplink_bytes,
+            summary.downlink_bytes,
+        )
 
 
 def _metric(metric: float | None) -> str:

@@ -7,29 +7,18 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-from fedobd.sessions import RoundPlan
+from fedobd.simulation import Callback
 from fedobd.tracking._metrics import RoundMetrics, flatten
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 logger = logging.getLogger(__name__)
 
 _NO_PARAMETERS = ("output.trackers", "output.tracking_uri")  # they may change within a run
 
 
-class Configuration(Protocol):
-    """What a tracker wants of a run's configuration; `fedobd.experiments.RunConfig` has it."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        ...
-
-
-class Tracker(ABC):
-    """An observer that hands the figures of one run to a tracking tool.
+class Tracker(Callback, ABC):
+    """A callback that hands the figures of one run to a tracking tool.
 
     A tool that fails while the run goes on costs no run: there is a warning, and the rest of the
     run is not tracked. What was missed comes later, when the run is resumed.
@@ -42,8 +31,8 @@ class Tracker(ABC):
         self._metrics = RoundMetrics()
         self._is_open = False
 
-    def begin_run(self, config: Configuration, planned_rounds: int, folder: Path) -> None:
-        """See `Observer.begin_run`.
+    def on_run_begin(self, config: Any, planned_rounds: int, folder: Path) -> None:
+        """See `Callback.on_run_begin`.
 
         Raises:
             UsageError: the tool cannot be used.
@@ -54,17 +43,13 @@ class Tracker(ABC):
         self._begin(parameters, folder)
         self._is_open = True
 
-    def client_done(self, plan: RoundPlan, done: int) -> None:
-        """See `Observer.client_done`; it is not tracked."""
-        return
-
-    def end_round(self, record: dict[str, Any]) -> None:
-        """See `Observer.end_round`."""
+    def on_round_end(self, record: dict[str, Any]) -> None:
+        """See `Callback.on_round_end`."""
         metrics = {k: v for k, v in self._metrics.add(record).items() if v is not None}
         self._try(lambda: self._log(record["round"], metrics))
 
-    def end_run(self, summary: DataclassInstance) -> None:
-        """See `Observer.end_run`."""
+    def on_run_end(self, summary: Any) -> None:
+        """See `Callback.on_run_end`."""
         values = flatten(dataclasses.asdict(summary), "/", "summary/")
         metrics = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
         self._try(lambda: self._close(metrics))

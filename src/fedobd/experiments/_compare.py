@@ -10,8 +10,8 @@ from typing import Any
 
 from fedobd._errors import UsageError
 from fedobd.experiments._build import build_experiment
-from fedobd.experiments.config import RunConfig
-from fedobd.experiments.folder import (
+from fedobd.experiments._config import RunConfig
+from fedobd.experiments._folder import (
     CONFIG_FILE,
     SCHEMA_FILE,
     claim_folder,
@@ -19,8 +19,9 @@ from fedobd.experiments.folder import (
     settle_config,
     write_json,
 )
-from fedobd.experiments.runner import Observer, Summary, run
-from fedobd.simulation import check_workers
+from fedobd.experiments._runner import run
+from fedobd.experiments._summary import Summary
+from fedobd.simulation import Callback, check_workers
 
 COMPARISON = "comparison.json"
 
@@ -90,7 +91,7 @@ def compare(
     methods: Sequence[str] = (),
     workers: int = 0,
     resume: bool = False,
-    observer: Observer | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Comparison:
     """Run each method with each seed, each in a folder of its own, and compare them.
 
@@ -101,7 +102,7 @@ def compare(
         methods: which methods; empty for all of the configuration.
         workers: worker processes of each run.
         resume: keep finished runs and go on with the one that was cut off.
-        observer: sees each run as it goes.
+        callbacks: see each run as it goes.
 
     Raises:
         UsageError: there is nothing to compare, or it cannot be run, or the folder holds something
@@ -120,7 +121,7 @@ def compare(
     summaries: dict[str, list[Summary]] = {name: [] for name in chosen}
     for (name, seed), single in singles.items():
         folder = path / f"{name}-seed{seed}"
-        summary = run(single, folder, workers=workers, resume=folder.exists(), observer=observer)
+        summary = run(single, folder, workers=workers, resume=folder.exists(), callbacks=callbacks)
         summaries[name].append(summary)
     comparison = tabulate(summaries, tuple(seeds))
     write_json(path / COMPARISON, dataclasses.asdict(comparison))

@@ -1,4 +1,4 @@
-"""Starved blocks: those that were never or rarely uploaded in stage 1; what is said of them."""
+"""Rare blocks: those that were never or rarely uploaded in stage 1; what is said of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_NAMED = 8  # blocks in a warning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StarvedBlock:
+class RareBlock:
     """A block that was never or rarely uploaded in stage 1.
 
     Args:
@@ -32,56 +32,58 @@ class StarvedBlock:
     uploads: float
 
 
-def starved_blocks(
+def rare_blocks(
     records: Iterable[Mapping[str, Any]], schema: ModelSchema
-) -> tuple[StarvedBlock, ...]:
-    """Return the blocks with parameters that starved, in the model's order.
+) -> tuple[RareBlock, ...]:
+    """Return the blocks with parameters that were never or rarely uploaded, in the model's order.
 
     Args:
         records: the lines of a run's rounds.jsonl.
         schema: the model's schema.
     """
-    kept = [c["blocks_kept"] for r in records if r["stage"] == 1 for c in r["clients"]]
+    uploads = [c["blocks_kept"] for r in records if r["stage"] == 1 for c in r["clients"]]
     counts = [0] * len(schema.blocks)
-    for numbers in kept:
+    for numbers in uploads:
         for number in numbers:
             counts[number] += 1
     return tuple(
-        StarvedBlock(
+        RareBlock(
             block=block.name,
             parameters=block.num_parameters,
             share=block.num_parameters / schema.num_parameters,
-            uploads=count / len(kept),
+            uploads=count / len(uploads),
         )
         for block, count in zip(schema.blocks, counts, strict=True)
-        if block.num_parameters and count < RARE * len(kept)
+        if block.num_parameters and count < RARE * len(uploads)
     )
 
 
-def starvation_warning(method: Method, found: Mapping[int, Sequence[StarvedBlock]]) -> str | None:
-    """Return what to say of a method's starved blocks; None where there are none.
+def rare_blocks_warning(
+    method: Method, blocks_by_seed: Mapping[int, Sequence[RareBlock]]
+) -> str | None:
+    """Return what to say of a method's rare blocks; None where there are none.
 
     Args:
         method: the method with its options.
-        found: the blocks of each run by its seed.
+        blocks_by_seed: the rare blocks of each run by its seed.
     """
-    seeds: dict[str, list[int]] = {}
-    for seed, blocks in found.items():
+    cases: dict[str, list[int]] = {}
+    for seed, blocks in blocks_by_seed.items():
         if blocks:
-            seeds.setdefault(_describe(blocks), []).append(seed)
-    if not seeds:
+            cases.setdefault(_describe(blocks), []).append(seed)
+    if not cases:
         return None
-    cases = (
-        f"{'Seeds' if len(own) > 1 else 'Seed'} {', '.join(map(str, own))}: {text}."
-        for text, own in seeds.items()
+    texts = (
+        f"{'Seeds' if len(seeds) > 1 else 'Seed'} {', '.join(map(str, seeds))}: {text}."
+        for text, seeds in cases.items()
     )
     return (
         f"{method.name}: clients left out some blocks in stage 1, so the server hardly trained "
-        f"them in it. {' '.join(cases)} {_advice(method)}"
+        f"them in it. {' '.join(texts)} {_advice(method)}"
     )
 
 
-def _describe(blocks: Sequence[StarvedBlock]) -> str:
+def _describe(blocks: Sequence[RareBlock]) -> str:
     never = [block for block in blocks if block.uploads == 0]
     rarely = [block for block in blocks if block.uploads > 0]
     parts = []
@@ -92,16 +94,16 @@ def _describe(blocks: Sequence[StarvedBlock]) -> str:
     return "; ".join(parts)
 
 
-def _list(blocks: Sequence[StarvedBlock]) -> str:
+def _list(blocks: Sequence[RareBlock]) -> str:
     if len(blocks) == 1:
         return f"block {blocks[0].block} ({_percent(blocks)} of the parameters)"
-    named = [f"{own.block} ({_percent([own])})" for own in blocks[:_MOST_NAMED]]
+    named = [f"{b.block} ({_percent([b])})" for b in blocks[:_MOST_NAMED]]
     if len(blocks) > _MOST_NAMED:
         named.append(f"{len(blocks) - _MOST_NAMED} more")
     return f"blocks {', '.join(named)}, {_percent(blocks)} of the parameters in all"
 
 
-def _percent(blocks: Sequence[StarvedBlock]) -> str:
+def _percent(blocks: Sequence[RareBlock]) -> str:
     share = 100 * sum(block.share for block in blocks)
     return f"{share:.1f} %" if share >= 0.05 else "less than 0.1 %"
 

@@ -26,7 +26,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import tomli_w
 from safetensors import SafetensorError, safe_open
@@ -36,6 +36,7 @@ from fedobd._errors import UsageError
 from fedobd.blocks import ModelState
 from fedobd.payload import Bytes
 from fedobd.sessions import SavedSession
+from fedobd.simulation import Callback
 
 CONFIG_FILE = "config.toml"
 SCHEMA_FILE = "schema.json"
@@ -262,12 +263,6 @@ class RunFolder:
 
     # --- results
 
-    def write_payload(self, round_number: int, name: str, payload: Bytes) -> None:
-        """Keep a payload as a file."""
-        folder = self.path / "payloads" / f"round-{round_number:04d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{name}.fobd", payload)
-
     def write_model(self, state: ModelState) -> None:
         """Write the trained model."""
         tensors = {name: value.contiguous() for name, value in state.items()}
@@ -288,6 +283,26 @@ class RunFolder:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UsageError(f"{str(file)!r} is damaged: {error}") from error
+
+
+@final
+class PayloadFiles(Callback):
+    """Keeps every payload of a run as a file in its folder.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    wants_payloads = True
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder.path / "payloads"
+
+    def on_payload(self, round_number: int, name: str, payload: Bytes) -> None:
+        """See `Callback.on_payload`."""
+        folder = self._folder / f"round-{round_number:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{name}.fobd", payload)
 
 
 def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,8 @@ from tests.data_helpers import (
     sentences,
     write_parquet,
 )
-from tests.test_runner import Interrupted, Stopper, results
+from tests.test_runner import results
+from tests.toy import Interrupted, Stopper
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Specifying null_placement in SortOptions:FutureWarning",  # pyarrow of datasets

@@ -1,8 +1,7 @@
-"""CompressionMod and what it is made of: openings, layouts, carriers, identities, clip norms."""
+"""CompressionMod and what it is made of: handshakes, keys of arrays, carriers, identities."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -18,25 +17,15 @@ import zstandard
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import nn
 
 from fedobd import (
-    NNADQ,
-    Broadcast,
-    ClientSession,
     Codec,
     DecodeError,
     DecodeReason,
-    ModelSchema,
-    ModelState,
-    Payload,
-    Report,
     UsageError,
     get_state,
 )
-from fedobd.blocks import segment_of
-from fedobd.codec import Coding, Quantizer, Unquantized, dequantize
 from fedobd.flower import CompressionMod, MetricKeys
 from fedobd.flower._clients import client_id, read_client
 from fedobd.flower._handshake import ArrayKeys, Handshake, describe
@@ -52,12 +41,9 @@ from fedobd.flower._messages import (
     carrier,
     carry,
 )
-from fedobd.flower._mod import _report
+from fedobd.flower._metrics import make_report
 from fedobd.methods import FedOBD
-from fedobd.payload import VERSION, Header, Kind
-from fedobd.sessions import all_blocks
-from fedobd.sessions._clipping import shrink_factor
-from fedobd.sessions._selection import squared_norm
+from fedobd.payload import VERSION
 from tests.flower_grid import FIRST_NODE_ID, RUN_ID, InProcessGrid, become_server_app
 from tests.flower_helpers import (
     ALL_BLOCKS,
@@ -336,12 +322,17 @@ CLIP_CODECS = {
 }
 
 
-@pytest.mark.parametrize("story", CLIP_CODECS)
-@pytest.mark.parametrize("mod", ["fixedclipping_mod", "adaptiveclipping_mod"])
+@pytest.mark.parametrize(
+    ("mod", "story"),
+    [
+        *(("fixedclipping_mod", story) for story in CLIP_CODECS),
+        ("adaptiveclipping_mod", "with dropout"),
+    ],
+)
 def test_quantization_does_not_break_a_clip_norm(mod: str, story: str) -> None:
     import flwr.clientapp.mod as mods
 
-    for seed in range(8):
+    for seed in range(3):
         norm = float(np.random.default_rng(seed).uniform(0.01, 3))
         replies, w, _ = clipping_run(CLIP_CODECS[story], norm, seed, [getattr(mods, mod)])
         assert len(replies) == 3
@@ -350,19 +341,6 @@ def test_quantization_does_not_break_a_clip_norm(mod: str, story: str) -> None:
         slack = 2.0**-23 * (largest + norm) * math.sqrt(sum(v.size for v in w.values()))
         for reply in replies:
             assert update_norm(arrays_of(reply), w) <= norm + slack
-
-
-def test_a_clip_norm_would_be_broken_without_care() -> None:
-    """What the test above guards against does happen."""
-    broken = 0
-    for seed in range(20):
-        values = np.random.default_rng(seed).normal(size=1000).astype(np.float32)
-        quantizer = NNADQ(100.0)
-        code = quantizer.measure(values, 32)
-        if code.coding is Coding.LEVELS:
-            rounded = dequantize(quantizer.quantize(values, code).signed(), code)
-            broken += squared_norm(rounded) > squared_norm(values)
-    assert broken > 5
 
 
 def test_a_clip_norm_leaves_unquantized_updates_as_they_are() -> None:
@@ -432,109 +410,6 @@ def test_mods_that_measure_messages_work_on_both_sides() -> None:
             assert not reply.has_error()
 
 
-# --- shrink_factor -------------------------------------------------------------------------------
-
-
-@st.composite
-def float_vectors(draw: st.DrawFn) -> NDArray[np.float32]:
-    size = draw(st.integers(1, 200))
-    seed = draw(st.integers(0, 2**32 - 1))
-    scale = 10.0 ** draw(st.floats(-30, 17))
-    kind = draw(st.sampled_from(["normal", "sparse", "ties", "constant", "offset"]))
-    generator = np.random.default_rng(seed)
-    values = generator.normal(size=size)
-    if kind == "sparse":
-        values *= generator.random(size) < 0.05
-    elif kind == "ties":
-        values = np.round(values * 2) / 2 + 0.25
-    elif kind == "constant":
-        values[:] = values[0]
-    elif kind == "offset":
-        values += 50
-    return np.asarray(values * scale, np.float32)
-
-
-@given(float_vectors(), st.floats(-6, 8), st.sampled_from([16, 32]))
-@settings(max_examples=150, deadline=None)
-def test_what_is_shrunk_keeps_its_norm_when_it_is_quantized(
-    values: NDArray[np.float32], log_weight: float, repr_bits: int
-) -> None:
-    quantizer: Quantizer = NNADQ(10.0**log_weight)
-    factor = shrink_factor(values, quantizer, repr_bits)
-    assert 0 < factor <= 1
-    shrunk = values * np.float32(factor)
-    code = quantizer.measure(shrunk, repr_bits)
-    decoded = shrunk
-    if code.coding is Coding.LEVELS:
-        decoded = dequantize(quantizer.quantize(shrunk, code).signed(), code)
-    elif code.coding is Coding.CONSTANT:
-        decoded = np.full_like(values, code.offset)
-    assert squared_norm(decoded) <= squared_norm(values) * (1 + 1e-6)
-    original = quantizer.measure(values, repr_bits)
-    if original.coding is Coding.LEVELS:
-        plain = dequantize(quantizer.quantize(values, original).signed(), original)
-        if squared_norm(plain) <= squared_norm(values):
-            assert factor == 1  # nothing is shrunk without need
-
-
-@given(float_vectors())
-@settings(max_examples=30, deadline=None)
-def test_nothing_is_shrunk_where_nothing_is_quantized(values: NDArray[np.float32]) -> None:
-    assert shrink_factor(values, Unquantized(), 32) == 1
-
-
-def test_empty_and_zero_differences_are_not_shrunk() -> None:
-    for values in (np.zeros(0, np.float32), np.zeros(9, np.float32)):
-        assert shrink_factor(values, NNADQ(1.0), 32) == 1
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("quantizer", [Unquantized(), NNADQ(1.0)])
-def test_differences_that_are_not_finite_are_left_to_the_encoder(
-    value: float, quantizer: Quantizer
-) -> None:
-    assert shrink_factor(np.asarray([1, value, 2], np.float32), quantizer, 32) == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("codec", [LOSSLESS, Codec(uplink_weight=1e-9, selection="none")])
-def test_half_precision_differences_keep_their_norm_on_the_wire(
-    dtype: torch.dtype, codec: Codec
-) -> None:
-    model = seeded(lambda: small_net().to(dtype))
-    schema, _ = describe(record_of(model()), model)
-    codec = dataclasses.replace(codec, bound_norm=True)
-    for seed in range(20):
-        start = {name: torch.zeros_like(value) for name, value in get_state(model()).items()}
-        generator = torch.Generator().manual_seed(seed)
-        trained = {
-            name: 0.1 * torch.randn(value.shape, generator=generator)
-            for name, value in start.items()
-        }
-        sent = send_up(schema, codec, start, trained)
-        for name, value in trained.items():
-            assert float(sent[name].double().norm()) <= float(value.double().norm()) * (1 + 1e-6)
-
-
-def send_up(
-    schema: ModelSchema, codec: Codec, start: ModelState, trained: ModelState
-) -> ModelState:
-    """Return the differences that an upload of a client holds."""
-    method = FedOBD(codec=codec)
-    header = Header(
-        kind=Kind.BROADCAST, method=method.wire_id, round=1, stage=1, block_ids=all_blocks(schema)
-    )
-    client = ClientSession(method, schema, client=0)
-    client.receive(Broadcast(header, start))
-    upload = client.upload(trained, Report(num_examples=1, train_loss=0.0)).data
-    sent = {name: torch.zeros(value.shape) for name, value in trained.items()}
-    for _, segments in Payload.parse(upload, schema).blocks():
-        for decoded in segments:
-            spec = schema.tensors[decoded.segment.tensor]
-            segment_of(sent, spec, decoded.segment).copy_(decoded.values)
-    return sent
-
-
 # --- handshakes ----------------------------------------------------------------------------------
 
 
@@ -544,7 +419,7 @@ def test_a_metric_that_is_no_number_is_named() -> None:
         metrics: dict[str, Any] = {keys.num_examples: 3, key: [0.1, 0.2]}
         content = RecordDict({"metrics": MetricRecord(metrics)})
         with pytest.raises(UsageError, match=rf"reports '{key}' as \[0.1, 0.2\]; wanted a number"):
-            _report(content, keys)
+            make_report(content, keys)
 
 
 def make_handshake(**changes: Any) -> Handshake:
@@ -622,6 +497,7 @@ json_values = st.recursive(
 
 
 @given(json_values)
+@settings(max_examples=50, deadline=None)
 def test_any_json_under_a_right_checksum_is_a_handshake_or_a_decode_error(value: Any) -> None:
     refused(seal_terms(value))
 
@@ -640,7 +516,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_terms_with_one_value_changed_are_a_handshake_or_a_decode_error(
     data: st.DataObject,
 ) -> None:

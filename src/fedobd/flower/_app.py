@@ -43,8 +43,9 @@ from fedobd.experiments import (
     write_atomically,
 )
 from fedobd.flower._clients import client_id
-from fedobd.flower._handshake import ArrayKeys, MetricKeys
+from fedobd.flower._handshake import ArrayKeys
 from fedobd.flower._messages import read_plan
+from fedobd.flower._metrics import MetricKeys
 from fedobd.flower._mod import CompressionMod
 from fedobd.flower._strategy import FedOBDStrategy
 from fedobd.sessions import RoundPlan, ServerSession

@@ -36,6 +36,7 @@ from fedobd.blocks import (
     named_tensors,
 )
 from fedobd.experiments import make_method, plain_values
+from fedobd.flower._metrics import MetricKeys
 from fedobd.sessions import Method
 
 VERSION = 1
@@ -44,25 +45,6 @@ MAX_TERMS_BYTES = 1 << 26  # of the JSON; a schema takes some 100 bytes a tensor
 _MAGIC = b"FOBO"
 _HEAD = struct.Struct("<4sBII")
 _ARRAY_TYPES = sorted(set(DTYPES) - {"bfloat16"})  # what NumPy, and so Flower, has
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricKeys:
-    """The names under which a client's train function reports figures in its MetricRecord.
-
-    Args:
-        num_examples: examples it trained on, the client's weight; must be there.
-        train_loss: mean training loss.
-        num_eval_examples: examples on which it evaluated the model it received.
-        eval_loss: mean loss on them.
-        eval_metric: mean metric on them, by which a stage can be left early.
-    """
-
-    num_examples: str = "num-examples"
-    train_loss: str = "train_loss"
-    num_eval_examples: str = "num-eval-examples"
-    eval_loss: str = "eval_loss"
-    eval_metric: str = "eval_acc"
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,8 +217,8 @@ def _super_link(folder: Path) -> Iterator[_SuperLink]:
     connection = {"address": f"127.0.0.1:{port}", "insecure": True}
     superlinks = {"superlink": {"default": _CONNECTION, _CONNECTION: connection}}
     (home / "config.toml").write_text(tomli_w.dumps(superlinks), encoding="utf-8")
-    own = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join(filter(None, [str(Path.cwd()), own]))  # a user's own modules
+    # Where `fedobd run` finds a user's modules, Flower's processes must as well.
+    path = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, **_QUIET, "FLWR_HOME": str(home), "PYTHONPATH": path}
     for name in ("no_proxy", "NO_PROXY"):  # a proxy is for what lies outside
         env[name] = ",".join(filter(None, [env.get(name), "127.0.0.1", "localhost"]))
@@ -270,11 +270,15 @@ def _wait_until_up(folder: Path, process: subprocess.Popen[bytes], port: int) ->
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its descendants, which are in sessions of their own."""
+    """End a process and its descendants.
+
+    They are looked for one by one: Ray and Flower's apps are in sessions of their own, so that no
+    signal to a process group reaches them.
+    """
     family: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
-        own = psutil.Process(process.pid)
-        family = [*own.children(recursive=True), own]
+        parent = psutil.Process(process.pid)
+        family = [*parent.children(recursive=True), parent]
     process.terminate()
     _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
     for member in alive:

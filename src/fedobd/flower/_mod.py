@@ -15,7 +15,7 @@ from torch import nn
 from fedobd._errors import FedOBDError, UsageError
 from fedobd.blocks import ModelState
 from fedobd.flower._clients import client_id, introduce
-from fedobd.flower._handshake import Handshake, MetricKeys
+from fedobd.flower._handshake import Handshake
 from fedobd.flower._messages import (
     BROADCAST,
     HANDSHAKE,
@@ -30,8 +30,8 @@ from fedobd.flower._messages import (
     carry,
     refusal,
 )
+from fedobd.flower._metrics import make_report
 from fedobd.methods import FedOBD
-from fedobd.payload import Report
 from fedobd.sessions import Broadcast, ClientSession, Method
 
 CLIPPING_NORM = "clipping_norm"
@@ -77,11 +77,7 @@ class CompressionMod:
             work = self._receive(message, context)
         except FedOBDError as error:
             return refusal(str(error), message)
-        if work is None:
-            return call_next(message, context)
-        if isinstance(work, str):
-            return refusal(work, message)
-        return work.run(call_next)
+        return call_next(message, context) if work is None else work.run(call_next)
 
     @property
     def has_model(self) -> bool:
@@ -109,8 +105,8 @@ class CompressionMod:
         entries = self._model_factory().state_dict()
         return {n: v.to("cpu", copy=True) for n, v in entries.items() if torch.is_tensor(v)}
 
-    def _receive(self, message: Message, context: Context) -> _Work | str | None:
-        """Return what is to be done, why nothing can be done, or None for a foreign message."""
+    def _receive(self, message: Message, context: Context) -> _Work | None:
+        """Return what is to be done; None for a message that is not for fedobd."""
         content, config = message.content, _config(message.content)
         key = carrier(content, BROADCAST)
         kept_round = config.get(KEPT_ROUND)
@@ -123,14 +119,14 @@ class CompressionMod:
             self._accept(packed, context)
         known = carried(context.state.get(HANDSHAKE), HANDSHAKE)
         if known is None:
-            return NEEDS_HANDSHAKE
+            raise UsageError(NEEDS_HANDSHAKE)
         handshake, _ = Handshake.unpack(known)
         if CLIPPING_NORM in config:
             handshake = dataclasses.replace(handshake, method=_with_bounded_norm(handshake.method))
         payload = carried(record, BROADCAST) or b""
         broadcast = Broadcast.decode(payload, handshake.method, handshake.schema)
         if key is None and broadcast.header.round != kept_round:
-            return f"this node holds no broadcast of round {kept_round} to evaluate"
+            raise UsageError(f"this node holds no broadcast of round {kept_round} to evaluate")
         session = self._session(handshake, context, _kept_state(context))
         state = session.receive(broadcast)
         _keep(context, session.state)
@@ -192,38 +188,9 @@ class _Work:
                 f"{self.key!r}"
             )
         trained = self.handshake.keys.to_state(records[self.key], self.handshake.schema)
-        report = _report(reply.content, self.handshake.metrics)
+        report = make_report(reply.content, self.handshake.metrics)
         del reply.content[self.key]  # Flower warns where one record replaces another
         return self.session.upload(trained, report).data
-
-
-def _report(content: RecordDict, keys: MetricKeys | None) -> Report:
-    """Return what the train function reports, for the payload's header."""
-    if keys is None:
-        return Report(num_examples=1, train_loss=0.0)
-    figures: dict[str, Any] = {}
-    for record in content.metric_records.values():
-        figures.update(record)
-    if not isinstance(figures.get(keys.num_examples), int):
-        raise UsageError(
-            f"the train function reports no whole number {keys.num_examples!r} in its "
-            f"MetricRecord; it has {', '.join(sorted(figures)) or 'none'}"
-        )
-
-    def number(key: str) -> float:
-        value = figures.get(key, 0.0)
-        if not isinstance(value, int | float):
-            raise UsageError(f"the train function reports {key!r} as {value!r}; wanted a number")
-        return float(value)
-
-    evaluated = keys.num_eval_examples in figures
-    return Report(
-        num_examples=figures[keys.num_examples],
-        train_loss=number(keys.train_loss),
-        num_validation_examples=int(number(keys.num_eval_examples)) if evaluated else 0,
-        validation_loss=number(keys.eval_loss) if evaluated else 0.0,
-        validation_metric=number(keys.eval_metric) if evaluated else 0.0,
-    )
 
 
 def _kept_state(context: Context) -> ModelState:

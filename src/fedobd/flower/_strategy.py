@@ -1,11 +1,14 @@
-"""FedOBDStrategy: a whole method over Flower, thin over the core's ServerSession."""
+"""FedOBDStrategy: a whole method over Flower, thin over the core's ServerSession.
+
+Flower's own `Strategy.start` (flwr 1.42) always begins at round 1, runs all of its rounds and has
+no hook to end early: resuming, stages and early stop need a `start` of our own.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
 from types import MappingProxyType
@@ -19,8 +22,9 @@ from fedobd._errors import EmptyRoundError, UsageError
 from fedobd.blocks import BlockRules, ModelState
 from fedobd.experiments import RunFolder, make_record, plain_values
 from fedobd.flower._clients import ClientRegistry
-from fedobd.flower._handshake import ArrayKeys, Handshake, MetricKeys, describe
+from fedobd.flower._handshake import ArrayKeys, Handshake, describe
 from fedobd.flower._messages import POLL_SECONDS, reason_of
+from fedobd.flower._metrics import Figures, MetricKeys, mean_of, numbers_in
 from fedobd.flower._round_driver import RoundDriver
 from fedobd.methods import FedOBD
 from fedobd.payload import DEFAULT_LIMITS, Limits
@@ -31,15 +35,11 @@ from fedobd.sessions import (
     RoundRecord,
     ServerSession,
     cohort_size,
-    weighted_mean,
 )
 from fedobd.simulation import Callback, RoundResult
 from fedobd.training import Evaluation
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
-
-Figures = dict[str, int | float]
-"""Numbers as a MetricRecord holds them."""
 
 
 class FedOBDStrategy(Strategy):
@@ -212,9 +212,8 @@ class FedOBDStrategy(Strategy):
             raise UsageError(f"num_rounds is {num_rounds}; allowed are numbers from 0")
 
     def _new_session(self, initial_arrays: ArrayRecord) -> tuple[ServerSession, ArrayKeys]:
-        rules = self._rules
-        if self.method.unit != "semantic":
-            rules = BlockRules(style=self.method.unit)
+        unit = self.method.unit
+        rules = self._rules if unit == "semantic" else BlockRules(style=unit)
         schema, keys = describe(initial_arrays, self._model_factory, rules)
         server = ServerSession(
             self.method,
@@ -277,14 +276,12 @@ class FedOBDStrategy(Strategy):
             EmptyRoundError, FedOBDError: see `start`.
         """
         driver = self._join(grid, server, keys or ArrayKeys.of(server.schema), callback)
-        train_config = configs.get("train") or ConfigRecord()
-        evaluate_config = configs.get("evaluate") or ConfigRecord()
         while not server.is_finished:
             began = time.perf_counter()
             driver.seconds.clear()
-            record = self._train(grid, train_config)
+            record = self._train(grid, configs.get("train") or ConfigRecord())
             if self._evaluate:
-                self._evaluate_clients(grid, evaluate_config, record.round)
+                self._evaluate_clients(grid, configs.get("evaluate") or ConfigRecord())
             plan = driver.plan
             assert plan is not None
             test = None
@@ -298,8 +295,7 @@ class FedOBDStrategy(Strategy):
         self, grid: Grid, server: ServerSession, keys: ArrayKeys, callback: Callback | None
     ) -> RoundDriver:
         """Take up a session, and wait for its clients."""
-        self._server = server
-        self._keys = keys
+        self._server, self._keys = server, keys
         handshake = Handshake(
             method=server.method,
             schema=server.schema,
@@ -309,10 +305,7 @@ class FedOBDStrategy(Strategy):
             shared_start=self._shared_start,
         )
         self._registry = ClientRegistry(
-            grid,
-            self.num_clients,
-            wants_model=self._shared_start,
-            poll_seconds=self._poll_seconds,
+            grid, self.num_clients, wants_model=self._shared_start, poll_seconds=self._poll_seconds
         )
         self._driver = RoundDriver(
             grid,
@@ -343,7 +336,8 @@ class FedOBDStrategy(Strategy):
             + "; ".join(f"client {client}: {why}" for client, why in sorted(left_out.items()))
         )
 
-    def _evaluate_clients(self, grid: Grid, config: ConfigRecord, number: int) -> None:
+    def _evaluate_clients(self, grid: Grid, config: ConfigRecord) -> None:
+        number = self._server.rounds
         messages = self.configure_evaluate(number, ArrayRecord(), config, grid)
         metrics = self.aggregate_evaluate(number, self._driver.exchange(messages))
         if metrics is not None:
@@ -379,22 +373,22 @@ class FedOBDStrategy(Strategy):
         for reply in replies:
             client = self._driver.receive(reply)
             if client is not None:
-                reported[client] = _entries(reply)
+                reported[client] = numbers_in(reply.content)
         record = self._driver.end(self._min_replies)
         if record is None:
             return None, None
         self.records.append(record)
         weighted = [(reported[u.client], u.report.num_examples) for u in record.uploads]
-        metrics = MetricRecord({**_mean(weighted), **self._figures(record)})
+        metrics = MetricRecord({**mean_of(weighted), **self._figures(record)})
         return self._keys.to_arrays(self._server.state), metrics
 
     def _figures(self, record: RoundRecord) -> Figures:
         """Return what a round's record says; it has the last word over what clients report."""
-        keys = self._metric_keys
+        names = self._metric_keys
         figures = {
-            keys.train_loss: record.train_loss,
-            keys.eval_loss: record.validation_loss,
-            keys.eval_metric: record.validation_metric,
+            names.train_loss: record.train_loss,
+            names.eval_loss: record.validation_loss,
+            names.eval_metric: record.validation_metric,
             "num-replies": len(record.uploads),
             "uplink-bytes": record.uplink_bytes,
             "downlink-bytes": record.downlink_bytes,
@@ -416,11 +410,11 @@ class FedOBDStrategy(Strategy):
             if reply.has_error():
                 logger.log(WARNING, "fedobd: an evaluation failed: %s", reason_of(reply))
                 continue
-            entries = _entries(reply)
+            entries = numbers_in(reply.content)
             weight = entries.pop(self._metric_keys.num_examples, None)
             if isinstance(weight, int) and 1 <= weight <= self._max_examples:
                 weighted.append((entries, weight))
-        return MetricRecord({**_mean(weighted)}) if weighted else None
+        return MetricRecord({**mean_of(weighted)}) if weighted else None
 
     def summary(self) -> None:
         """Log the method with its options."""
@@ -437,26 +431,3 @@ def _check_seconds(**seconds: float) -> None:
     for name, value in seconds.items():
         if not 0 < value < math.inf:
             raise UsageError(f"{name} is {value}; allowed are seconds above 0")
-
-
-def _entries(reply: Message) -> Figures:
-    """Return the numbers in a reply's MetricRecords."""
-    return {
-        key: value
-        for record in reply.content.metric_records.values()
-        for key, value in record.items()
-        if isinstance(value, int | float)
-    }
-
-
-def _mean(weighted: list[tuple[Figures, int]]) -> Figures:
-    """Return the weighted mean of the finite numbers that all have."""
-    means: Figures = {}
-    weights = [weight for _, weight in weighted]
-    for key in set[str]().union(*(entries for entries, _ in weighted)):
-        values = [entries[key] for entries, _ in weighted if key in entries]
-        with suppress(OverflowError, ValueError):  # of absurd numbers
-            mean = weighted_mean(values, weights) if len(values) == len(weights) else None
-            if mean is not None and math.isfinite(mean):
-                means[key] = mean
-    return means

@@ -1,8 +1,7 @@
-"""CompressionMod and what it is made of: openings, layouts, carriers, identities, clip norms."""
+"""CompressionMod and what it is made of: handshakes, keys of arrays, carriers, identities."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -18,31 +17,23 @@ import zstandard
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import nn
 
 from fedobd import (
-    NNADQ,
-    Broadcast,
-    ClientSession,
     Codec,
     DecodeError,
     DecodeReason,
-    ModelSchema,
-    ModelState,
-    Payload,
-    Report,
     UsageError,
     get_state,
 )
-from fedobd.blocks import segment_of
-from fedobd.codec import Coding, Quantizer, Unquantized, dequantize
 from fedobd.flower import CompressionMod, MetricKeys
-from fedobd.flower._carrier import (
+from fedobd.flower._clients import client_id, read_client
+from fedobd.flower._handshake import ArrayKeys, Handshake, describe
+from fedobd.flower._messages import (
     BROADCAST,
+    HANDSHAKE,
     IDENTIFY,
     KEPT_ROUND,
-    OPENING,
     STATE,
     UPLOAD,
     as_array,
@@ -50,15 +41,9 @@ from fedobd.flower._carrier import (
     carrier,
     carry,
 )
-from fedobd.flower._identity import Identity, client_id
-from fedobd.flower._layout import Layout, describe
-from fedobd.flower._mod import _report
-from fedobd.flower._opening import Opening
+from fedobd.flower._metrics import make_report
 from fedobd.methods import FedOBD
-from fedobd.payload import VERSION, Header, Kind
-from fedobd.sessions import all_blocks
-from fedobd.sessions._clipping import shrink_factor
-from fedobd.sessions._selection import squared_norm
+from fedobd.payload import VERSION
 from tests.flower_grid import FIRST_NODE_ID, RUN_ID, InProcessGrid, become_server_app
 from tests.flower_helpers import (
     ALL_BLOCKS,
@@ -159,7 +144,7 @@ def test_state_that_an_app_keeps_in_its_context_is_left_alone() -> None:
         exchange(nodes, grid, record_of(net()))
     for context in nodes.contexts.values():
         assert context.state["mine"] == ConfigRecord({"rounds": 3})
-        assert set(context.state) == {"mine", OPENING}
+        assert set(context.state) == {"mine", HANDSHAKE}
 
 
 def test_each_message_may_be_handled_by_a_new_mod() -> None:
@@ -337,12 +322,17 @@ CLIP_CODECS = {
 }
 
 
-@pytest.mark.parametrize("story", CLIP_CODECS)
-@pytest.mark.parametrize("mod", ["fixedclipping_mod", "adaptiveclipping_mod"])
+@pytest.mark.parametrize(
+    ("mod", "story"),
+    [
+        *(("fixedclipping_mod", story) for story in CLIP_CODECS),
+        ("adaptiveclipping_mod", "with dropout"),
+    ],
+)
 def test_quantization_does_not_break_a_clip_norm(mod: str, story: str) -> None:
     import flwr.clientapp.mod as mods
 
-    for seed in range(8):
+    for seed in range(3):
         norm = float(np.random.default_rng(seed).uniform(0.01, 3))
         replies, w, _ = clipping_run(CLIP_CODECS[story], norm, seed, [getattr(mods, mod)])
         assert len(replies) == 3
@@ -351,19 +341,6 @@ def test_quantization_does_not_break_a_clip_norm(mod: str, story: str) -> None:
         slack = 2.0**-23 * (largest + norm) * math.sqrt(sum(v.size for v in w.values()))
         for reply in replies:
             assert update_norm(arrays_of(reply), w) <= norm + slack
-
-
-def test_a_clip_norm_would_be_broken_without_care() -> None:
-    """What the test above guards against does happen."""
-    broken = 0
-    for seed in range(20):
-        values = np.random.default_rng(seed).normal(size=1000).astype(np.float32)
-        quantizer = NNADQ(100.0)
-        code = quantizer.measure(values, 32)
-        if code.coding is Coding.LEVELS:
-            rounded = dequantize(quantizer.quantize(values, code).signed(), code)
-            broken += squared_norm(rounded) > squared_norm(values)
-    assert broken > 5
 
 
 def test_a_clip_norm_leaves_unquantized_updates_as_they_are() -> None:
@@ -433,110 +410,7 @@ def test_mods_that_measure_messages_work_on_both_sides() -> None:
             assert not reply.has_error()
 
 
-# --- shrink_factor -------------------------------------------------------------------------------
-
-
-@st.composite
-def float_vectors(draw: st.DrawFn) -> NDArray[np.float32]:
-    size = draw(st.integers(1, 200))
-    seed = draw(st.integers(0, 2**32 - 1))
-    scale = 10.0 ** draw(st.floats(-30, 17))
-    kind = draw(st.sampled_from(["normal", "sparse", "ties", "constant", "offset"]))
-    generator = np.random.default_rng(seed)
-    values = generator.normal(size=size)
-    if kind == "sparse":
-        values *= generator.random(size) < 0.05
-    elif kind == "ties":
-        values = np.round(values * 2) / 2 + 0.25
-    elif kind == "constant":
-        values[:] = values[0]
-    elif kind == "offset":
-        values += 50
-    return np.asarray(values * scale, np.float32)
-
-
-@given(float_vectors(), st.floats(-6, 8), st.sampled_from([16, 32]))
-@settings(max_examples=150, deadline=None)
-def test_what_is_shrunk_keeps_its_norm_when_it_is_quantized(
-    values: NDArray[np.float32], log_weight: float, repr_bits: int
-) -> None:
-    quantizer: Quantizer = NNADQ(10.0**log_weight)
-    factor = shrink_factor(values, quantizer, repr_bits)
-    assert 0 < factor <= 1
-    shrunk = values * np.float32(factor)
-    code = quantizer.measure(shrunk, repr_bits)
-    decoded = shrunk
-    if code.coding is Coding.LEVELS:
-        decoded = dequantize(quantizer.quantize(shrunk, code).signed(), code)
-    elif code.coding is Coding.CONSTANT:
-        decoded = np.full_like(values, code.offset)
-    assert squared_norm(decoded) <= squared_norm(values) * (1 + 1e-6)
-    original = quantizer.measure(values, repr_bits)
-    if original.coding is Coding.LEVELS:
-        plain = dequantize(quantizer.quantize(values, original).signed(), original)
-        if squared_norm(plain) <= squared_norm(values):
-            assert factor == 1  # nothing is shrunk without need
-
-
-@given(float_vectors())
-@settings(max_examples=30, deadline=None)
-def test_nothing_is_shrunk_where_nothing_is_quantized(values: NDArray[np.float32]) -> None:
-    assert shrink_factor(values, Unquantized(), 32) == 1
-
-
-def test_empty_and_zero_differences_are_not_shrunk() -> None:
-    for values in (np.zeros(0, np.float32), np.zeros(9, np.float32)):
-        assert shrink_factor(values, NNADQ(1.0), 32) == 1
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("quantizer", [Unquantized(), NNADQ(1.0)])
-def test_differences_that_are_not_finite_are_left_to_the_encoder(
-    value: float, quantizer: Quantizer
-) -> None:
-    assert shrink_factor(np.asarray([1, value, 2], np.float32), quantizer, 32) == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("codec", [LOSSLESS, Codec(uplink_weight=1e-9, selection="none")])
-def test_half_precision_differences_keep_their_norm_on_the_wire(
-    dtype: torch.dtype, codec: Codec
-) -> None:
-    model = seeded(lambda: small_net().to(dtype))
-    schema, _ = describe(record_of(model()), model)
-    codec = dataclasses.replace(codec, bound_norm=True)
-    for seed in range(20):
-        start = {name: torch.zeros_like(value) for name, value in get_state(model()).items()}
-        generator = torch.Generator().manual_seed(seed)
-        trained = {
-            name: 0.1 * torch.randn(value.shape, generator=generator)
-            for name, value in start.items()
-        }
-        sent = send_up(schema, codec, start, trained)
-        for name, value in trained.items():
-            assert float(sent[name].double().norm()) <= float(value.double().norm()) * (1 + 1e-6)
-
-
-def send_up(
-    schema: ModelSchema, codec: Codec, start: ModelState, trained: ModelState
-) -> ModelState:
-    """Return the differences that an upload of a client holds."""
-    method = FedOBD(codec=codec)
-    header = Header(
-        kind=Kind.BROADCAST, method=method.wire_id, round=1, stage=1, block_ids=all_blocks(schema)
-    )
-    client = ClientSession(method, schema, client=0)
-    client.receive(Broadcast(header, start))
-    upload = client.upload(trained, Report(num_examples=1, train_loss=0.0)).data
-    sent = {name: torch.zeros(value.shape) for name, value in trained.items()}
-    for _, segments in Payload.parse(upload, schema).blocks():
-        for decoded in segments:
-            spec = schema.tensors[decoded.segment.tensor]
-            segment_of(sent, spec, decoded.segment).copy_(decoded.values)
-    return sent
-
-
-# --- openings ------------------------------------------------------------------------------------
+# --- handshakes ----------------------------------------------------------------------------------
 
 
 def test_a_metric_that_is_no_number_is_named() -> None:
@@ -545,44 +419,44 @@ def test_a_metric_that_is_no_number_is_named() -> None:
         metrics: dict[str, Any] = {keys.num_examples: 3, key: [0.1, 0.2]}
         content = RecordDict({"metrics": MetricRecord(metrics)})
         with pytest.raises(UsageError, match=rf"reports '{key}' as \[0.1, 0.2\]; wanted a number"):
-            _report(content, keys)
+            make_report(content, keys)
 
 
-def make_opening(**changes: Any) -> Opening:
-    schema, layout = describe(record_of(net()))
-    values: dict[str, Any] = {"method": FedOBD(), "schema": schema, "layout": layout, "seed": 3}
-    return Opening(**{**values, **changes})
+def make_handshake(**changes: Any) -> Handshake:
+    schema, keys = describe(record_of(net()))
+    values: dict[str, Any] = {"method": FedOBD(), "schema": schema, "keys": keys, "seed": 3}
+    return Handshake(**{**values, **changes})
 
 
 @pytest.mark.parametrize(
-    "opening",
+    "handshake",
     [
-        make_opening(),
-        make_opening(seed=-(2**70), shared_start=True),
-        make_opening(metrics=MetricKeys(num_examples="n", eval_metric="f1")),
-        make_opening(method=FedOBD(codec=Codec(selection="random", dropout_rate=0.125))),
+        make_handshake(),
+        make_handshake(seed=-(2**70), shared_start=True),
+        make_handshake(metrics=MetricKeys(num_examples="n", eval_metric="f1")),
+        make_handshake(method=FedOBD(codec=Codec(selection="random", dropout_rate=0.125))),
     ],
     ids=["plain", "shared start", "metrics", "codec"],
 )
-def test_an_opening_comes_back_as_it_was(opening: Opening) -> None:
+def test_a_handshake_comes_back_as_it_was(handshake: Handshake) -> None:
     for payload in (b"", b"\0", bytes(range(256)) * 9):
-        assert Opening.unpack(opening.pack(payload)) == (opening, payload)
+        assert Handshake.unpack(handshake.pack(payload)) == (handshake, payload)
 
 
 def refused(data: bytes) -> DecodeError:
     with pytest.raises(DecodeError) as error:
-        Opening.unpack(data)
+        Handshake.unpack(data)
     return error.value
 
 
-def test_every_prefix_of_an_opening_is_refused() -> None:
-    data = make_opening().pack()
+def test_every_prefix_of_a_handshake_is_refused() -> None:
+    data = make_handshake().pack()
     for length in range(len(data)):
         assert refused(data[:length]).reason is DecodeReason.TRUNCATED
 
 
-def test_every_flipped_bit_of_an_opening_is_refused() -> None:
-    data = make_opening().pack()
+def test_every_flipped_bit_of_a_handshake_is_refused() -> None:
+    data = make_handshake().pack()
     for position in range(len(data)):
         for bit in (0x01, 0x80):
             refused(data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :])
@@ -596,15 +470,15 @@ def seal_terms(terms: object) -> bytes:
     return seal_text(zstandard.compress(json.dumps(terms).encode()))
 
 
-def terms_of(opening: Opening) -> dict[str, Any]:
-    data = opening.pack()
+def terms_of(handshake: Handshake) -> dict[str, Any]:
+    data = handshake.pack()
     terms = json.loads(zstandard.decompress(data[13:]))
     assert isinstance(terms, dict)
     return terms
 
 
 @given(st.binary(max_size=300))
-def test_random_bytes_are_no_opening(data: bytes) -> None:
+def test_random_bytes_are_no_handshake(data: bytes) -> None:
     refused(data)
     refused(seal_text(data))
     refused(seal_text(zstandard.compress(data)))
@@ -623,7 +497,8 @@ json_values = st.recursive(
 
 
 @given(json_values)
-def test_any_json_under_a_right_checksum_is_an_opening_or_a_decode_error(value: Any) -> None:
+@settings(max_examples=50, deadline=None)
+def test_any_json_under_a_right_checksum_is_a_handshake_or_a_decode_error(value: Any) -> None:
     refused(seal_terms(value))
 
 
@@ -641,21 +516,21 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
-def test_terms_with_one_value_changed_are_an_opening_or_a_decode_error(
+@settings(max_examples=150, deadline=None)
+def test_terms_with_one_value_changed_are_a_handshake_or_a_decode_error(
     data: st.DataObject,
 ) -> None:
-    terms = terms_of(make_opening(metrics=MetricKeys()))
+    terms = terms_of(make_handshake(metrics=MetricKeys()))
     container, key = data.draw(st.sampled_from(places(terms)))
     if data.draw(st.booleans()):
         container[key] = data.draw(json_values)
     else:
         del container[key]
     try:
-        opening, _ = Opening.unpack(seal_terms(terms))
+        handshake, _ = Handshake.unpack(seal_terms(terms))
     except DecodeError:
         return
-    assert Opening.unpack(opening.pack()) == (opening, b"")
+    assert Handshake.unpack(handshake.pack()) == (handshake, b"")
 
 
 @pytest.mark.parametrize(
@@ -671,12 +546,12 @@ def test_terms_with_one_value_changed_are_an_opening_or_a_decode_error(
     ],
 )
 def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
-    assert refused(seal_terms({**terms_of(make_opening()), "seed": seed})).reason is (
+    assert refused(seal_terms({**terms_of(make_handshake()), "seed": seed})).reason is (
         DecodeReason.FIELD
     )
 
 
-def test_an_opening_that_unpacks_to_gigabytes_is_refused_before_it_does() -> None:
+def test_a_handshake_that_unpacks_to_gigabytes_is_refused_before_it_does() -> None:
     bomb = zstandard.compress(b"[" + b" " * (1 << 27) + b"]")
     assert len(bomb) < 100_000
     assert "at most" in str(refused(seal_text(bomb)))
@@ -688,8 +563,8 @@ def test_deep_json_is_refused() -> None:
     refused(seal_text(zstandard.compress(b"[" * 100_000)))
 
 
-def test_another_version_of_the_opening_is_refused_with_what_to_do() -> None:
-    terms = make_opening().pack()[13:]
+def test_another_version_of_the_handshake_is_refused_with_what_to_do() -> None:
+    terms = make_handshake().pack()[13:]
     assert "install the same fedobd on server and clients" in str(refused(seal_text(terms, 2)))
 
 
@@ -707,17 +582,17 @@ def test_another_version_of_the_opening_is_refused_with_what_to_do() -> None:
     ],
 )
 def test_terms_that_do_not_fit_each_other_are_refused(change: Callable[[Any], Any]) -> None:
-    terms = terms_of(make_opening(metrics=MetricKeys()))
+    terms = terms_of(make_handshake(metrics=MetricKeys()))
     change(terms)
     refused(seal_terms(terms))
 
 
-def test_a_hostile_opening_reaches_the_server_as_an_error_and_is_not_kept() -> None:
+def test_a_hostile_handshake_reaches_the_server_as_an_error_and_is_not_kept() -> None:
     become_server_app()
-    good = make_opening()
+    good = make_handshake()
     context = make_context()
     for data in (b"", b"FOBO", seal_terms({"seed": 1}), good.pack(b"no payload")):
-        record = carry(b"x", BROADCAST, as_array(data, OPENING))
+        record = carry(b"x", BROADCAST, as_array(data, HANDSHAKE))
         message = Message(RecordDict({"arrays": record}), FIRST, "train")
         reply = CompressionMod()(message, context, stay)
         assert reply.has_error()
@@ -771,31 +646,31 @@ def test_an_upload_of_another_payload_format_is_refused_by_the_server() -> None:
         assert "[version]" in reason_of(reply)
 
 
-def test_a_client_opened_by_another_run_s_model_says_so_and_can_be_opened_again() -> None:
+def test_a_client_greeted_by_another_run_s_model_can_be_greeted_again() -> None:
     nodes = make_nodes(make_app(stay))
     exchange(nodes, wrap(nodes), record_of(net()))
     other = seeded(lambda: nn.Linear(4, 3))
     replies = exchange(nodes, wrap(nodes), record_of(other()))
-    for reply in replies.values():  # a new grid opens each node anew
+    for reply in replies.values():  # a new grid greets each node anew
         assert largest_difference(arrays_of(reply), values_of(record_of(other()))) == 0
 
 
-# --- layouts -------------------------------------------------------------------------------------
+# --- keys of arrays ------------------------------------------------------------------------------
 
 
 def test_arrays_go_to_a_state_and_back() -> None:
     record = record_of(net())
-    schema, layout = describe(record)
-    state = layout.to_state(record, schema)
+    schema, keys = describe(record)
+    state = keys.to_state(record, schema)
     assert list(state) == [spec.name for spec in schema.tensors]
-    assert largest_difference(values_of(layout.to_arrays(state)), values_of(record)) == 0
-    assert layout == Layout.of(schema)
+    assert largest_difference(values_of(keys.to_arrays(state)), values_of(record)) == 0
+    assert keys == ArrayKeys.of(schema)
 
 
 def test_a_state_shares_no_memory_with_its_record() -> None:
     record = record_of(net())
-    schema, layout = describe(record)
-    for tensor in layout.to_state(record, schema).values():
+    schema, keys = describe(record)
+    for tensor in keys.to_state(record, schema).values():
         tensor.zero_()
     assert largest_difference(values_of(record), values_of(record_of(net()))) == 0
 
@@ -804,24 +679,24 @@ def test_a_state_shares_no_memory_with_its_record() -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3, 4)])
 def test_element_types_and_shapes_survive(dtype: str, shape: tuple[int, ...]) -> None:
     values = {"x.weight": np.ones(2, np.float32), "y.num": np.ones(shape, dtype)}
-    schema, layout = describe(from_values(values))
-    back = values_of(layout.to_arrays(layout.to_state(from_values(values), schema)))
+    schema, keys = describe(from_values(values))
+    back = values_of(keys.to_arrays(keys.to_state(from_values(values), schema)))
     assert back["y.num"].dtype == np.dtype(dtype)
     assert back["y.num"].shape == shape
 
 
 def test_a_payload_is_no_array_of_a_model() -> None:
     record = record_of(net())
-    schema, layout = describe(record)
+    schema, keys = describe(record)
     broken = ArrayRecord({**record, "2.bias": as_array(b"\0" * 20, UPLOAD)})
     with pytest.raises(UsageError, match="cannot be read"):
-        layout.to_state(broken, schema)
+        keys.to_state(broken, schema)
 
 
 def test_bfloat16_tensors_are_shown_as_float32() -> None:
     model = seeded(lambda: small_net().to(torch.bfloat16))
-    schema, layout = describe(record_of(model()), model)
-    shown = values_of(layout.to_arrays(get_state(model())))
+    schema, keys = describe(record_of(model()), model)
+    shown = values_of(keys.to_arrays(get_state(model())))
     assert {value.dtype for value in shown.values()} == {np.dtype(np.float32)}
     assert {spec.dtype for spec in schema.tensors} == {torch.bfloat16}
 
@@ -829,11 +704,11 @@ def test_bfloat16_tensors_are_shown_as_float32() -> None:
 # --- carriers ------------------------------------------------------------------------------------
 
 
-@given(st.binary(max_size=50), st.sampled_from([BROADCAST, OPENING, UPLOAD, STATE]))
+@given(st.binary(max_size=50), st.sampled_from([BROADCAST, HANDSHAKE, UPLOAD, STATE]))
 def test_a_payload_is_carried_by_its_kind_alone(payload: bytes, kind: str) -> None:
     record = carry(payload, kind)
     assert carried(record, kind) == payload
-    for other in {BROADCAST, OPENING, UPLOAD, STATE} - {kind}:
+    for other in {BROADCAST, HANDSHAKE, UPLOAD, STATE} - {kind}:
         assert carried(record, other) is None
     content = RecordDict({"a": MetricRecord({"x": 1}), "b": ArrayRecord(), "c": record})
     assert carrier(content, kind) == "c"
@@ -841,11 +716,11 @@ def test_a_payload_is_carried_by_its_kind_alone(payload: bytes, kind: str) -> No
         assert carried(nothing, kind) is None
 
 
-def test_an_opening_rides_beside_the_broadcast() -> None:
-    opening = as_array(b"open", OPENING)
-    record = carry(b"model", BROADCAST, opening)
-    assert (carried(record, BROADCAST), carried(record, OPENING)) == (b"model", b"open")
-    assert record["opening"] is opening
+def test_a_handshake_rides_beside_the_broadcast() -> None:
+    handshake = as_array(b"open", HANDSHAKE)
+    record = carry(b"model", BROADCAST, handshake)
+    assert (carried(record, BROADCAST), carried(record, HANDSHAKE)) == (b"model", b"open")
+    assert record["opening"] is handshake
     with pytest.raises(TypeError):
         record["payload"].numpy()
 
@@ -873,51 +748,57 @@ def test_a_client_id_is_a_whole_number_or_none(config: Any, wanted: int | None) 
     assert client_id(make_context(**config)) == wanted
 
 
-def test_a_node_says_who_it_is() -> None:
+def answer(entries: dict[str, Any]) -> Message:
+    become_server_app()
+    request = Message(RecordDict({IDENTIFY: ConfigRecord({})}), FIRST, "query")
+    return Message(RecordDict({IDENTIFY: ConfigRecord(entries)}), reply_to=request)
+
+
+def test_a_node_says_who_it_is_and_whether_it_has_a_model() -> None:
     become_server_app()
     request = Message(RecordDict({IDENTIFY: ConfigRecord({})}), FIRST, "query")
     for mod, has_model in ((CompressionMod(), False), (CompressionMod(net), True)):
         reply = mod(request, make_context(**{"client-id": 4}), stay)
-        assert Identity.read(reply) == Identity(4, VERSION, has_model)
+        assert read_client(reply, 10, wants_model=False) == 4
+        with_model = read_client(reply, 10, wants_model=True)
+        if has_model:
+            assert with_model == 4
+        else:
+            assert "CompressionMod(model_factory=...)" in str(with_model)
 
 
-answers = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(max_size=8)
+values = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(max_size=8)
 
 
-@given(st.dictionaries(st.sampled_from(["client-id", "format", "has-model", "x"]), answers))
-def test_any_answer_is_an_identity_or_a_reason(entries: dict[str, Any]) -> None:
-    become_server_app()
-    request = Message(RecordDict({IDENTIFY: ConfigRecord({})}), FIRST, "query")
-    content = RecordDict({IDENTIFY: ConfigRecord(entries)})
-    found = Identity.read(Message(content, reply_to=request))
-    assert isinstance(found, Identity | str)
-    if isinstance(found, Identity):
-        objection = found.objection(10, wants_model=False)
-        legal = type(found.client) is int and 0 <= found.client < 10 and found.format == VERSION
-        assert (objection is None) is legal
+@given(st.dictionaries(st.sampled_from(["client-id", "format", "has-model", "x"]), values))
+def test_any_answer_is_a_client_or_a_reason(entries: dict[str, Any]) -> None:
+    client = read_client(answer(entries), 10, wants_model=False)
+    number, version = entries.get("client-id"), entries.get("format")
+    if type(number) is int and 0 <= number < 10 and version == VERSION:
+        assert client == number
+    else:
+        assert isinstance(client, str)
 
 
 @pytest.mark.parametrize(
-    ("identity", "reason"),
+    ("client", "version", "reason"),
     [
-        (Identity(0, VERSION, False), None),
-        (Identity(9, VERSION, True), None),
-        (Identity(10, VERSION, True), "its client-id is 10; allowed are 0 to 9"),
-        (Identity(-1, VERSION, True), "its client-id is -1"),
-        (Identity(None, VERSION, True), "neither client-id nor partition-id"),
-        (Identity(1, VERSION + 1, True), "install the same fedobd on both"),
+        (10, VERSION, "its client-id is 10; allowed are 0 to 9"),
+        (-1, VERSION, "its client-id is -1"),
+        (None, VERSION, "neither client-id nor partition-id"),
+        (1, VERSION + 1, "install the same fedobd on both"),
+        (None, None, "no identity that this version understands"),
+        ("0", VERSION, "no identity that this version understands"),
+        (0.0, VERSION, "no identity that this version understands"),
+        ([0], VERSION, "no identity that this version understands"),
+        (True, VERSION, "no identity that this version understands"),
+        (0, "1", "no identity that this version understands"),
     ],
 )
-def test_an_identity_that_cannot_take_part_is_told_why(identity: Identity, reason: str) -> None:
-    objection = identity.objection(10, wants_model=False)
-    assert objection is None if reason is None else reason in str(objection)
-
-
-def test_a_run_with_a_shared_start_wants_a_model() -> None:
-    for has_model in (True, False):
-        objection = Identity(1, VERSION, has_model).objection(10, wants_model=True)
-        assert (objection is None) is has_model
-    assert "CompressionMod(model_factory=...)" in str(objection)
+def test_a_node_that_cannot_take_part_is_told_why(client: Any, version: Any, reason: str) -> None:
+    entries = {"client-id": client, "format": version, "has-model": True}
+    entries = {key: value for key, value in entries.items() if value is not None}
+    assert reason in str(read_client(answer(entries), 10, wants_model=False))
 
 
 def test_a_message_that_asks_for_a_broadcast_that_was_not_kept_is_refused() -> None:

@@ -54,7 +54,7 @@ class Counts:
 
     Args:
         payloads: What fedobd encoded, by its own run folder.
-        flower: Flower's own count of the run: payloads, the messages around them, and openings.
+        flower: Flower's own count of the run: payloads, the messages around them, and handshakes.
         sockets: What crossed the nodes' sockets meanwhile.
         idle: What would have crossed them without a run, in the same time.
         num_messages: Messages that the server sent and the nodes answered.

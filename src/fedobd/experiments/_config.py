@@ -8,6 +8,7 @@ wrong type or out of range is refused with the key, the value and what is allowe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tomllib
 import types
 import typing
@@ -278,7 +279,7 @@ def _validate(kind: type[Any], value: Any, path: str) -> Any:
     """Turn plain values into a dataclass or model; a UsageError names each wrong key."""
     _check_keys(kind, value, path)
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # type[Any]
     except ValidationError as error:
         lines = []
         for fault in error.errors():
@@ -289,6 +290,12 @@ def _validate(kind: type[Any], value: Any, path: str) -> Any:
         if path and not str(error).startswith(path):
             raise UsageError(f"{path}: {error}") from error
         raise
+
+
+@functools.cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """Return the validator of a type; making one takes milliseconds, using it microseconds."""
+    return TypeAdapter(kind)
 
 
 def _without_types(place: Iterable[int | str]) -> list[int | str]:

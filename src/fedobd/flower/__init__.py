@@ -5,12 +5,11 @@ Needs the extra `fedobd[flower]`; the rest of the package does not import it.
 
 from __future__ import annotations
 
-from fedobd.flower._app import make_client_app, make_server_app
+from fedobd.flower._app import make_client_app, make_server_app, write_app
 from fedobd.flower._grid import CodecGrid, Traffic
 from fedobd.flower._launch import run_in_simulation
+from fedobd.flower._metrics import MetricKeys
 from fedobd.flower._mod import CompressionMod
-from fedobd.flower._opening import MetricKeys
-from fedobd.flower._scaffold import write_app
 from fedobd.flower._strategy import FedOBDStrategy
 
 __all__ = [

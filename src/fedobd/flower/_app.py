@@ -1,7 +1,7 @@
-"""The ready-made Flower App: server and client of any configuration of `fedobd run`.
+"""The ready-made Flower App: server, client and files for any configuration of `fedobd run`.
 
-Both read the same configuration file, which lies beside the modules that call them, and entries of
-the app's run config:
+Server and client read the same configuration file, which lies beside the modules that call them,
+and entries of the app's run config:
 
     output          run folder of the server, absolute; by default runs/RUN_ID where it was started
     resume          go on from the checkpoint in `output`
@@ -18,31 +18,72 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from logging import ERROR, INFO, getLogger
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedobd import __version__
 from fedobd._errors import FedOBDError, UsageError
 from fedobd._seeds import derive_seed
 from fedobd.blocks import ModelState, get_state, load_state
 from fedobd.data import ClientData, hold_out, load_arrays
-from fedobd.experiments import Experiment, RunConfig, Summary, build_experiment, load_config, run
-from fedobd.flower._identity import client_id
-from fedobd.flower._layout import Layout
+from fedobd.experiments import (
+    Experiment,
+    RunConfig,
+    Summary,
+    build_experiment,
+    load_config,
+    run,
+    write_atomically,
+)
+from fedobd.flower._clients import client_id
+from fedobd.flower._handshake import ArrayKeys
+from fedobd.flower._messages import read_plan
+from fedobd.flower._metrics import MetricKeys
 from fedobd.flower._mod import CompressionMod
-from fedobd.flower._opening import MetricKeys
-from fedobd.flower._plan import read_plan
 from fedobd.flower._strategy import FedOBDStrategy
 from fedobd.sessions import RoundPlan, ServerSession
 from fedobd.simulation import Callback, ClientStates, RoundResult, prepare_process
 
 logger = getLogger("flwr")  # where Flower shows what an app says
 
+PACKAGE = "fedobd_app"
+"""Name of the package of an app that is written."""
+
 _KEYS = MetricKeys()
+
+_MODULE = '''"""{about}"""
+
+from pathlib import Path
+
+from fedobd.flower import {make}
+
+app = {make}(Path(__file__).with_name("config.toml"))
+'''
+
+_README = """# {name}
+
+A Flower App of fedobd that trains by the method `{method}`. What is trained, on what and how is in
+`{package}/config.toml`; what one run may change is in `pyproject.toml`, under
+`[tool.flwr.app.config]`.
+
+fedobd must be installed, in the same version, on the server and on each node.
+
+    export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 FLWR_TELEMETRY_ENABLED=0
+    flwr run . local --stream \\
+        --federation-config 'num-supernodes={clients} client-resources-num-cpus=1'
+
+A node is client number `client-id` of its node config, or else `partition-id`. A node with
+`data-path` in its node config trains on that file (`.npz` with the arrays `inputs` and `targets`):
+
+    flower-supernode ... --node-config 'client-id=0 data-path="/data/own.npz"'
+"""
 
 
 def make_server_app(config_file: str | Path) -> ServerApp:
@@ -88,16 +129,16 @@ def _serve(grid: Grid, context: Context, config_file: Path) -> None:
         states: ClientStates,
         callback: Callback,
     ) -> Iterator[RoundResult]:
-        """Play the rounds on the grid's nodes, which keep their own states."""
-        yield from strategy.play(
+        """Run the rounds on the grid's nodes, which keep their own states."""
+        yield from strategy.run(
             grid,
             server,
             evaluate=experiment.evaluate_part,
             should_evaluate=should_evaluate,
             callback=callback,
         )
-        sent = strategy.opening_bytes
-        logger.log(INFO, "fedobd: %d bytes of openings, schema and options included", sent)
+        sent = strategy.handshake_bytes
+        logger.log(INFO, "fedobd: %d bytes of handshakes, schema and options included", sent)
 
     run(
         config,
@@ -127,17 +168,14 @@ class _FlowerLog(Callback):
     """Says in Flower's log how a run goes."""
 
     def on_run_begin(self, config: RunConfig, planned_rounds: int, folder: Path) -> None:
-        """See `Callback.on_run_begin`."""
         logger.log(
             INFO, "fedobd: %s, %d rounds, run folder %s", config.method, planned_rounds, folder
         )
 
     def on_client_end(self, plan: RoundPlan, done: int) -> None:
-        """See `Callback.on_client_end`."""
         logger.log(INFO, "fedobd: round %d: %d of %d uploads", plan.round, done, len(plan.cohort))
 
     def on_round_end(self, record: dict[str, Any]) -> None:
-        """See `Callback.on_round_end`."""
         metric = record["test_metric"]
         logger.log(
             INFO,
@@ -151,7 +189,6 @@ class _FlowerLog(Callback):
         )
 
     def on_run_end(self, summary: Summary) -> None:
-        """See `Callback.on_run_end`."""
         logger.log(
             INFO,
             "fedobd: %d rounds, final metric %s, %d bytes in all",
@@ -201,13 +238,13 @@ def _train(message: Message, context: Context, config: RunConfig) -> Message:
         raise UsageError("the node config gives neither client-id nor partition-id")
     experiment = build_experiment(config)
     setup = experiment.setup
-    layout = Layout.of(experiment.schema)
+    keys = ArrayKeys.of(experiment.schema)
     model = setup.make_model().to(setup.device)
     arrays = message.content["arrays"]
     plan = read_plan(message.content.config_records["config"], client)
     assert isinstance(arrays, ArrayRecord)
-    load_state(model, layout.to_state(arrays, experiment.schema))
-    data = _own_data(context, config) or setup.data(client)
+    load_state(model, keys.to_state(arrays, experiment.schema))
+    data = _node_data(context, config) or setup.data(client)
     metrics = MetricRecord()
     validation = setup.validate(model, data) if setup.validate else None
     if validation is not None:
@@ -217,11 +254,11 @@ def _train(message: Message, context: Context, config: RunConfig) -> Message:
     trained = setup.train(model, data, plan, derive_seed(setup.seed, "train", plan.round, client))
     metrics[_KEYS.num_examples] = trained.num_examples
     metrics[_KEYS.train_loss] = trained.loss
-    content = RecordDict({"arrays": layout.to_arrays(get_state(model)), "metrics": metrics})
+    content = RecordDict({"arrays": keys.to_arrays(get_state(model)), "metrics": metrics})
     return Message(content, reply_to=message)
 
 
-def _own_data(context: Context, config: RunConfig) -> ClientData | None:
+def _node_data(context: Context, config: RunConfig) -> ClientData | None:
     """Return what lies in the node's own file, None where its config names none."""
     path = context.node_config.get("data-path")
     if path is None:
@@ -241,3 +278,74 @@ def read_config(context: Context, config_file: Path) -> RunConfig:
     except ValueError as error:
         raise UsageError(f"set is {changes!r} in the run config: {error}") from error
     return load_config(str(config_file), overrides=overrides)
+
+
+def write_app(folder: Path, config: RunConfig) -> None:
+    """Write a Flower App into a new or empty folder.
+
+    Args:
+        folder: where to.
+        config: what the app runs.
+
+    Raises:
+        UsageError: the folder holds something, or cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{str(folder)!r} is there already and not empty; choose a new folder")
+    try:
+        (folder / PACKAGE).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"folder {str(folder)!r} cannot be made: {error}") from error
+    name = f"fedobd-{config.method}"
+    readme = _README.format(
+        name=name, method=config.method, package=PACKAGE, clients=config.federation.clients
+    )
+    files = {
+        "pyproject.toml": tomli_w.dumps(_project(name, config)),
+        "README.md": readme,
+        f"{PACKAGE}/__init__.py": '"""A Flower App that was written by fedobd."""\n',
+        f"{PACKAGE}/server_app.py": _MODULE.format(
+            about="The server: its options are in config.toml and in pyproject.toml.",
+            make="make_server_app",
+        ),
+        f"{PACKAGE}/client_app.py": _MODULE.format(
+            about="The client: what a node does with each message.", make="make_client_app"
+        ),
+        f"{PACKAGE}/config.toml": config.to_toml(),
+    }
+    for file, text in files.items():
+        write_atomically(folder / file, text.encode())
+
+
+def _project(name: str, config: RunConfig) -> dict[str, object]:
+    """Return what pyproject.toml says, with the keys of today's Flower."""
+    return {
+        "build-system": {"requires": ["hatchling"], "build-backend": "hatchling.build"},
+        "project": {
+            "name": name,
+            "version": "1.0.0",
+            "description": f"Federated training with {config.method}",
+            "license": "Apache-2.0",
+            "dependencies": [f"fedobd[flower]=={__version__}", f"flwr>={version('flwr')}"],
+        },
+        "tool": {
+            "hatch": {"build": {"targets": {"wheel": {"packages": [PACKAGE]}}}},
+            "flwr": {
+                "app": {
+                    "publisher": "fedobd",
+                    "components": {
+                        "serverapp": f"{PACKAGE}.server_app:app",
+                        "clientapp": f"{PACKAGE}.client_app:app",
+                    },
+                    "config": {
+                        "output": "",
+                        "resume": False,
+                        "set": "",
+                        "round-timeout": 3600.0,
+                        "join-timeout": 600.0,
+                        "min-replies": 1,
+                    },
+                }
+            },
+        },
+    }

@@ -4,54 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from logging import WARNING, getLogger
 from typing import Any
 
-import torch
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import nn
 
 from fedobd._errors import DecodeError, DecodeReason
-from fedobd._seeds import make_generator
-from fedobd.blocks import (
-    BlockRules,
-    ModelSchema,
-    ModelState,
-    Role,
-    TensorSpec,
-    master_state,
-    segment_of,
-    state_fingerprint,
-)
-from fedobd.flower._carrier import (
-    BROADCAST,
-    NEEDS_OPENING,
-    OPENING,
+from fedobd.blocks import BlockRules
+from fedobd.flower._messages import (
+    HANDSHAKE,
+    NEEDS_HANDSHAKE,
+    POLL_SECONDS,
     UPLOAD,
-    as_array,
     carried,
     carrier,
-    carry,
+    collect,
+    reason_of,
     refusal,
 )
-from fedobd.flower._exchange import POLL_SECONDS, collect
-from fedobd.flower._layout import describe
-from fedobd.flower._opening import Opening
+from fedobd.flower._model_codec import EncodedModel, ModelCodec
 from fedobd.methods import Codec, FedOBD
-from fedobd.payload import (
-    DEFAULT_LIMITS,
-    MAX_EXAMPLES,
-    Header,
-    Kind,
-    Limits,
-    Payload,
-    encode_payload,
-    refuse_not_finite,
-)
-from fedobd.sessions import all_blocks, check_addressed
+from fedobd.payload import DEFAULT_LIMITS, MAX_EXAMPLES, Limits
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
 
@@ -62,28 +39,17 @@ class Traffic:
 
     Args:
         broadcasts: to all nodes together.
-        openings: to all nodes together.
+        handshakes: to all nodes together.
         uploads: from all nodes, refused ones included.
         refused: uploads that were refused.
-        reopened: openings that were sent again to nodes that had lost theirs.
+        resent: handshakes that were sent again to nodes that had lost theirs.
     """
 
     broadcasts: int = 0
-    openings: int = 0
+    handshakes: int = 0
     uploads: int = 0
     refused: int = 0
-    reopened: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """An encoded model, and what is needed to decode replies to it."""
-
-    number: int
-    state: ModelState
-    payload: bytes
-    record: ArrayRecord
-    with_opening: ArrayRecord
+    resent: int = 0
 
 
 @dataclass(slots=True)
@@ -93,22 +59,12 @@ class _Pending:
     Args:
         message: as it was sent; its reply is shown to the strategy as an answer to it.
         sent: the model in it; None where the message went out as it was.
-        was_reopened: whether it was sent a second time, with the opening.
+        was_resent: whether it was sent a second time, with the handshake.
     """
 
     message: Message
-    sent: _Sent | None
-    was_reopened: bool = False
-
-
-@dataclass(slots=True)
-class _Model:
-    """What is known of the model since its first values were sent."""
-
-    opening: Opening
-    array: Array
-    fingerprint: bytes | None
-    opened: set[int] = field(default_factory=set)
+    sent: EncodedModel | None
+    was_resent: bool = False
 
 
 class CodecGrid(Grid):
@@ -150,19 +106,20 @@ class CodecGrid(Grid):
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self._grid = grid
-        self._method = FedOBD(codec=codec or Codec())
-        self._model_factory = model_factory
-        self._rules = rules
-        self._shared_start = shared_start
-        self._seed = seed
+        self._codec = ModelCodec(
+            FedOBD(codec=codec or Codec()),
+            model_factory=model_factory,
+            rules=rules,
+            shared_start=shared_start,
+            seed=seed,
+            limits=limits,
+        )
         self._key = arrayrecord_key
         self._max_examples = max_examples
-        self._limits = limits
         self._poll_seconds = poll_seconds
-        self._model: _Model | None = None
-        self._broadcasts = 0
-        self._last: tuple[dict[str, Array], _Sent] | None = None
+        self._greeted: set[int] = set()  # nodes that were sent the handshake
         self._pending: dict[str, _Pending] = {}
+        # A strategy asks for replies by the id of the first message, where it was sent twice.
         self._moved: dict[str, str] = {}
         self._has_warned = False
         self.traffic = Traffic()
@@ -200,6 +157,7 @@ class CodecGrid(Grid):
         """
         self._forget_expired()
         pending = self._encode(list(messages))
+        # Grids may take fewer messages than they were given; see `fedobd.flower._messages.push`.
         ids = list(self._grid.push_messages([entry.message for entry in pending]))
         for number, entry in zip(ids, pending, strict=False):
             if number:
@@ -245,7 +203,7 @@ class CodecGrid(Grid):
     def _encode(self, messages: list[Message]) -> list[_Pending]:
         """Return the messages to send; those that shared a content share the new one too."""
         contents: dict[tuple[int, bool], RecordDict] = {}
-        encoded: dict[int, _Sent] = {}
+        encoded: dict[int, EncodedModel] = {}
         pending = []
         for original in messages:
             record = original.content.get(self._key) if original.has_content() else None
@@ -255,21 +213,16 @@ class CodecGrid(Grid):
                 pending.append(_Pending(original, None))
                 continue
             if id(record) not in encoded:
-                encoded[id(record)] = self._sent(record)
+                encoded[id(record)] = self._codec.encode(record)
             sent = encoded[id(record)]
-            assert self._model is not None
-            node = original.metadata.dst_node_id
-            is_new = node not in self._model.opened
-            shared = contents.setdefault(
-                (id(original.content), is_new),
-                RecordDict(
-                    {
-                        **original.content,
-                        self._key: sent.with_opening if is_new else sent.record,
-                    }
-                ),
+            is_new = original.metadata.dst_node_id not in self._greeted
+            arrays = sent.with_handshake if is_new else sent.record
+            # Strategies give all messages of a round one content. Flower sends what messages
+            # share to the SuperLink once, so that the new contents are shared as well.
+            content = contents.setdefault(
+                (id(original.content), is_new), RecordDict({**original.content, self._key: arrays})
             )
-            pending.append(_Pending(_copy(original, shared), sent))
+            pending.append(_Pending(_copy(original, content), sent))
         return pending
 
     def _warn_of_other_keys(self, message: Message) -> None:
@@ -285,79 +238,15 @@ class CodecGrid(Grid):
                 self._key,
             )
 
-    def _sent(self, record: ArrayRecord) -> _Sent:
-        """Encode a model, or find what was made of it for the messages before."""
-        if self._last is not None and _same_arrays(self._last[0], record):
-            return self._last[1]
-        if self._model is None:
-            self._model = self._describe(record)
-        opening = self._model.opening
-        schema = opening.schema
-        values = opening.layout.to_state(record, schema, cast=False)
-        state = master_state(schema, values)
-        self._broadcasts += 1
-        is_start = self._shared_start and self._broadcasts == 1
-        header = Header(
-            kind=Kind.BROADCAST,
-            method=self._method.wire_id,
-            round=self._broadcasts,
-            stage=1,
-            block_ids=all_blocks(schema),
-            start=self._model.fingerprint if is_start else None,
-        )
-        payload = self._payload(schema, header, state)
-        sent = _Sent(
-            self._broadcasts,
-            {spec.name: _own(spec, values[spec.name]) for spec in schema.tensors},
-            payload,
-            carry(payload, BROADCAST),
-            carry(payload, BROADCAST, self._model.array),
-        )
-        self._last = (dict(record), sent)
-        return sent
-
-    def _describe(self, record: ArrayRecord) -> _Model:
-        schema, layout = describe(record, self._model_factory, self._rules)
-        opening = Opening(
-            method=self._method,
-            schema=schema,
-            layout=layout,
-            seed=self._seed,
-            shared_start=self._shared_start,
-        )
-        state = layout.to_state(record, schema)
-        start = state_fingerprint(schema, state) if self._shared_start else None
-        payload = b""
-        if schema.frozen():
-            header = Header(
-                kind=Kind.INITIAL,
-                method=self._method.wire_id,
-                round=1,
-                stage=1,
-                block_ids=(),
-                start=start,
-            )
-            payload = self._payload(schema, header, master_state(schema, state))
-        return _Model(opening, as_array(opening.pack(payload), OPENING), start)
-
-    def _payload(self, schema: ModelSchema, header: Header, state: ModelState) -> bytes:
-        return encode_payload(
-            schema,
-            header,
-            lambda segment: segment_of(state, schema.tensors[segment.tensor], segment),
-            self._method.codec.downlink,
-            generator=make_generator(self._seed, "downlink", header.round),
-            frozen=lambda spec: state[spec.name],
-        ).data
-
-    def _note(self, message: Message, sent: _Sent | None) -> None:
+    def _note(self, message: Message, sent: EncodedModel | None) -> None:
         """Count what was sent."""
-        if sent is None or self._model is None:
+        if sent is None:
             return
         self.traffic.broadcasts += len(sent.payload)
-        if carried(message.content[self._key], OPENING) is not None:
-            self.traffic.openings += len(self._model.array.data)
-            self._model.opened.add(message.metadata.dst_node_id)
+        handshake = carried(message.content[self._key], HANDSHAKE)
+        if handshake is not None:
+            self.traffic.handshakes += len(handshake)
+            self._greeted.add(message.metadata.dst_node_id)
 
     # --- what is decoded
 
@@ -367,8 +256,7 @@ class CodecGrid(Grid):
         if sent is None:
             return reply
         if reply.has_error():
-            reason = reply.error.reason or ""
-            if reason.startswith(NEEDS_OPENING) and self._reopen(pending, sent):
+            if reason_of(reply).startswith(NEEDS_HANDSHAKE) and self._resend(pending, sent):
                 return None
             return Message(reply.error, reply_to=message)
         content = reply.content
@@ -384,27 +272,25 @@ class CodecGrid(Grid):
             return refusal(f"fedobd refused the upload: {error}", message)
         return Message(content, reply_to=message)
 
-    def _reopen(self, pending: _Pending, sent: _Sent) -> bool:
-        """Send a message again, once, with the opening; say whether it was sent."""
-        if pending.was_reopened:
+    def _resend(self, pending: _Pending, sent: EncodedModel) -> bool:
+        """Send a message again, once, with the handshake; say whether it was sent."""
+        if pending.was_resent:
             return False
-        content = RecordDict({**pending.message.content, self._key: sent.with_opening})
+        content = RecordDict({**pending.message.content, self._key: sent.with_handshake})
         again = _copy(pending.message, content)
         number = next(iter(self._grid.push_messages([again])), None)
         if not number:
             return False
-        pending.was_reopened = True
+        pending.was_resent = True
         asked = pending.message.metadata.message_id
         self._pending[asked] = pending
         self._moved[asked] = number
-        self.traffic.reopened += 1
+        self.traffic.resent += 1
         self._note(again, sent)
         return True
 
-    def _rebuild(self, content: RecordDict, sent: _Sent) -> RecordDict:
+    def _rebuild(self, content: RecordDict, sent: EncodedModel) -> RecordDict:
         """Return a reply's content with the client's arrays in place of its upload."""
-        assert self._model is not None
-        opening = self._model.opening
         upload = carried(content.get(self._key), UPLOAD)
         if upload is None:
             raise DecodeError(
@@ -419,28 +305,7 @@ class CodecGrid(Grid):
                 f"the reply holds the ArrayRecords {list(content.array_records)}; wanted one, "
                 f"{self._key!r}",
             )
-        state = self._decode(upload, opening.schema, sent)
-        arrays = opening.layout.to_arrays(state)
-        return RecordDict({**content, self._key: arrays})
-
-    def _decode(self, upload: bytes, schema: ModelSchema, sent: _Sent) -> ModelState:
-        """Return W plus the differences of an upload; buffers are taken as they came."""
-        payload = Payload.parse(upload, schema, self._limits)
-        check_addressed(payload.header, Kind.UPLOAD, self._method, sent.number, 1)
-        if not payload.header.is_difference:
-            raise DecodeError(DecodeReason.METHOD, "the upload holds values, not differences")
-        self._method.check_upload(payload.header, schema, all_blocks(schema))
-        state = {name: values.clone() for name, values in sent.state.items()}
-        for _, segments in payload.blocks():
-            for decoded in segments:
-                spec = schema.tensors[decoded.segment.tensor]
-                target = segment_of(state, spec, decoded.segment)
-                if spec.role is Role.PARAMETER:
-                    target += decoded.values
-                else:
-                    target.copy_(decoded.values)
-                refuse_not_finite(spec, target.to(spec.dtype))
-        return state
+        return RecordDict({**content, self._key: self._codec.decode(upload, sent)})
 
     def _check_examples(self, content: RecordDict) -> None:
         for record in content.metric_records.values():
@@ -463,25 +328,9 @@ def _can_be_averaged(record: ArrayRecord) -> bool:
     return any("float" in array.dtype or "complex" in array.dtype for array in record.values())
 
 
-def _same_arrays(first: Mapping[str, Array], second: Mapping[str, Array]) -> bool:
-    """Whether two records hold the same objects; a record may be changed in place."""
-    return list(first) == list(second) and all(first[key] is second[key] for key in first)
-
-
-def _own(spec: TensorSpec, values: torch.Tensor) -> torch.Tensor:
-    """Return W's values as replies show them: never coarser than W or the model."""
-    if not spec.is_floating:
-        return values.to(spec.dtype)
-    return values.to(torch.promote_types(values.dtype, spec.dtype))
-
-
 def _copy(message: Message, content: RecordDict) -> Message:
     """Return a message like another one, with another content."""
     meta = message.metadata
     return Message(
-        content,
-        meta.dst_node_id,
-        meta.message_type,
-        ttl=meta.ttl,
-        group_id=meta.group_id,
+        content, meta.dst_node_id, meta.message_type, ttl=meta.ttl, group_id=meta.group_id
     )

@@ -27,8 +27,7 @@ import tomli_w
 
 from fedobd._errors import FedOBDError, UsageError
 from fedobd.experiments import RunConfig, RunFolder, Summary, build_experiment, read_summary
-from fedobd.flower._app import check_stack
-from fedobd.flower._scaffold import write_app
+from fedobd.flower._app import check_stack, write_app
 from fedobd.simulation import Callback, Callbacks, check_workers
 from fedobd.tracking import RunLog
 
@@ -63,12 +62,12 @@ def run_in_simulation(
     """Run a configuration in Flower's simulation.
 
     The run folder is that of `fedobd.experiments.run`, with the same bytes and results. With the
-    environment variable `RAY_ADDRESS` clients are played on that Ray cluster.
+    environment variable `RAY_ADDRESS` clients run on that Ray cluster.
 
     Args:
         config: what to run.
         path: the run folder.
-        workers: how many clients are played at a time, one CPU each; 0 for one a CPU.
+        workers: how many clients run at a time, one CPU each; 0 for one a CPU.
         resume: go on from the folder's checkpoint.
         callbacks: see the run as it goes; no payloads, and no client that has uploaded.
 
@@ -218,8 +217,8 @@ def _super_link(folder: Path) -> Iterator[_SuperLink]:
     connection = {"address": f"127.0.0.1:{port}", "insecure": True}
     superlinks = {"superlink": {"default": _CONNECTION, _CONNECTION: connection}}
     (home / "config.toml").write_text(tomli_w.dumps(superlinks), encoding="utf-8")
-    own = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join(filter(None, [str(Path.cwd()), own]))  # a user's own modules
+    # Where `fedobd run` finds a user's modules, Flower's processes must as well.
+    path = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, **_QUIET, "FLWR_HOME": str(home), "PYTHONPATH": path}
     for name in ("no_proxy", "NO_PROXY"):  # a proxy is for what lies outside
         env[name] = ",".join(filter(None, [env.get(name), "127.0.0.1", "localhost"]))
@@ -271,11 +270,15 @@ def _wait_until_up(folder: Path, process: subprocess.Popen[bytes], port: int) ->
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its descendants, which are in sessions of their own."""
+    """End a process and its descendants.
+
+    They are looked for one by one: Ray and Flower's apps are in sessions of their own, so that no
+    signal to a process group reaches them.
+    """
     family: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
-        own = psutil.Process(process.pid)
-        family = [*own.children(recursive=True), own]
+        parent = psutil.Process(process.pid)
+        family = [*parent.children(recursive=True), parent]
     process.terminate()
     _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
     for member in alive:

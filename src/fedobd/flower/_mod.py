@@ -14,13 +14,15 @@ from torch import nn
 
 from fedobd._errors import FedOBDError, UsageError
 from fedobd.blocks import ModelState
-from fedobd.flower._carrier import (
+from fedobd.flower._clients import client_id, introduce
+from fedobd.flower._handshake import Handshake
+from fedobd.flower._messages import (
     BROADCAST,
+    HANDSHAKE,
     IDENTIFY,
     KEEP,
     KEPT_ROUND,
-    NEEDS_OPENING,
-    OPENING,
+    NEEDS_HANDSHAKE,
     STATE,
     UPLOAD,
     carried,
@@ -28,14 +30,13 @@ from fedobd.flower._carrier import (
     carry,
     refusal,
 )
-from fedobd.flower._identity import Identity, client_id
-from fedobd.flower._opening import MetricKeys, Opening
+from fedobd.flower._metrics import make_report
 from fedobd.methods import FedOBD
-from fedobd.payload import Report
 from fedobd.sessions import Broadcast, ClientSession, Method
 
 CLIPPING_NORM = "clipping_norm"
-"""Config key by which Flower's strategies for differential privacy give clients a clip norm."""
+"""Config key by which Flower's strategies for differential privacy give clients a clip norm
+(`KEY_CLIPPING_NORM` of flwr 1.42, which is private)."""
 
 _KEPT_BROADCAST = "fedobd.kept-broadcast"  # key in context.state
 _PRIVACY_MODS = ("centraldp_mods", "localdp_mod")  # Flower's modules
@@ -50,8 +51,8 @@ class CompressionMod:
     is all that changes. It must stand outside every mod that looks at arrays; those of
     differential privacy belong to the train function: `@app.train(mods=[fixedclipping_mod])`.
 
-    What must last from message to message (the opening; frozen tensors; for some methods the last
-    model) lies in `context.state`, since each message may be handled by a new process.
+    What must last from message to message (the handshake; frozen tensors; for some methods the
+    last model) lies in `context.state`, since Flower handles each message in a new process.
 
     Args:
         model_factory: makes the initial model, the same on server and clients, for runs with a
@@ -71,16 +72,12 @@ class CompressionMod:
         if not message.has_content():
             return call_next(message, context)
         if IDENTIFY in message.content:
-            return Identity.of(context, has_model=self.has_model).reply(message)
+            return introduce(message, context, has_model=self.has_model)
         try:
             work = self._receive(message, context)
         except FedOBDError as error:
             return refusal(str(error), message)
-        if work is None:
-            return call_next(message, context)
-        if isinstance(work, str):
-            return refusal(work, message)
-        return work.run(call_next)
+        return call_next(message, context) if work is None else work.run(call_next)
 
     @property
     def has_model(self) -> bool:
@@ -90,6 +87,13 @@ class CompressionMod:
     def initial_state(self, context: Context) -> ModelState:
         """Return the initial model's values, for a run with a shared start.
 
+        Args:
+            context: the node's.
+
+        Returns:
+            Tensors of the state dict's names, shapes and element types, on the CPU; tied ones
+            under all of their names.
+
         Raises:
             UsageError: the mod was given no model factory.
         """
@@ -98,11 +102,11 @@ class CompressionMod:
                 "this run starts from a model that its clients hold already (shared_start), and "
                 "this client has none; wanted CompressionMod(model_factory=...)"
             )
-        entries = self._model_factory().state_dict()  # tied tensors under all of their names
+        entries = self._model_factory().state_dict()
         return {n: v.to("cpu", copy=True) for n, v in entries.items() if torch.is_tensor(v)}
 
-    def _receive(self, message: Message, context: Context) -> _Work | str | None:
-        """Return what is to be done, why nothing can be done, or None for a foreign message."""
+    def _receive(self, message: Message, context: Context) -> _Work | None:
+        """Return what is to be done; None for a message that is not for fedobd."""
         content, config = message.content, _config(message.content)
         key = carrier(content, BROADCAST)
         kept_round = config.get(KEPT_ROUND)
@@ -110,50 +114,49 @@ class CompressionMod:
             return None
         _refuse_outer_privacy()
         record = content[key] if key else context.state.get(_KEPT_BROADCAST)
-        opening_bytes = carried(record, OPENING)
-        if opening_bytes is not None:
-            self._open(opening_bytes, context)
-        known = carried(context.state.get(OPENING), OPENING)
+        packed = carried(record, HANDSHAKE)
+        if packed is not None:
+            self._accept(packed, context)
+        known = carried(context.state.get(HANDSHAKE), HANDSHAKE)
         if known is None:
-            return NEEDS_OPENING
-        opening, _ = Opening.unpack(known)
+            raise UsageError(NEEDS_HANDSHAKE)
+        handshake, _ = Handshake.unpack(known)
         if CLIPPING_NORM in config:
-            opening = dataclasses.replace(opening, method=_with_bounded_norm(opening.method))
+            handshake = dataclasses.replace(handshake, method=_with_bounded_norm(handshake.method))
         payload = carried(record, BROADCAST) or b""
-        broadcast = Broadcast.decode(payload, opening.method, opening.schema)
+        broadcast = Broadcast.decode(payload, handshake.method, handshake.schema)
         if key is None and broadcast.header.round != kept_round:
-            return f"this node holds no broadcast of round {kept_round} to evaluate"
-        session = self._session(opening, context, _kept_state(context))
+            raise UsageError(f"this node holds no broadcast of round {kept_round} to evaluate")
+        session = self._session(handshake, context, _kept_state(context))
         state = session.receive(broadcast)
         _keep(context, session.state)
         if config.get(KEEP):
             context.state[_KEPT_BROADCAST] = carry(payload, BROADCAST)
         key = key or "arrays"
-        message.content = RecordDict({**content, key: opening.layout.to_arrays(state)})
-        return _Work(message, context, key, opening, session)
+        # A content of its own: in one process Flower's messages of a round may share theirs.
+        message.content = RecordDict({**content, key: handshake.keys.to_arrays(state)})
+        return _Work(message, context, key, handshake, session)
 
-    def _open(self, data: bytes, context: Context) -> None:
-        opening, payload = Opening.unpack(data)
-        session = self._session(opening, context, {})
+    def _accept(self, data: bytes, context: Context) -> None:
+        """Keep what a handshake brings; it begins the run anew for this client."""
+        handshake, payload = Handshake.unpack(data)
+        session = self._session(handshake, context, {})
         if payload:
             session.initialize(payload)
-        context.state[OPENING] = carry(data[: len(data) - len(payload)], OPENING)
+        context.state[HANDSHAKE] = carry(data[: len(data) - len(payload)], HANDSHAKE)
         _keep(context, session.state)
 
     def _session(
-        self, opening: Opening, context: Context, state: Mapping[str, torch.Tensor]
+        self, handshake: Handshake, context: Context, state: Mapping[str, torch.Tensor]
     ) -> ClientSession:
-        start: ModelState | None = None
-        if opening.shared_start:
-            start = self.initial_state(context)
         number = client_id(context)
         return ClientSession(
-            opening.method,
-            opening.schema,
+            handshake.method,
+            handshake.schema,
             client=context.node_id % 2**32 if number is None else number,
-            seed=opening.seed,
+            seed=handshake.seed,
             state=state,
-            start=start,
+            start=self.initial_state(context) if handshake.shared_start else None,
         )
 
 
@@ -164,7 +167,7 @@ class _Work:
     message: Message
     context: Context
     key: str
-    opening: Opening
+    handshake: Handshake
     session: ClientSession
 
     def run(self, call_next: ClientFunction) -> Message:
@@ -184,39 +187,10 @@ class _Work:
                 f"the train function returned the ArrayRecords {list(records)}; wanted one, "
                 f"{self.key!r}"
             )
-        trained = self.opening.layout.to_state(records[self.key], self.opening.schema)
-        report = _report(reply.content, self.opening.metrics)
+        trained = self.handshake.keys.to_state(records[self.key], self.handshake.schema)
+        report = make_report(reply.content, self.handshake.metrics)
         del reply.content[self.key]  # Flower warns where one record replaces another
         return self.session.upload(trained, report).data
-
-
-def _report(content: RecordDict, keys: MetricKeys | None) -> Report:
-    """Return what the train function reports, for the payload's header."""
-    if keys is None:
-        return Report(num_examples=1, train_loss=0.0)
-    found: dict[str, Any] = {}
-    for record in content.metric_records.values():
-        found.update(record)
-    if not isinstance(found.get(keys.num_examples), int):
-        raise UsageError(
-            f"the train function reports no whole number {keys.num_examples!r} in its "
-            f"MetricRecord; it has {', '.join(sorted(found)) or 'none'}"
-        )
-
-    def number(key: str) -> float:
-        value = found.get(key, 0.0)
-        if not isinstance(value, int | float):
-            raise UsageError(f"the train function reports {key!r} as {value!r}; wanted a number")
-        return float(value)
-
-    evaluated = keys.num_eval_examples in found
-    return Report(
-        num_examples=found[keys.num_examples],
-        train_loss=number(keys.train_loss),
-        num_validation_examples=int(number(keys.num_eval_examples)) if evaluated else 0,
-        validation_loss=number(keys.eval_loss) if evaluated else 0.0,
-        validation_metric=number(keys.eval_metric) if evaluated else 0.0,
-    )
 
 
 def _kept_state(context: Context) -> ModelState:
@@ -248,7 +222,8 @@ def _with_bounded_norm(method: Method) -> Method:
 def _refuse_outer_privacy() -> None:
     """Raise UsageError where one of Flower's mods of differential privacy stands outside this one.
 
-    It would see payloads instead of arrays.
+    It would see payloads instead of arrays. Flower tells a mod nothing of the others, so the only
+    trace of those outside is on the stack.
     """
     frame = sys._getframe(1)
     while frame is not None and frame.f_back is not None:

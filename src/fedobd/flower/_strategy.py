@@ -1,14 +1,18 @@
-"""FedOBDStrategy: a whole method over Flower, thin over the core's ServerSession."""
+"""FedOBDStrategy: a whole method over Flower, thin over the core's ServerSession.
+
+Flower's own `Strategy.start` (flwr 1.42) always begins at round 1, runs all of its rounds and has
+no hook to end early: resuming, stages and early stop need a `start` of our own.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
+from types import MappingProxyType
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -16,32 +20,20 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from fedobd._errors import EmptyRoundError, UsageError
-from fedobd.blocks import BlockRules, ModelSchema, ModelState
+from fedobd.blocks import BlockRules, ModelState
 from fedobd.experiments import RunFolder, make_record, plain_values
-from fedobd.flower._carrier import MAX_REASON
-from fedobd.flower._conductor import Conductor
-from fedobd.flower._exchange import POLL_SECONDS
-from fedobd.flower._layout import Layout, describe
-from fedobd.flower._opening import MetricKeys, Opening
-from fedobd.flower._roster import Roster
+from fedobd.flower._clients import ClientRegistry
+from fedobd.flower._handshake import ArrayKeys, Handshake, describe
+from fedobd.flower._messages import POLL_SECONDS, reason_of
+from fedobd.flower._metrics import Figures, MetricKeys, mean_of, numbers_in
+from fedobd.flower._round_driver import RoundDriver
 from fedobd.methods import FedOBD
 from fedobd.payload import DEFAULT_LIMITS, MAX_EXAMPLES, Limits
-from fedobd.sessions import (
-    Method,
-    RoundPlan,
-    RoundRecord,
-    ServerSession,
-    cohort_size,
-    weighted_mean,
-)
+from fedobd.sessions import Method, RoundPlan, RoundRecord, ServerSession, cohort_size
 from fedobd.simulation import Callback, RoundResult
 from fedobd.training import Evaluation
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
-
-
-Figures = dict[str, int | float]
-"""Numbers as a MetricRecord holds them."""
 
 
 class FedOBDStrategy(Strategy):
@@ -103,18 +95,10 @@ class FedOBDStrategy(Strategy):
         metric_keys: MetricKeys | None = None,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
-        counts = {
-            "num_clients": num_clients,
-            "min_replies": min_replies,
-            "max_attempts": max_attempts,
-        }
-        for name, value in counts.items():
-            if value < 1:
-                raise UsageError(f"{name} is {value}; allowed are numbers from 1")
+        _check_counts(num_clients=num_clients, min_replies=min_replies, max_attempts=max_attempts)
+        _check_seconds(round_timeout=round_timeout, join_timeout=join_timeout)
         if not 0 <= poll_seconds < math.inf:
             raise UsageError(f"poll_seconds is {poll_seconds}; allowed are seconds from 0")
-        _check_seconds("round_timeout", round_timeout)
-        _check_seconds("join_timeout", join_timeout)
         if resume and checkpoint_dir is None:
             raise UsageError("resume needs checkpoint_dir, the folder of the run to go on with")
         self.method = method or FedOBD()
@@ -126,7 +110,9 @@ class FedOBDStrategy(Strategy):
             )
         self.num_clients = num_clients
         self.records: list[RoundRecord] = []
-        """The records of the rounds that this object has played."""
+        """The records of the rounds that this object has run."""
+        self.result = Result()
+        """What clients reported in the last run, by round."""
         self._model_factory = model_factory
         self._rules = rules
         self._seed = seed
@@ -159,7 +145,7 @@ class FedOBDStrategy(Strategy):
 
         Args:
             grid: the ServerApp's grid.
-            initial_arrays: the initial model.
+            initial_arrays: the initial model, in the shapes of its state dict.
             num_rounds: at most so many rounds, and later more with `resume`; None for all that
                 the method plans.
             timeout: takes the place of `round_timeout`, if given.
@@ -178,37 +164,16 @@ class FedOBDStrategy(Strategy):
             FedOBDError: fewer than `min_replies` clients can be reached.
             UsageError: the arrays do not fit the model, or the folder holds another run.
         """
-        if self.method.stop.source == "test":
-            raise UsageError(
-                "the method stops early on a test set, which this has not got; wanted "
-                "EarlyStop(source='validation')"
-            )
-        if timeout is not None:
-            _check_seconds("timeout", timeout)
-            self._round_timeout = timeout
-        if num_rounds is not None and num_rounds < 0:
-            raise UsageError(f"num_rounds is {num_rounds}; allowed are numbers from 0")
-        rules = self._rules
-        if self.method.unit != "semantic":
-            rules = BlockRules(style=self.method.unit)
-        schema, layout = describe(initial_arrays, self._model_factory, rules)
-        server = ServerSession(
-            self.method,
-            schema,
-            layout.to_state(initial_arrays, schema),
-            num_clients=self.num_clients,
-            seed=self._seed,
-            shared_start=self._shared_start,
-            limits=replace(self._limits, max_examples=self._max_examples),
-        )
-        folder = self._open_folder(schema, server)
-        result = Result()
+        self._check_start(num_rounds, timeout)
+        server, keys = self._new_session(initial_arrays)
+        folder = self._open_folder(server)
+        result = self.result = Result()
         self.summary()
 
         def evaluate(number: int) -> None:
             if evaluate_fn is None:
                 return
-            metrics = evaluate_fn(number, layout.to_arrays(server.state))
+            metrics = evaluate_fn(number, keys.to_arrays(server.state))
             if metrics is not None:
                 result.evaluate_metrics_serverapp[number] = metrics
                 logger.log(INFO, "fedobd: round %d: server evaluation %s", number, dict(metrics))
@@ -216,24 +181,46 @@ class FedOBDStrategy(Strategy):
         if server.rounds == 0:
             evaluate(0)
         last = None if num_rounds is None else server.rounds + num_rounds
-        played_rounds = self.play(
-            grid,
-            server,
-            layout,
-            train_config=train_config,
-            evaluate_config=evaluate_config,
-            result=result,
-        )
+        configs = {"train": train_config, "evaluate": evaluate_config}
+        rounds = self.run(grid, server, keys, configs=configs)
         while not server.is_finished and server.rounds != last:
-            played = next(played_rounds)
+            done = next(rounds)
             if folder is not None:
-                folder.append_record(make_record(played))
+                # In this order: a record without its checkpoint is cut off when a run goes on.
+                folder.append_record(make_record(done))
                 folder.save_checkpoint(server.save())
-            evaluate(played.record.round)
-        result.arrays = layout.to_arrays(server.state)
+            evaluate(done.record.round)
+        result.arrays = keys.to_arrays(server.state)
         return result
 
-    def _open_folder(self, schema: ModelSchema, server: ServerSession) -> RunFolder | None:
+    def _check_start(self, num_rounds: int | None, timeout: float | None) -> None:
+        if self.method.stop.source == "test":
+            raise UsageError(
+                "the method stops early on a test set, which this has not got; wanted "
+                "EarlyStop(source='validation')"
+            )
+        if timeout is not None:
+            _check_seconds(timeout=timeout)
+            self._round_timeout = timeout
+        if num_rounds is not None and num_rounds < 0:
+            raise UsageError(f"num_rounds is {num_rounds}; allowed are numbers from 0")
+
+    def _new_session(self, initial_arrays: ArrayRecord) -> tuple[ServerSession, ArrayKeys]:
+        unit = self.method.unit
+        rules = self._rules if unit == "semantic" else BlockRules(style=unit)
+        schema, keys = describe(initial_arrays, self._model_factory, rules)
+        server = ServerSession(
+            self.method,
+            schema,
+            keys.to_state(initial_arrays, schema),
+            num_clients=self.num_clients,
+            seed=self._seed,
+            shared_start=self._shared_start,
+            limits=replace(self._limits, max_examples=self._max_examples),
+        )
+        return server, keys
+
+    def _open_folder(self, server: ServerSession) -> RunFolder | None:
         if self._checkpoint_dir is None:
             return None
         folder = RunFolder(Path(self._checkpoint_dir))
@@ -243,41 +230,37 @@ class FedOBDStrategy(Strategy):
             "clients": self.num_clients,
             "seed": self._seed,
             "shared_start": self._shared_start,
-            "model": schema.fingerprint.hex(),
+            "model": server.schema.fingerprint.hex(),
         }
         folder.start(options, resume=self._resume)
-        folder.write_json("schema.json", schema.to_json())
+        folder.write_json("schema.json", server.schema.to_json())
         saved = folder.load_checkpoint()
         if saved is not None:
             server.restore(saved)
         folder.cut_records(server.rounds)
         return folder
 
-    def play(
+    def run(
         self,
         grid: Grid,
         server: ServerSession,
-        layout: Layout | None = None,
+        keys: ArrayKeys | None = None,
         *,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
+        configs: Mapping[str, ConfigRecord | None] = MappingProxyType({}),
         evaluate: Callable[[ModelState], Evaluation] | None = None,
         should_evaluate: Callable[[RoundPlan], bool] = lambda plan: True,
         callback: Callback | None = None,
-        result: Result | None = None,
     ) -> Iterator[RoundResult]:
-        """Play the remaining rounds of a session; between two yields it can be saved.
+        """Run the remaining rounds of a session; between two yields it can be saved.
 
         Args:
             grid: the ServerApp's grid.
             server: the session.
-            layout: the arrays that clients see; None for the tensors of the schema.
-            train_config: entries to add to the config of train messages.
-            evaluate_config: entries to add to that of evaluate messages.
+            keys: the arrays that clients see; None for the tensors of the schema.
+            configs: entries to add to the config of messages, by kind: `train`, `evaluate`.
             evaluate: evaluates a state on the test set.
             should_evaluate: in which rounds.
             callback: sees payloads, and clients that have uploaded.
-            result: where clients' metrics go.
 
         Yields:
             Each round when it has ended.
@@ -285,79 +268,82 @@ class FedOBDStrategy(Strategy):
         Raises:
             EmptyRoundError, FedOBDError: see `start`.
         """
-        result = result if result is not None else Result()
-        opening = Opening(
-            method=server.method,
-            schema=server.schema,
-            layout=layout or Layout.of(server.schema),
-            seed=server.seed,
-            metrics=self._metric_keys,
-            shared_start=self._shared_start,
-        )
-        self._layout = opening.layout
-        self._server = server
-        self._roster = Roster(
-            grid,
-            self.num_clients,
-            wants_model=self._shared_start,
-            poll_seconds=self._poll_seconds,
-        )
-        conductor = self._conductor = Conductor(
-            grid,
-            server,
-            opening,
-            round_timeout=self._round_timeout,
-            poll_seconds=self._poll_seconds,
-            keep_broadcast=self._evaluate,
-            callback=callback,
-        )
-        self._roster.gather(self.num_clients, self._min_replies, self._join_timeout)
-        arrays = ArrayRecord()
+        driver = self._join(grid, server, keys or ArrayKeys.of(server.schema), callback)
         while not server.is_finished:
             began = time.perf_counter()
-            conductor.seconds.clear()
-            record = self._train(grid, train_config or ConfigRecord(), result)
+            driver.seconds.clear()
+            record = self._train(grid, configs.get("train") or ConfigRecord())
             if self._evaluate:
-                messages = self.configure_evaluate(
-                    record.round, arrays, evaluate_config or ConfigRecord(), grid
-                )
-                metrics = self.aggregate_evaluate(record.round, conductor.exchange(messages))
-                if metrics is not None:
-                    result.evaluate_metrics_clientapp[record.round] = metrics
-            plan = conductor.plan
+                self._evaluate_clients(grid, configs.get("evaluate") or ConfigRecord())
+            plan = driver.plan
             assert plan is not None
             test = None
             if evaluate is not None and should_evaluate(plan):
                 test = evaluate(server.state)
                 server.observe_test_metric(test.metric)
-            seconds = {**conductor.seconds, "round": time.perf_counter() - began}
+            seconds = {**driver.seconds, "round": time.perf_counter() - began}
             yield RoundResult(record=record, test=test, seconds=seconds)
 
-    def _train(self, grid: Grid, config: ConfigRecord, result: Result) -> RoundRecord:
-        """Play the training of a round, again where too few uploads came."""
+    def _join(
+        self, grid: Grid, server: ServerSession, keys: ArrayKeys, callback: Callback | None
+    ) -> RoundDriver:
+        """Take up a session, and wait for its clients."""
+        self._server, self._keys = server, keys
+        handshake = Handshake(
+            method=server.method,
+            schema=server.schema,
+            keys=keys,
+            seed=server.seed,
+            metrics=self._metric_keys,
+            shared_start=self._shared_start,
+        )
+        self._registry = ClientRegistry(
+            grid, self.num_clients, wants_model=self._shared_start, poll_seconds=self._poll_seconds
+        )
+        self._driver = RoundDriver(
+            grid,
+            server,
+            handshake,
+            round_timeout=self._round_timeout,
+            poll_seconds=self._poll_seconds,
+            keep_broadcast=self._evaluate,
+            callback=callback,
+        )
+        self._registry.gather(self.num_clients, self._min_replies, self._join_timeout)
+        return self._driver
+
+    def _train(self, grid: Grid, config: ConfigRecord) -> RoundRecord:
+        """Run the training of a round, again where too few uploads came."""
         number = self._server.rounds + 1
         for _ in range(self._max_attempts):
             messages = self.configure_train(number, ArrayRecord(), config, grid)
-            _, metrics = self.aggregate_train(number, self._conductor.exchange(messages))
+            _, metrics = self.aggregate_train(number, self._driver.exchange(messages))
             if metrics is not None:
-                result.train_metrics_clientapp[number] = metrics
+                self.result.train_metrics_clientapp[number] = metrics
                 return self.records[-1]
             logger.log(WARNING, "fedobd: round %d had too few uploads and is repeated", number)
-        left_out = self._conductor.left_out
+        left_out = self._driver.left_out
         raise EmptyRoundError(
             f"round {number} had fewer than {self._min_replies} uploads in {self._max_attempts} "
             "attempts; the last one left out "
             + "; ".join(f"client {client}: {why}" for client, why in sorted(left_out.items()))
         )
 
-    @property
-    def opening_bytes(self) -> int:
-        """Bytes of all openings that were sent.
+    def _evaluate_clients(self, grid: Grid, config: ConfigRecord) -> None:
+        number = self._server.rounds
+        messages = self.configure_evaluate(number, ArrayRecord(), config, grid)
+        metrics = self.aggregate_evaluate(number, self._driver.exchange(messages))
+        if metrics is not None:
+            self.result.evaluate_metrics_clientapp[number] = metrics
 
-        Of them the records hold the method's payloads (frozen tensors, for some methods the
-        model), and not the schema and the options, which no other engine sends.
+    @property
+    def handshake_bytes(self) -> int:
+        """Bytes of all handshakes that were sent.
+
+        Of them the records hold the method's initial payloads (frozen tensors, for some methods
+        the model), and not the schema and the options, which no other engine sends.
         """
-        return self._conductor.opening_bytes
+        return self._driver.handshake_bytes
 
     # --- the hooks of Flower's Strategy
 
@@ -365,48 +351,48 @@ class FedOBDStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Begin the round and return its messages; the arrays are the session's, not these."""
-        nodes = self._roster.gather(self._min_replies, self._min_replies, self._join_timeout)
-        return self._conductor.begin(nodes, config)
+        nodes = self._registry.gather(self._min_replies, self._min_replies, self._join_timeout)
+        return self._driver.begin(nodes, config)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold uploads as they come and end the round.
+        """Accumulate uploads as they come and end the round.
 
         Returns:
             The new arrays and the round's figures; (None, None) where it has to be repeated.
         """
         reported: dict[int, Figures] = {}
         for reply in replies:
-            client = self._conductor.receive(reply)
+            client = self._driver.receive(reply)
             if client is not None:
-                reported[client] = _entries(reply)
-        record = self._conductor.end(self._min_replies)
+                reported[client] = numbers_in(reply.content)
+        record = self._driver.end(self._min_replies)
         if record is None:
             return None, None
         self.records.append(record)
         weighted = [(reported[u.client], u.report.num_examples) for u in record.uploads]
-        metrics = MetricRecord({**_mean(weighted), **self._figures(record)})
-        return self._layout.to_arrays(self._server.state), metrics
+        metrics = MetricRecord({**mean_of(weighted), **self._figures(record)})
+        return self._keys.to_arrays(self._server.state), metrics
 
     def _figures(self, record: RoundRecord) -> Figures:
         """Return what a round's record says; it has the last word over what clients report."""
-        keys = self._metric_keys
-        found = {
-            keys.train_loss: record.train_loss,
-            keys.eval_loss: record.validation_loss,
-            keys.eval_metric: record.validation_metric,
+        names = self._metric_keys
+        figures = {
+            names.train_loss: record.train_loss,
+            names.eval_loss: record.validation_loss,
+            names.eval_metric: record.validation_metric,
             "num-replies": len(record.uploads),
             "uplink-bytes": record.uplink_bytes,
             "downlink-bytes": record.downlink_bytes,
         }
-        return {name: figure for name, figure in found.items() if figure is not None}
+        return {name: figure for name, figure in figures.items() if figure is not None}
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Ask the clients of the round to evaluate the broadcast that they kept."""
-        return self._conductor.evaluation(config)
+        return self._driver.evaluation(config)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -415,43 +401,26 @@ class FedOBDStrategy(Strategy):
         weighted = []
         for reply in replies:
             if reply.has_error():
-                reason = (reply.error.reason or "")[:MAX_REASON]
-                logger.log(WARNING, "fedobd: an evaluation failed: %s", reason)
+                logger.log(WARNING, "fedobd: an evaluation failed: %s", reason_of(reply))
                 continue
-            entries = _entries(reply)
+            entries = numbers_in(reply.content)
             weight = entries.pop(self._metric_keys.num_examples, None)
             if isinstance(weight, int) and 1 <= weight <= self._max_examples:
                 weighted.append((entries, weight))
-        return MetricRecord({**_mean(weighted)}) if weighted else None
+        return MetricRecord({**mean_of(weighted)}) if weighted else None
 
     def summary(self) -> None:
         """Log the method with its options."""
         logger.log(INFO, "fedobd: %s, %d clients", self.method, self.num_clients)
 
 
-def _check_seconds(name: str, seconds: float) -> None:
-    if not 0 < seconds < math.inf:
-        raise UsageError(f"{name} is {seconds}; allowed are seconds above 0")
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise UsageError(f"{name} is {value}; allowed are numbers from 1")
 
 
-def _entries(reply: Message) -> Figures:
-    """Return the numbers in a reply's MetricRecords."""
-    return {
-        key: value
-        for record in reply.content.metric_records.values()
-        for key, value in record.items()
-        if isinstance(value, int | float)
-    }
-
-
-def _mean(weighted: list[tuple[Figures, int]]) -> Figures:
-    """Return the weighted mean of the finite numbers that all have."""
-    means: Figures = {}
-    weights = [weight for _, weight in weighted]
-    for key in set[str]().union(*(entries for entries, _ in weighted)):
-        values = [entries[key] for entries, _ in weighted if key in entries]
-        with suppress(OverflowError, ValueError):  # of absurd numbers
-            mean = weighted_mean(values, weights) if len(values) == len(weights) else None
-            if mean is not None and math.isfinite(mean):
-                means[key] = mean
-    return means
+def _check_seconds(**seconds: float) -> None:
+    for name, value in seconds.items():
+        if not 0 < value < math.inf:
+            raise UsageError(f"{name} is {value}; allowed are seconds above 0")

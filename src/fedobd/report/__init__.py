@@ -21,8 +21,8 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
         output: the file; one that is there is replaced.
 
     Raises:
-        UsageError: a folder holds no run, a run is damaged, vl-convert is not installed, or the file
-            cannot be written.
+        UsageError: a folder holds no run, a run is damaged, vl-convert is not installed, or the
+            file cannot be written.
     """
     from fedobd.report._page import make_page  # when first needed, as vl-convert is
 

@@ -1,17 +1,20 @@
-"""Roster: which node plays which client, asked when a node first appears."""
+"""Clients: who a node says it is, and which nodes of a run can take part.
+
+A node's own id is a random number of Flower's; a client is known by the number that its operator
+gives it in the node config.
+"""
 
 from __future__ import annotations
 
 import time
 from logging import INFO, WARNING, getLogger
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedobd._errors import FedOBDError
-from fedobd.flower._carrier import IDENTIFY
-from fedobd.flower._exchange import POLL_SECONDS, push
-from fedobd.flower._identity import Identity
+from fedobd.flower._messages import IDENTIFY, PASSING_ERRORS, POLL_SECONDS, push, reason_of
+from fedobd.payload import VERSION
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
 
@@ -19,7 +22,67 @@ IDENTIFY_SECONDS = 120.0
 """How long a new node may take to say who it is; it is asked again afterwards."""
 
 
-class Roster:
+def client_id(context: Context) -> int | None:
+    """Return the node config's `client-id`, else its `partition-id`, None without both."""
+    for key in ("client-id", "partition-id"):
+        if key in context.node_config:
+            value = context.node_config[key]
+            # Flower reads a node config as TOML: a number may come as text, as 3.0, nan or true
+            if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+                return None
+            try:
+                return int(value)
+            except ValueError:
+                return None
+    return None
+
+
+def introduce(request: Message, context: Context, *, has_model: bool) -> Message:
+    """Return a node's answer to a server that asks who it is.
+
+    Args:
+        request: the server's message.
+        context: the node's.
+        has_model: whether its mod can make the initial model.
+    """
+    record = ConfigRecord({"format": VERSION, "has-model": has_model})
+    client = client_id(context)
+    if client is not None:
+        record["client-id"] = client
+    return Message(RecordDict({IDENTIFY: record}), reply_to=request)
+
+
+def read_client(answer: Message, num_clients: int, *, wants_model: bool) -> int | str:
+    """Return which client a node is by its answer, or in words why it cannot take part."""
+    if answer.has_error():
+        return (
+            f"it answered with error {answer.error.code}, {reason_of(answer)!r}; does its "
+            "ClientApp have mods=[fedobd.flower.CompressionMod()]?"
+        )
+    record = answer.content.config_records.get(IDENTIFY)
+    if record is None:
+        return "its answer holds no identity; does its ClientApp have CompressionMod first?"
+    client, version = record.get("client-id"), record.get("format")
+    if not isinstance(version, int) or not (client is None or type(client) is int):
+        return "its answer holds no identity that this version understands"
+    if version != VERSION:
+        return (
+            f"it reads payload format {version}, this server {VERSION}; install the same fedobd "
+            "on both"
+        )
+    if client is None:
+        return "its node config gives neither client-id nor partition-id as a whole number"
+    if not 0 <= client < num_clients:
+        return f"its client-id is {client}; allowed are 0 to {num_clients - 1}"
+    if wants_model and not record.get("has-model"):
+        return (
+            "this run starts from a model that clients hold already (shared_start), and its mod "
+            "has no model; wanted CompressionMod(model_factory=...)"
+        )
+    return client
+
+
+class ClientRegistry:
     """The nodes of a run that can take part.
 
     Args:
@@ -43,7 +106,9 @@ class Roster:
         self._poll_seconds = poll_seconds
         self._clients: dict[int, int] = {}  # of each node that said who it is, first ones first
         self._asked: dict[str, tuple[int, float]] = {}  # message: node, until when
-        self._away: set[int] = set()  # nodes in _clients that were not online at the last look
+        # Nodes in _clients that were not online at the last look. They are not forgotten: Flower
+        # lists a node whose heartbeats were late again, under the same id.
+        self._away: set[int] = set()
         self.refused: dict[int, str] = {}
         """Nodes that cannot take part, with the reason."""
 
@@ -62,7 +127,7 @@ class Roster:
             del self.refused[node]
         for node in self._away:
             if any(self._clients.get(other) == self._clients[node] for other in present):
-                del self._clients[node]  # another one plays its client now
+                del self._clients[node]  # another node is its client now
         known = {*self._clients, *self.refused} - returned
         self._ask([node for node in present if node not in known])
         self._listen()
@@ -134,22 +199,18 @@ class Roster:
         for number, (node, _) in list(self._asked.items()):
             if number in came:
                 del self._asked[number]
-                self._enter(node, Identity.read(came[number]))
+                self._enter(node, came[number])
 
-    def _enter(self, node: int, identity: Identity | str | None) -> None:
-        if identity is None:
-            return  # it is asked again
-        if isinstance(identity, str):
+    def _enter(self, node: int, answer: Message) -> None:
+        if answer.has_error() and answer.error.code in PASSING_ERRORS:
+            return  # the question did not reach it, or it went away meanwhile: it is asked again
+        client = read_client(answer, self._num_clients, wants_model=self._wants_model)
+        if isinstance(client, str):
             self._clients.pop(node, None)
-            self._refuse(node, identity)
-            return
-        objection = identity.objection(self._num_clients, wants_model=self._wants_model)
-        if objection is not None or identity.client is None:
-            self._clients.pop(node, None)
-            self._refuse(node, objection or "")
+            self._refuse(node, client)
         else:
-            self._clients[node] = identity.client
-            logger.log(INFO, "fedobd: node %d is client %d", node, identity.client)
+            self._clients[node] = client
+            logger.log(INFO, "fedobd: node %d is client %d", node, client)
 
     def _refuse(self, node: int, reason: str) -> None:
         if node not in self.refused:

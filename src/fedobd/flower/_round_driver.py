@@ -1,4 +1,4 @@
-"""Conductor: carries the rounds of a ServerSession over a Grid."""
+"""RoundDriver: carries the rounds of a ServerSession over a Grid."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedobd._errors import DecodeError, UsageError
-from fedobd.flower._carrier import (
+from fedobd.flower._handshake import Handshake
+from fedobd.flower._messages import (
     BROADCAST,
     EXPIRED,
+    HANDSHAKE,
     KEEP,
     KEPT_ROUND,
-    MAX_REASON,
-    NEEDS_OPENING,
-    OPENING,
+    NEEDS_HANDSHAKE,
+    POLL_SECONDS,
     UPLOAD,
     as_array,
     carried,
     carrier,
     carry,
+    collect,
+    plan_config,
+    push,
+    reason_of,
 )
-from fedobd.flower._exchange import POLL_SECONDS, collect, push
-from fedobd.flower._opening import Opening
-from fedobd.flower._plan import plan_config
 from fedobd.sessions import RoundPlan, RoundRecord, ServerSession
 from fedobd.simulation import Callback
 
 logger = getLogger("flwr")  # where Flower shows what a ServerApp says
 
 
-class Conductor:
+class RoundDriver:
     """Carries the rounds of a session over a grid, one at a time.
 
     Args:
         grid: how nodes are reached.
         server: the server's session.
-        opening: what clients must know of the run.
+        handshake: what clients must know of the run.
         round_timeout: seconds after which replies are late.
         poll_seconds: pause between two looks for replies.
         keep_broadcast: have clients keep the round's broadcast, to evaluate it.
@@ -51,7 +53,7 @@ class Conductor:
         self,
         grid: Grid,
         server: ServerSession,
-        opening: Opening,
+        handshake: Handshake,
         *,
         round_timeout: float,
         poll_seconds: float = POLL_SECONDS,
@@ -60,12 +62,12 @@ class Conductor:
     ) -> None:
         self._grid = grid
         self._server = server
-        self._opening = opening
+        self._handshake = handshake
         self._round_timeout = round_timeout
         self._poll_seconds = poll_seconds
         self._keep_broadcast = keep_broadcast
-        self._callback = callback if callback is not None else Callback()
-        self._opened: set[int] = set()  # nodes that were sent an opening in this run
+        self._callback = callback or Callback()
+        self._greeted: set[int] = set()  # nodes that were sent a handshake in this run
         self._nodes: dict[int, int] = {}
         self._waiting: set[int] = set()  # clients of the round that have not answered
         self._accepted: list[int] = []
@@ -75,9 +77,9 @@ class Conductor:
         """Why clients of the last round were left out."""
         self.plan: RoundPlan | None = None
         """The plan of the last round that was begun."""
-        self.opening_bytes = 0
-        """Bytes of all openings that were sent: schema and options, and the method's payloads,
-        which alone are in the records."""
+        self.handshake_bytes = 0
+        """Bytes of all handshakes that were sent: schema and options, and the method's initial
+        payloads, which alone are in the records."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Wall-clock seconds of the round by phase."""
 
@@ -104,40 +106,41 @@ class Conductor:
         full = ConfigRecord({**config, **plan_config(plan)})
         if self._keep_broadcast:
             full[KEEP] = True
-        new = [client for client in plan.cohort if self._nodes[client] not in self._opened]
         plain = RecordDict({"arrays": carry(self._broadcast, BROADCAST), "config": full})
-        opened = plain
+        first = plain
+        new = [client for client in plan.cohort if self._nodes[client] not in self._greeted]
         if new:
-            openings = {
-                c: server.initial_payload(c).data for c in new if server.has_initial_payload
-            }
-            for client, payload in openings.items():
+            # The initial payload is the same for all. Flower names an object by its hash, so what
+            # messages share is uploaded once: nothing of one client's own may be in here.
+            payload = b""
+            for client in new if server.has_initial_payload else ():
+                payload = server.initial_payload(client).data
                 self._see(f"opening-{client}", payload)
-            shared = next(iter(openings.values()), b"")
-            opened = RecordDict({"arrays": self._with_opening(shared), "config": full})
-        return [
-            self._message(client, opened if client in new else plain) for client in plan.cohort
-        ]
+            first = RecordDict({"arrays": self._with_handshake(payload), "config": full})
+        return [self._message(client, first if client in new else plain) for client in plan.cohort]
 
-    def _with_opening(self, payload: bytes) -> ArrayRecord:
-        """Return the round's broadcast with an opening beside it that ends with a payload."""
-        packed = self._opening.pack(payload)
-        return carry(self._broadcast, BROADCAST, as_array(packed, OPENING))
+    def _with_handshake(self, payload: bytes) -> ArrayRecord:
+        """Return the round's broadcast beside a handshake that ends with an initial payload."""
+        return carry(
+            self._broadcast, BROADCAST, as_array(self._handshake.pack(payload), HANDSHAKE)
+        )
 
     def _message(self, client: int, content: RecordDict, kind: str = "train") -> Message:
         assert self.plan is not None
+        # A node works through its messages one after another, expired ones excepted: without a
+        # time to live, a node that was late once would be late in each round from then on.
         return Message(
             content,
             self._nodes[client],
             kind,
             ttl=self._round_timeout,
-            group_id=str(self.plan.round),
+            group_id=str(self.plan.round),  # SuperNodes log it as "ROUND n"
         )
 
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Send messages and yield the replies as they come, until the round's deadline.
 
-        A client that has lost what its opening gave it is sent its message again, with an opening.
+        A client that has lost its handshake is sent its message again, with the handshake.
         """
         deadline = time.monotonic() + self._round_timeout
         self._sent = self._push(messages)
@@ -146,8 +149,8 @@ class Conductor:
         for reply in collect(self._grid, pending, deadline, self._poll_seconds):
             self.seconds["wait"] += time.perf_counter() - began
             message = self._sent.get(reply.metadata.reply_to_message_id)
-            if message is not None and _has_lost_opening(reply, message):
-                again = self._push([self._reopened(message)])
+            if message is not None and _asks_for_handshake(reply, message):
+                again = self._push([self._resent(message)])
                 self._sent.update(again)
                 pending.update(again)
             elif message is not None:
@@ -158,23 +161,23 @@ class Conductor:
     def _push(self, messages: Iterable[Message]) -> dict[str, Message]:
         sent = push(self._grid, list(messages))
         for message in sent.values():
-            opening = carried(message.content.get("arrays"), OPENING)
-            if opening is not None:
-                self.opening_bytes += len(opening)
-                self._opened.add(message.metadata.dst_node_id)
+            handshake = carried(message.content.get("arrays"), HANDSHAKE)
+            if handshake is not None:
+                self.handshake_bytes += len(handshake)
+                self._greeted.add(message.metadata.dst_node_id)
         return sent
 
-    def _reopened(self, message: Message) -> Message:
+    def _resent(self, message: Message) -> Message:
         client = self._client_of(message)
-        logger.log(INFO, "fedobd: client %d has lost its opening and is sent it again", client)
-        again = self._server.resend_initial_payload(client)
-        payload = again.data if again else b""
-        content = RecordDict({**message.content, "arrays": self._with_opening(payload)})
+        logger.log(INFO, "fedobd: client %d has lost its handshake and is sent it again", client)
+        initial = self._server.resend_initial_payload(client)
+        arrays = self._with_handshake(initial.data if initial else b"")
+        content = RecordDict({**message.content, "arrays": arrays})
         return self._message(client, content)
 
     def _client_of(self, message: Message) -> int:
         node = message.metadata.dst_node_id
-        return next(client for client, own in self._nodes.items() if own == node)
+        return next(client for client, its_node in self._nodes.items() if its_node == node)
 
     def receive(self, reply: Message) -> int | None:
         """Take in a client's reply to a train message.
@@ -191,8 +194,8 @@ class Conductor:
             return None
         self._waiting.remove(client)
         if reply.has_error():
-            reason = (reply.error.reason or "no reason")[:MAX_REASON]
             kind = "late" if reply.error.code in EXPIRED else "failed"
+            reason = reason_of(reply) or "no reason"
             self._miss(client, kind, f"error {reply.error.code}: {reason}")
             return None
         key = carrier(reply.content, UPLOAD)
@@ -245,12 +248,12 @@ class Conductor:
             self._callback.on_payload(self.plan.round, name, payload)
 
 
-def _has_lost_opening(reply: Message, message: Message) -> bool:
-    """Whether a client asks for an opening that this message, with a broadcast, did not bring."""
+def _asks_for_handshake(reply: Message, message: Message) -> bool:
+    """Whether a client asks for a handshake that this message, with a broadcast, did not bring."""
     arrays = message.content.get("arrays")
     return (
         reply.has_error()
-        and (reply.error.reason or "").startswith(NEEDS_OPENING)
+        and reason_of(reply).startswith(NEEDS_HANDSHAKE)
         and carried(arrays, BROADCAST) is not None
-        and carried(arrays, OPENING) is None
+        and carried(arrays, HANDSHAKE) is None
     )

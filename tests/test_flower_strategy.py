@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -762,13 +761,12 @@ def test_a_duplicate_takes_over_in_mid_run_and_is_opened_itself() -> None:
 
 
 def test_a_silent_new_node_does_not_hold_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_roster, "IDENTIFY_SECONDS", 1.0)
+    """What the node is waited for would end with the machine, if anything waited for it."""
+    monkeypatch.setattr(_roster, "IDENTIFY_SECONDS", 1e6)
     fleet = Fleet(method=FedAvg(rounds=2))
     fleet.grid.silent = {fleet.node(4)}
-    began = time.monotonic()
-    strategy = fleet.run(join_timeout=0.05, round_timeout=5.0)
+    strategy = fleet.run(join_timeout=0.05, round_timeout=1e6)
     assert [record.cohort for record in strategy.records] == [(0, 1, 2, 3)] * 2
-    assert time.monotonic() - began < 1.0
 
 
 def test_a_node_that_could_not_answer_at_first_is_asked_again() -> None:
@@ -874,9 +872,7 @@ def test_a_late_reply_is_left_out_and_does_not_poison_the_next_round() -> None:
                 fleet.grid.silent = {node} if number == 1 else set()
 
         strategy = fleet.strategy(round_timeout=SHORT)
-        began = time.monotonic()
         fleet.result = strategy.start(fleet.grid, fleet.arrays, evaluate_fn=evaluate)
-        assert SHORT <= time.monotonic() - began < 10
         (refusal,) = (r for record in strategy.records for r in record.refusals)
         assert (refusal.client, refusal.reason) == (straggler, "late")
         assert refusal.message == f"no reply within {SHORT:g} seconds"

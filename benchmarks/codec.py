@@ -44,7 +44,7 @@ from fedobd.codec import NNADQ, Float32, decode_levels, encode_levels, level_bit
 from fedobd.data import ClientData, Examples
 from fedobd.models import DenseNet40, use_batch_statistics
 from fedobd.sessions import Broadcast
-from fedobd.sessions._aggregation import RunningMean
+from fedobd.sessions._mean import WeightedMean
 from fedobd.training import TrainingOptions, train_locally
 from memory import made_upload, transformer
 
@@ -380,10 +380,10 @@ def _upload_row(
     server = ServerSession(method, schema, start, num_clients=1)
     server.begin_round()
     client = ClientSession(method, schema, client=0, executor=executor)
-    client.receive(b"".join(server.broadcast()))
+    client.receive(server.broadcast().data)
     report = Report(num_examples=1, train_loss=0.0)
-    upload = b"".join(client.upload(trained, report))
-    seconds = median_seconds(lambda: b"".join(client.upload(trained, report)))
+    upload = client.upload(trained, report).data
+    seconds = median_seconds(lambda: client.upload(trained, report).data)
     payload = Payload.parse(upload, schema)
     entropy = 0.0
     for _, segment, code in payload.codes():
@@ -413,13 +413,13 @@ def folding(results: dict[str, Any], executor: Executor) -> None:
     start = get_state(model)
     upload = made_upload(schema, start, executor)
     reference = {name: value.to(torch.float32) for name, value in start.items()}
-    mean = RunningMean(schema, reference, cohort_size=1000, max_examples=10**7)
+    mean = WeightedMean(schema, reference, cohort_size=1000, max_examples=10**7)
     payload = Payload.parse(upload, schema)
     rows = {}
     for threads, used in ((1, None), (2, executor)):
 
         def fold(used: Executor | None = used) -> None:
-            mean.fold(lambda: payload.blocks(used), 100, differences=True)
+            mean.accumulate(lambda: payload.blocks(used), 100, differences=True)
 
         rows[threads] = schema.num_parameters * 4 / median_seconds(fold) / 1e9
         console.print(
@@ -456,12 +456,10 @@ def lossless(results: dict[str, Any]) -> None:
         method = FedAvg(lossless=flag, cohort=1)
         server = ServerSession(method, schema, start, num_clients=1)
         server.begin_round()
-        broadcast = b"".join(server.broadcast())
+        broadcast = server.broadcast().data
         client = ClientSession(method, schema, client=0)
         client.receive(Broadcast.decode(broadcast, method, schema))
-        rows[str(flag)] = len(
-            b"".join(client.upload(trained, Report(num_examples=1, train_loss=0)))
-        )
+        rows[str(flag)] = len(client.upload(trained, Report(num_examples=1, train_loss=0)).data)
     saved = 1 - rows["True"] / rows["False"]
     console.print(
         f"lossless, FedAvg upload of a trained DenseNet-40: {rows['False']:,} to {rows['True']:,} "

@@ -40,7 +40,7 @@ from fedobd.blocks import segment_of
 from fedobd.codec import NNADQ, Unquantized
 from fedobd.models import TransformerClassifier
 from fedobd.payload import Bytes, Kind, encode_payload
-from fedobd.sessions._aggregation import RunningMean
+from fedobd.sessions._mean import WeightedMean
 
 
 def transformer(parameters: int) -> torch.nn.Module:
@@ -59,22 +59,22 @@ def made_upload(
     server = ServerSession(method, schema, start, num_clients=1)
     server.begin_round()
     client = ClientSession(method, schema, client=0, executor=executor)
-    client.receive(b"".join(server.broadcast()))
+    client.receive(server.broadcast().data)
     generator = torch.Generator().manual_seed(seed)
     after = {
         name: value + 0.005 * torch.randn(value.shape, generator=generator)
         for name, value in start.items()
     }
-    return b"".join(client.upload(after, Report(num_examples=1, train_loss=0.0)))
+    return client.upload(after, Report(num_examples=1, train_loss=0.0)).data
 
 
 def warm_up() -> None:
     """Play a small round, so that all compiled code is loaded before memory is read."""
     model = torch.nn.Linear(8, 8)
     schema, start = decompose(model), get_state(model)
-    mean = RunningMean(schema, start, cohort_size=1, max_examples=1)
+    mean = WeightedMean(schema, start, cohort_size=1, max_examples=1)
     payload = Payload.parse(made_upload(schema, start, None), schema)
-    mean.fold(payload.blocks, 1, differences=True)
+    mean.accumulate(payload.blocks, 1, differences=True)
     mean.finish()
 
 
@@ -130,17 +130,17 @@ def memory_of_streaming(parameters: int) -> None:
     base = resident_megabytes()
     header = Header(
         kind=Kind.BROADCAST, method=FedOBD.wire_id, round=1, stage=1,
-        kept=tuple(range(len(schema.blocks))),
+        block_ids=tuple(range(len(schema.blocks))),
     )  # fmt: skip
     began = time.perf_counter()
     with tempfile.TemporaryFile() as file:
-        chunks = encode_payload(
+        payload = encode_payload(
             schema,
             header,
             lambda s: segment_of(state, schema.tensors[s.tensor], s),
             NNADQ(1e-3),
         )
-        for chunk in chunks:
+        for chunk in payload.chunks:
             file.write(chunk)
         encoded = time.perf_counter() - began
         size = file.tell()
@@ -178,13 +178,14 @@ def beyond_four_gibibytes() -> None:
         tuple(Block(f"b{i}", "made", (), (Segment(i, 0, count),), count) for i in range(parts)),
     )
     header = Header(
-        kind=Kind.BROADCAST, method=FedAvg.wire_id, round=1, stage=1, kept=tuple(range(parts))
+        kind=Kind.BROADCAST, method=FedAvg.wire_id, round=1, stage=1, block_ids=tuple(range(parts))
     )
     sent = 0
 
     def chunks() -> Iterator[Bytes]:
         nonlocal sent
-        for chunk in encode_payload(schema, header, lambda segment: values, Unquantized()):
+        payload = encode_payload(schema, header, lambda segment: values, Unquantized())
+        for chunk in payload.chunks:
             sent += memoryview(chunk).nbytes
             yield chunk
 
@@ -217,10 +218,10 @@ def aggregate(path: Path, uploads: int) -> None:
     base = resident_megabytes()
     generator = torch.Generator().manual_seed(0)
     state = {t.name: torch.randn(t.shape, generator=generator) * 0.02 for t in schema.tensors}
-    mean = RunningMean(schema, state, cohort_size=uploads, max_examples=10**6)
+    mean = WeightedMean(schema, state, cohort_size=uploads, max_examples=10**6)
     for client in range(uploads):
         payload = Payload.parse(path.read_bytes(), schema)
-        mean.fold(payload.blocks, 100 + client, differences=True)
+        mean.accumulate(payload.blocks, 100 + client, differences=True)
     mean.finish()
     model = schema.num_parameters * 4 / 1e6
     print(

@@ -103,18 +103,17 @@ def main() -> None:
     )
     print(f"before: loss {loss_on(model, everyone):.2f}")
     while (plan := server.begin_round()) is not None:
-        broadcast = b"".join(server.broadcast())
+        broadcast = server.broadcast().data
         for number in plan.cohort:
-            opening = b"".join(server.opening(number)) if server.needs_opening(number) else None
             client = fedobd.ClientSession(
                 method, schema, client=number, seed=SEED, state=start, start=start
             )
-            if opening is not None:
-                client.open(opening)
+            if server.needs_initial_payload(number):
+                client.initialize(server.initial_payload(number).data)
             fedobd.load_state(model, client.receive(broadcast))
             loss = train(model, data[number], plan.epochs, rate=1e-2)
             report = fedobd.Report(num_examples=len(data[number]), train_loss=loss)
-            server.receive(number, b"".join(client.upload(fedobd.get_state(model), report)))
+            server.receive(number, client.upload(fedobd.get_state(model), report).data)
         record = server.end_round()
         fedobd.load_state(model, server.state)
         print(

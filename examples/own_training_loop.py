@@ -91,14 +91,14 @@ def main() -> None:
 
     print(f"error before: {test_error(model, test):.3f}")
     while (plan := server.begin_round()) is not None:
-        broadcast = b"".join(server.broadcast())
+        broadcast = server.broadcast().data
         for number in plan.cohort:
             client = ClientSession(method, schema, client=number, seed=SEED)
             own = copy.deepcopy(model)
             load_state(own, client.receive(broadcast))
             loss = train(own, data[number], plan.epochs)
             report = Report(num_examples=len(data[number][0]), train_loss=loss)
-            server.receive(number, b"".join(client.upload(get_state(own), report)))
+            server.receive(number, client.upload(get_state(own), report).data)
         record = server.end_round()
         total_bytes += record.uplink_bytes + record.downlink_bytes
         load_state(model, server.state)

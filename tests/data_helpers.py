@@ -21,22 +21,9 @@ from fedobd import cli
 from fedobd.data import Columns, ImageOptions, LoadedData, Splits, TextOptions, load_data
 
 WORDS = [
-    "the",
-    "film",
-    "is",
-    "a",
-    "good",
-    "bad",
-    "long",
-    "short",
-    "story",
-    "of",
-    "two",
-    "people",
-    "who",
-    "met",
-    "once",
-]
+    "the", "film", "is", "a", "good", "bad", "long", "short", "story", "of", "two", "people",
+    "who", "met", "once",
+]  # fmt: skip
 
 
 def keep_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,10 +36,10 @@ def keep_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> NoReturn:
         pytest.fail("a connection was tried")
 
-    def stay(own: socket.socket, address: Any) -> None:
-        if own.family != socket.AF_UNIX:  # between processes of this machine
+    def stay(endpoint: socket.socket, address: Any) -> None:
+        if endpoint.family != socket.AF_UNIX:  # between processes of this machine
             refuse()
-        connect(own, address)
+        connect(endpoint, address)
 
     for name, value in caches(folder).items():
         monkeypatch.setenv(name, value)

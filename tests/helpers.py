@@ -131,7 +131,7 @@ def header_of(
         method=1,
         round=3,
         stage=1,
-        kept=tuple(range(len(schema.blocks)) if kept is None else kept),
+        block_ids=tuple(range(len(schema.blocks)) if kept is None else kept),
         is_difference=is_difference,
         client=7 if is_upload else None,
         report=(report or Report(num_examples=5, train_loss=0.5)) if is_upload else None,
@@ -151,7 +151,7 @@ def encode(
     start: Mapping[str, torch.Tensor] | None = None,
 ) -> bytes:
     """Return the payload; stochastic levels are drawn from one and the same seed."""
-    chunks = encode_payload(
+    payload = encode_payload(
         schema,
         header or header_of(schema),
         source_of(schema, state, start),
@@ -159,7 +159,7 @@ def encode(
         generator=torch.Generator().manual_seed(0),
         frozen=lambda spec: state[spec.name],
     )
-    return b"".join(chunks)
+    return payload.data
 
 
 def read_all(data: bytes, schema: ModelSchema) -> Payload:

@@ -205,18 +205,18 @@ class Engine:
 
     def ask(self, server: ServerSession, plan: RoundPlan) -> RoundLog:
         """Let every client of the cohort make its upload; hand none of them in."""
-        log = RoundLog(plan, b"".join(server.broadcast()))
+        log = RoundLog(plan, server.broadcast().data)
         for number in plan.cohort:
             client = self.session(number)
-            if server.needs_opening(number):
-                log.openings[number] = b"".join(server.opening(number))
-                client.open(log.openings[number])
+            if server.needs_initial_payload(number):
+                log.openings[number] = server.initial_payload(number).data
+                client.initialize(log.openings[number])
             start = client.receive(log.broadcast)
             log.starts[number] = {name: value.clone() for name, value in start.items()}
             trained = self.train(self.schema, start, number, plan.round)
             log.trained[number] = trained
             report = self.report(number, plan.round)
-            log.uploads[number] = b"".join(client.upload(trained, report))
+            log.uploads[number] = client.upload(trained, report).data
             self.kept[number] = {name: value.clone() for name, value in client.state.items()}
         return log
 
@@ -367,13 +367,13 @@ def craft_upload(
         method=method.wire_id,
         round=plan.round,
         stage=plan.stage,
-        kept=kept,
+        block_ids=kept,
         is_difference=method.sends_differences,
         client=client,
         report=Report(num_examples=num_examples, train_loss=1.0),
         mask=mask,
     )
-    return b"".join(encode_payload(schema, header, source, quantizer or Unquantized()))
+    return encode_payload(schema, header, source, quantizer or Unquantized()).data
 
 
 def decode_broadcast(log: RoundLog, method: Method, schema: ModelSchema) -> ModelState:
@@ -424,7 +424,7 @@ class Scene:
 
     def sent_blocks(self) -> tuple[int, ...]:
         """Blocks of the round's broadcast."""
-        return Broadcast.decode(self.log.broadcast, self.method, self.schema).header.kept
+        return Broadcast.decode(self.log.broadcast, self.method, self.schema).header.block_ids
 
     def buffer_block(self) -> int:
         index = [spec.name for spec in self.schema.tensors].index("1.running_var")

@@ -20,7 +20,7 @@ from fedobd.blocks import ModelSchema, ModelState, Role, master_state
 from fedobd.codec import NNADQ, Mask, Quantizer, Unquantized
 from fedobd.payload import DecodedSegment, Kind, Payload
 from fedobd.sessions import Sums
-from fedobd.sessions._aggregation import RunningMean, num_sums
+from fedobd.sessions._mean import WeightedMean, num_sums
 from tests.helpers import (
     buffer,
     encode,
@@ -75,11 +75,11 @@ def blocks_of(
     return blocks
 
 
-def fold(mean: RunningMean, blocks: Blocks, num_examples: int, *, differences: bool) -> None:
+def fold(mean: WeightedMean, blocks: Blocks, num_examples: int, *, differences: bool) -> None:
     """Fold blocks as decoding gives them: differences of parameters are float32."""
     if differences:
         blocks = as_differences(blocks)
-    mean.fold(lambda: blocks, num_examples, differences=differences)
+    mean.accumulate(lambda: blocks, num_examples, differences=differences)
 
 
 def as_differences(blocks: Blocks) -> Blocks:
@@ -91,12 +91,12 @@ def as_differences(blocks: Blocks) -> Blocks:
     return [(number, [cast(decoded) for decoded in segments]) for number, segments in blocks]
 
 
-def finished(mean: RunningMean) -> ModelState:
+def finished(mean: WeightedMean) -> ModelState:
     """Finish a copy, since finishing gives up the sums."""
     return copy.deepcopy(mean).finish()
 
 
-def snapshot(mean: RunningMean) -> dict[str, Any]:
+def snapshot(mean: WeightedMean) -> dict[str, Any]:
     if not mean._memory:
         mean._begin()  # as the first upload does
     return copy.deepcopy(vars(mean))
@@ -144,8 +144,8 @@ class Round:
     cohort_size: int
     max_examples: int
 
-    def mean(self, order: Sequence[int], memory: Sums | None = None) -> RunningMean:
-        mean = RunningMean(
+    def mean(self, order: Sequence[int], memory: Sums | None = None) -> WeightedMean:
+        mean = WeightedMean(
             SCHEMA,
             self.reference,
             cohort_size=self.cohort_size,
@@ -254,11 +254,11 @@ def test_mean_is_within_its_bound(case: Round) -> None:
             assert abs(Fraction(came) - wanted) <= bound, (spec.name, element)
 
 
-def simple_mean(value: float = 1.0, **options: Any) -> tuple[ModelSchema, RunningMean]:
+def simple_mean(value: float = 1.0, **options: Any) -> tuple[ModelSchema, WeightedMean]:
     schema = make_schema([parameter("w", 2), parameter("v", 1)])
     reference = {"w": torch.full((2,), value), "v": torch.full((1,), value)}
     settings = {"cohort_size": 10, "max_examples": 100, **options}
-    return schema, RunningMean(schema, reference, **settings)
+    return schema, WeightedMean(schema, reference, **settings)
 
 
 def test_mean_is_weighted_by_examples() -> None:
@@ -325,7 +325,7 @@ def test_mean_per_element_is_over_those_who_sent_it() -> None:
     ]
     means = {}
     for per_element in (True, False):
-        mean = RunningMean(
+        mean = WeightedMean(
             schema, reference, cohort_size=2, max_examples=3, per_element=per_element
         )
         for blocks, num_examples in uploads:
@@ -340,7 +340,7 @@ def test_mean_per_element_is_over_those_who_sent_it() -> None:
 def test_buffers_are_averaged_over_all_uploads_even_per_element() -> None:
     schema = make_schema([parameter("w", 1), buffer("mean", 1)])
     reference = {"w": torch.zeros(1), "mean": torch.zeros(1)}
-    mean = RunningMean(schema, reference, cohort_size=2, max_examples=4, per_element=True)
+    mean = WeightedMean(schema, reference, cohort_size=2, max_examples=4, per_element=True)
     state = {"w": torch.full((1,), 4.0), "mean": torch.full((1,), 4.0)}
     fold(mean, blocks_of(schema, state), 1, differences=False)
     fold(mean, [], 3, differences=False)
@@ -353,7 +353,7 @@ def test_buffers_are_averaged_over_all_uploads_even_per_element() -> None:
 def test_buffers_are_values_in_an_upload_of_differences(differences: bool) -> None:
     schema = make_schema([parameter("w", 1), buffer("mean", 1)])
     reference = {"w": torch.full((1,), 2.0), "mean": torch.full((1,), 8.0)}
-    mean = RunningMean(schema, reference, cohort_size=1, max_examples=1)
+    mean = WeightedMean(schema, reference, cohort_size=1, max_examples=1)
     state = {"w": torch.full((1,), 4.0), "mean": torch.full((1,), 4.0)}
     fold(mean, blocks_of(schema, state), 1, differences=differences)
     result = mean.finish()
@@ -376,7 +376,7 @@ def test_integers_take_the_largest(
     schema = make_schema([parameter("w", 1), buffer("seen", 1, 2, dtype=dtype)])
     reference = {"w": torch.zeros(1), "seen": torch.tensor([before], dtype=dtype)}
     for order in (sent, sent[::-1]):
-        mean = RunningMean(schema, reference, cohort_size=3, max_examples=9)
+        mean = WeightedMean(schema, reference, cohort_size=3, max_examples=9)
         for number, values in enumerate(order):
             state = {"w": torch.zeros(1), "seen": torch.tensor([values], dtype=dtype)}
             fold(mean, blocks_of(schema, state), number + 1, differences=True)
@@ -387,7 +387,7 @@ def test_integers_take_the_largest(
 
 def test_tensors_that_nobody_sent_and_frozen_ones_stay() -> None:
     reference = master_state(SCHEMA, random_state(SCHEMA, 1))
-    mean = RunningMean(SCHEMA, reference, cohort_size=2, max_examples=5)
+    mean = WeightedMean(SCHEMA, reference, cohort_size=2, max_examples=5)
     fold(mean, [], 5, differences=True)
     assert_same_state(mean.finish(), reference)
 
@@ -397,7 +397,7 @@ def test_reference_and_uploads_are_not_changed() -> None:
     before = {name: tensor.clone() for name, tensor in reference.items()}
     upload = blocks_of(SCHEMA, random_state(SCHEMA, 2))
     values = [d.values.clone() for _, segments in upload for d in segments]
-    mean = RunningMean(SCHEMA, reference, cohort_size=2, max_examples=5)
+    mean = WeightedMean(SCHEMA, reference, cohort_size=2, max_examples=5)
     fold(mean, upload, 3, differences=False)
     mean.finish()
     assert_same_state(reference, before)
@@ -419,11 +419,11 @@ def test_upload_that_breaks_off_leaves_no_trace(
     reference = master_state(SCHEMA, random_state(SCHEMA, 1))
     mask = Mask.of_rate(3, 0.4) if use_mask else None
     good, bad = (blocks_of(SCHEMA, random_state(SCHEMA, s, 3.0), None, mask) for s in (2, 3))
-    mean = RunningMean(SCHEMA, reference, cohort_size=4, max_examples=9, per_element=per_element)
+    mean = WeightedMean(SCHEMA, reference, cohort_size=4, max_examples=9, per_element=per_element)
     fold(mean, good, 2, differences=True)
     before, state = snapshot(mean), finished(mean)
     with pytest.raises(DecodeError, match="damaged on purpose"):
-        mean.fold(lambda: breaks_off(as_differences(bad), after), 5, differences=True)
+        mean.accumulate(lambda: breaks_off(as_differences(bad), after), 5, differences=True)
     assert_same(snapshot(mean), before)
     assert_same_state(finished(mean), state)
     # and it can still come, whole
@@ -433,7 +433,7 @@ def test_upload_that_breaks_off_leaves_no_trace(
 
 def test_difference_beyond_the_legal_range_leaves_no_trace() -> None:
     reference = master_state(SCHEMA, random_state(SCHEMA, 1))
-    mean = RunningMean(SCHEMA, reference, cohort_size=4, max_examples=9)
+    mean = WeightedMean(SCHEMA, reference, cohort_size=4, max_examples=9)
     fold(mean, blocks_of(SCHEMA, random_state(SCHEMA, 2)), 2, differences=True)
     before = snapshot(mean)
     for name, position in (("w", 0), ("b", 0), ("mean", 1), ("v", 4)):
@@ -455,12 +455,12 @@ def test_damaged_payload_leaves_no_trace() -> None:
     altered = with_checksum(data[:-5] + bytes([data[-5] ^ 0xFF]) + data[-4:])
     payload = Payload.parse(altered, schema)
     assert next(payload.blocks())[0] == 0
-    mean = RunningMean(schema, random_state(schema, 2), cohort_size=2, max_examples=9)
+    mean = WeightedMean(schema, random_state(schema, 2), cohort_size=2, max_examples=9)
     before = snapshot(mean)
     with pytest.raises(DecodeError, match="a level"):
-        mean.fold(payload.blocks, 5, differences=False)
+        mean.accumulate(payload.blocks, 5, differences=False)
     assert_same(snapshot(mean), before)
-    mean.fold(Payload.parse(data, schema).blocks, 5, differences=False)
+    mean.accumulate(Payload.parse(data, schema).blocks, 5, differences=False)
     assert torch.allclose(mean.finish()["v"], state["v"], atol=0.1)
 
 
@@ -477,14 +477,14 @@ def test_views_into_a_payload_add_up_as_decoded_values(
         SCHEMA, Kind.UPLOAD, is_difference=differences, mask=mask, is_lossless=lossless
     )
     one, other = (
-        RunningMean(SCHEMA, reference, cohort_size=3, max_examples=9, per_element=True)
+        WeightedMean(SCHEMA, reference, cohort_size=3, max_examples=9, per_element=True)
         for _ in range(2)
     )
     for seed in (2, 3, 4):
         data = encode(SCHEMA, random_state(SCHEMA, seed), header, quantizer, start=start)
         payload = Payload.parse(data, SCHEMA)
-        one.fold(payload.blocks, seed, differences=differences)
-        other.fold(payload.views, seed, differences=differences)
+        one.accumulate(payload.blocks, seed, differences=differences)
+        other.accumulate(payload.views, seed, differences=differences)
     assert_same_state(one.finish(), other.finish())
 
 
@@ -496,19 +496,19 @@ def test_a_view_that_is_not_finite_leaves_no_trace(
     name: str, bad: float, masked: bool, differences: bool
 ) -> None:
     reference = master_state(SCHEMA, random_state(SCHEMA, 1))
-    mean = RunningMean(SCHEMA, reference, cohort_size=4, max_examples=9, per_element=True)
+    mean = WeightedMean(SCHEMA, reference, cohort_size=4, max_examples=9, per_element=True)
     state = {name: value.contiguous() for name, value in random_state(SCHEMA, 2).items()}
     mark = struct.pack("<f", 0.123)
     state[name].reshape(-1)[-1] = 0.123
     mask = Mask(0, 0) if masked else None
     header = header_of(SCHEMA, Kind.UPLOAD, is_difference=differences, mask=mask)
     data = encode(SCHEMA, state, header)
-    mean.fold(Payload.parse(data, SCHEMA).views, 2, differences=differences)
+    mean.accumulate(Payload.parse(data, SCHEMA).views, 2, differences=differences)
     before = snapshot(mean)
     assert data.count(mark) == 1
     forged = with_checksum(data.replace(mark, struct.pack("<f", bad)))
     with pytest.raises(DecodeError, match=f"tensor '{name}' holds NaN or an infinity") as caught:
-        mean.fold(Payload.parse(forged, SCHEMA).views, 2, differences=differences)
+        mean.accumulate(Payload.parse(forged, SCHEMA).views, 2, differences=differences)
     assert caught.value.reason is DecodeReason.NOT_FINITE
     assert_same(snapshot(mean), before)
 
@@ -532,7 +532,7 @@ def test_fault_in_the_last_level_stream_leaves_no_trace(
     )
     reference = master_state(schema, random_state(schema, 1))
     header = header_of(schema, Kind.UPLOAD, is_difference=differences)
-    mean = RunningMean(schema, reference, cohort_size=4, max_examples=99, per_element=per_element)
+    mean = WeightedMean(schema, reference, cohort_size=4, max_examples=99, per_element=per_element)
 
     def upload(seed: int) -> bytes:
         start = random_state(schema, 0) if differences else None
@@ -540,7 +540,7 @@ def test_fault_in_the_last_level_stream_leaves_no_trace(
 
     def fold_payload(data: bytes, num_examples: int) -> None:
         payload = Payload.parse(data, schema)
-        mean.fold(payload.blocks, num_examples, differences=differences)
+        mean.accumulate(payload.blocks, num_examples, differences=differences)
 
     for seed in (2, 3):
         fold_payload(upload(seed), 10 * seed)
@@ -608,6 +608,6 @@ def test_nothing_folded_is_an_empty_round() -> None:
         mean.finish()
     whole = blocks_of(schema, random_state(schema, 1))
     with pytest.raises(DecodeError):
-        mean.fold(lambda: breaks_off(whole, 1), 5, differences=True)
+        mean.accumulate(lambda: breaks_off(whole, 1), 5, differences=True)
     with pytest.raises(EmptyRoundError, match="no upload was accepted in this round"):
         mean.finish()

@@ -321,7 +321,7 @@ def test_any_image_becomes_a_legal_one_of_its_own(
     results = Augmentation(flip=flip, crop_padding=padding)(images, generator)
     assert torch.equal(images, before)
     for image, result in zip(images, results, strict=True):
-        assert any(torch.equal(result, found) for found in legal(image, padding, flip))
+        assert any(torch.equal(result, other) for other in legal(image, padding, flip))
 
 
 def test_images_of_a_batch_are_drawn_for_one_by_one() -> None:

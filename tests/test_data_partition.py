@@ -24,7 +24,6 @@ from tests.test_runner import Interrupted, Stopper, results
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Specifying null_placement in SortOptions:FutureWarning",  # pyarrow of datasets
-    "ignore:The specified min_partition_size:UserWarning",  # flwr-datasets, before it tries anew
 )
 
 CLASSES, EACH, CLIENTS = 10, 60, 20
@@ -71,21 +70,44 @@ def counts_of(shares: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor
     return torch.stack([torch.bincount(targets[s], minlength=CLASSES) for s in shares])
 
 
+GOLDEN: list[tuple[PartitionOptions, int, list[list[int]]]] = [
+    (PartitionOptions(), 5, [[4, 6, 16, 7, 12, 18, 20, 17], [21, 5, 19, 13, 9, 14, 0, 23],
+     [22, 15, 2, 10, 11, 3, 1, 8]]),
+    (PartitionOptions(name="dirichlet", min_examples=2), 5, [[0, 1],
+     [7, 4, 8, 10, 2, 3, 16, 11, 5, 19, 14, 13, 17], [12, 9, 18, 15, 23, 22, 6, 21, 20]]),
+    # drawn anew until each of them has 6
+    (PartitionOptions(name="dirichlet", alpha=0.2, min_examples=6), 0, [[11, 14, 8, 17, 1, 5, 2],
+     [13, 4, 20, 7, 10, 16, 19], [9, 0, 22, 6, 15, 3, 21, 23, 12, 18]]),
+    (PartitionOptions(name="shard"), 5, [[1, 4, 9, 6, 7, 3, 10, 0],
+     [15, 21, 18, 11, 2, 12, 8, 5], [13, 20, 14, 19, 17, 22, 23, 16]]),
+    (PartitionOptions(name="pathological"), 5, [[2, 5, 10, 7, 8, 4, 11, 1],
+     [16, 22, 19, 9, 0, 13, 6, 3], [14, 18, 12, 20, 15, 23, 21, 17]]),
+    (PartitionOptions(name="natural"), 5, [[17, 15, 3, 7, 5, 13, 1, 21, 11, 23, 19, 9],
+     [12, 20, 8, 4, 0, 16], [18, 10, 6, 22, 2, 14]]),
+]  # fmt: skip
+"""Partitions of `GOLDEN_TARGETS` among three clients. Those of `dirichlet` and `natural` were made
+by the partitioners of Flower Datasets 0.6, which every earlier record rests on."""
+GOLDEN_TARGETS = torch.tensor([0, 2, 1] * 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "seed", "wanted"), GOLDEN, ids=[options.name for options, _, _ in GOLDEN]
+)
+def test_partitions_stay_as_they_are(
+    options: PartitionOptions, seed: int, wanted: list[list[int]]
+) -> None:
+    owners = ["b", "a", "c", "a"] * 6
+    shares = partition(GOLDEN_TARGETS, 3, options, owners=owners, seed=seed)
+    assert [share.tolist() for share in shares] == wanted
+
+
 # Laws
-
-
-@pytest.mark.parametrize("name", sorted(OPTIONS))
-@pytest.mark.parametrize("seed", [0, 1])
-def test_each_example_goes_to_one_client_and_each_client_has_some(name: str, seed: int) -> None:
-    shares = shares_of(OPTIONS[name], seed=seed)
-    assert len(shares) == CLIENTS
-    assert all(len(share) > 0 and share.dtype == torch.int64 for share in shares)
-    assert torch.cat(shares).sort().values.tolist() == list(range(CLASSES * EACH))
 
 
 @pytest.mark.parametrize(
     ("name", "num_examples", "clients"),
     [
+        *((name, CLASSES * EACH, CLIENTS) for name in sorted(OPTIONS)),
         ("iid", 607, 20),
         ("iid", 20, 20),
         ("iid", 5, 1),
@@ -98,10 +120,12 @@ def test_each_example_goes_to_one_client_and_each_client_has_some(name: str, see
         ("shard of 5", 618, 20),
     ],
 )
-def test_no_example_is_lost_whatever_their_number(
+def test_each_example_goes_to_one_client_and_each_client_has_some(
     name: str, num_examples: int, clients: int
 ) -> None:
     shares = shares_of(OPTIONS[name], clients=clients, targets=targets_of(num_examples))
+    assert len(shares) == clients
+    assert all(len(share) > 0 and share.dtype == torch.int64 for share in shares)
     assert torch.cat(shares).sort().values.tolist() == list(range(num_examples))
 
 
@@ -174,8 +198,8 @@ def test_dirichlet_is_the_more_unequal_the_smaller_alpha() -> None:
     def inequality(alpha: float) -> float:
         options = PartitionOptions(name="dirichlet", alpha=alpha, min_examples=1)
         counts = counts_of(shares_of(options, clients=10), targets_of()).double()
-        own = counts / counts.sum(dim=1, keepdim=True)
-        return float((own - 1 / CLASSES).abs().sum(dim=1).mean() / 2)
+        parts = counts / counts.sum(dim=1, keepdim=True)
+        return float((parts - 1 / CLASSES).abs().sum(dim=1).mean() / 2)
 
     small, middle, large = (inequality(alpha) for alpha in (0.05, 0.5, 1000))
     assert small > middle + 0.1
@@ -190,14 +214,13 @@ def test_dirichlet_gives_no_client_less_than_is_wanted() -> None:
         assert min(map(len, shares_of(options, seed=seed, clients=10))) >= 25
 
 
-def test_natural_gives_each_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+def test_natural_gives_each_its_own() -> None:
     targets = targets_of(60)
     owners = [("a", "b", "c")[n % 3] if n < 50 else "c" for n in range(60)]
     shares = partition(targets, 3, OPTIONS["natural"], owners=owners)
     held = [{owners[n] for n in share.tolist()} for share in shares]
     assert sorted(map(sorted, held)) == [["a"], ["b"], ["c"]]
     assert sorted(map(len, shares)) == [17, 17, 26]
-    assert capfd.readouterr() == ("", "")  # no progress bar of the library's
 
 
 # What is wrong
@@ -209,7 +232,12 @@ def test_natural_gives_each_its_own(capfd: pytest.CaptureFixture[str]) -> None:
         ("iid", 0, r"600 examples cannot be shared among 0 clients; allowed are 1 to 600"),
         ("iid", 601, r"600 examples cannot be shared among 601 clients; allowed are 1 to 600"),
         ("shard", 601, r"600 examples cannot be shared among 601 clients"),
-        ("dirichlet", 100, r"600 examples cannot be shared among 100 clients by 'dirichlet': "),
+        (
+            "dirichlet",
+            100,
+            r"600 examples cannot be shared among 100 clients by 'dirichlet': in 11 "
+            r"draws a client had fewer than min_examples = 10; use fewer clients",
+        ),
         ("natural", 3, r"the examples are of 20 clients; federation.clients is 3"),
     ],
 )
@@ -263,7 +291,8 @@ def test_natural_needs_a_column() -> None:
     ("values", "message"),
     [
         ({"alpha": 0.0}, r"alpha is 0.0; allowed are numbers above 0"),
-        ({"alpha": -1.0}, r"alpha is -1.0; allowed are numbers above 0"),
+        ({"alpha": float("nan")}, r"alpha is nan; allowed are numbers above 0"),
+        ({"alpha": float("inf")}, r"alpha is inf; allowed are numbers above 0"),
         ({"min_examples": 0}, r"min_examples is 0; allowed are numbers from 1"),
         ({"shards_per_client": 0}, r"shards_per_client is 0; allowed are numbers from 1"),
         ({"classes_per_client": 0}, r"classes_per_client is 0; allowed are numbers from 1"),
@@ -272,11 +301,6 @@ def test_natural_needs_a_column() -> None:
 def test_options_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         PartitionOptions(**values)
-
-
-def test_an_alpha_that_is_no_number_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"by 'dirichlet': Alpha|alpha is nan"):
-        partition(targets_of(), 3, PartitionOptions(name="dirichlet", alpha=float("nan")))
 
 
 def test_more_shards_than_examples_are_refused() -> None:
@@ -327,14 +351,13 @@ def test_natural_in_a_run_follows_the_rows_that_are_used(tmp_path: Path) -> None
         for text, writer in zip(sentences(60), writers, strict=True)
     }
     assert len(known) == 60
-    found = []
-    total = 0
-    for own in built.federated.clients:
-        rows = gather(own.train).inputs.tolist() + gather(own.validation).inputs.tolist()
+    writers_of_clients, total = [], 0
+    for client in built.federated.clients:
+        rows = gather(client.train).inputs.tolist() + gather(client.validation).inputs.tolist()
         total += len(rows)
         (writer,) = {known[tuple(row)] for row in rows}
-        found.append(writer)
-    assert sorted(found) == ["ann", "bob", "cid"]
+        writers_of_clients.append(writer)
+    assert sorted(writers_of_clients) == ["ann", "bob", "cid"]
     assert total == 40
 
 
@@ -378,22 +401,19 @@ def test_runs_on_images_are_the_same_with_workers_and_resumed(tmp_path: Path) ->
     run(config, tmp_path / "a")
     run(config, tmp_path / "b", workers=2)
     assert results(tmp_path / "a") == results(tmp_path / "b")
-    for after in (1, 2):
-        with pytest.raises(Interrupted):
-            run(config, tmp_path / f"c{after}", observer=Stopper(after))
-        run(config, tmp_path / f"c{after}", resume=True)
-        assert results(tmp_path / "a") == results(tmp_path / f"c{after}")
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "c", observer=Stopper(1))
+    run(config, tmp_path / "c", resume=True)
+    assert results(tmp_path / "a") == results(tmp_path / "c")
 
 
-@pytest.mark.parametrize("name", ["shard", "pathological", "natural"])
-def test_runs_on_texts_are_the_same_when_they_are_resumed(name: str, tmp_path: Path) -> None:
+def test_a_run_on_texts_of_writers_is_the_same_when_it_is_resumed(tmp_path: Path) -> None:
     config = small(
         {
             "name": str(natural_texts(tmp_path)),
             "columns": {"client": "writer"},
             "text": {"min_count": 1, "length": 12},
-            "partition": {"name": name},
-            "splits": {"max_train": 45},  # a multiple of what there are shards of, with the tests
+            "partition": {"name": "natural"},
         },
         model={
             "name": "transformer",
@@ -402,9 +422,7 @@ def test_runs_on_texts_are_the_same_when_they_are_resumed(name: str, tmp_path: P
         training={"loss": "binary-cross-entropy", "batch_size": 8, "learning_rate": 0.05},
     )
     run(config, tmp_path / "a")
-    run(config, tmp_path / "b")
-    assert results(tmp_path / "a") == results(tmp_path / "b")
     with pytest.raises(Interrupted):
-        run(config, tmp_path / "c", observer=Stopper(1))
-    run(config, tmp_path / "c", resume=True)
-    assert results(tmp_path / "a") == results(tmp_path / "c")
+        run(config, tmp_path / "b", observer=Stopper(1))
+    run(config, tmp_path / "b", resume=True)
+    assert results(tmp_path / "a") == results(tmp_path / "b")

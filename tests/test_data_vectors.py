@@ -254,5 +254,5 @@ def test_vectors_are_for_texts(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 def test_numbers_are_read_to_the_last_digit(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("good -0.1234567 1e-5\n", encoding="utf-8")
-    found = load_vectors(tmp_path / "a.txt", VOCABULARY)[3].numpy()
-    assert found.tolist() == np.array([-0.1234567, 1e-5], np.float32).tolist()
+    vector = load_vectors(tmp_path / "a.txt", VOCABULARY)[3].numpy()
+    assert vector.tolist() == np.array([-0.1234567, 1e-5], np.float32).tolist()

@@ -523,11 +523,11 @@ def send_up(
     """Return the differences that an upload of a client holds."""
     method = FedOBD(codec=codec)
     header = Header(
-        kind=Kind.BROADCAST, method=method.wire_id, round=1, stage=1, kept=all_blocks(schema)
+        kind=Kind.BROADCAST, method=method.wire_id, round=1, stage=1, block_ids=all_blocks(schema)
     )
     client = ClientSession(method, schema, client=0)
     client.receive(Broadcast(header, start))
-    upload = b"".join(client.upload(trained, Report(num_examples=1, train_loss=0.0)))
+    upload = client.upload(trained, Report(num_examples=1, train_loss=0.0)).data
     sent = {name: torch.zeros(value.shape) for name, value in trained.items()}
     for _, segments in Payload.parse(upload, schema).blocks():
         for decoded in segments:

@@ -383,10 +383,10 @@ def test_a_node_is_opened_once_and_apart_from_the_broadcast() -> None:
             assert terms.method == fleet.method
             assert Payload.parse(payload, fleet.schema).num_bytes.total == len(payload)
     for record in strategy.records:
-        assert [fleet.node(c) for c in record.opened] == sorted(
+        assert [fleet.node(c) for c in record.initialized] == sorted(
             node for node, number in opened.items() if number == record.round
         )
-        assert record.reopened == ()
+        assert record.reinitialized == ()
 
 
 def flat_report(client: int, number: int) -> Report:
@@ -568,7 +568,7 @@ def test_a_node_that_forgets_before_it_evaluates_does_not_end_the_run() -> None:
     strategy = fleet.run(evaluate=True)
     assert len(strategy.records) == 2
     assert {client for number, client in fleet.evaluated if number == 1} == {0, 1, 2, 4}
-    assert strategy.records[1].reopened == (3,)
+    assert strategy.records[1].reinitialized == (3,)
 
 
 def test_absurd_evaluation_metrics_do_not_end_the_run() -> None:
@@ -929,7 +929,7 @@ def test_a_smafd_node_that_never_got_its_opening_is_sent_it_when_it_is_back() ->
     strategy = fleet.run()
     again = [record for record in strategy.records[1:] if gone in record.cohort]
     assert again
-    assert again[0].reopened == (gone,)
+    assert again[0].reinitialized == (gone,)
     assert all(not record.refusals for record in strategy.records[1:])
 
 
@@ -1191,7 +1191,7 @@ def test_a_hostile_client_cannot_ask_for_its_opening_for_ever() -> None:
     assert took_part
     for record in took_part:
         assert [(r.client, r.reason) for r in record.refusals] == [(3, "failed")]
-        assert record.reopened.count(3) <= 1
+        assert record.reinitialized.count(3) <= 1
 
 
 # --- nodes that forget
@@ -1223,7 +1223,7 @@ def test_a_node_that_forgot_is_opened_again_within_the_round(name: str, kind: st
     strategy = fleet.strategy()
     fleet.result = strategy.start(fleet.grid, fleet.arrays, evaluate_fn=evaluate)
     second = strategy.records[1]
-    assert second.reopened == (lost,)
+    assert second.reinitialized == (lost,)
     assert second.refusals == ()
     assert lost in {upload.client for upload in second.uploads}
     sent = [m for m in fleet.messages() if m.metadata.group_id == "2"]
@@ -1231,9 +1231,10 @@ def test_a_node_that_forgot_is_opened_again_within_the_round(name: str, kind: st
     broadcasts = sum(len(carried(arrays_of(m), BROADCAST) or b"") for m in sent)
     openings = [carried(arrays_of(m), OPENING) for m in sent]
     opening = sum(len(Opening.unpack(data)[1]) for data in openings if data)
-    assert second.opening_bytes == opening > 0
+    assert second.initial_bytes == opening > 0
     assert second.downlink_bytes == broadcasts + opening
-    assert all(record.reopened == () for record in (strategy.records[0], *strategy.records[2:]))
+    others = (strategy.records[0], *strategy.records[2:])
+    assert all(record.reinitialized == () for record in others)
     if name == "fedobd":  # nothing is lost that the opening does not bring back
         assert bits(fleet.final) == bits(fleet.reference()[0].state)
 
@@ -1251,7 +1252,7 @@ def test_all_nodes_may_forget_after_every_round() -> None:
         assert all(not record.refusals for record in strategy.records)
         seen: set[int] = set()
         for record in strategy.records:
-            assert set(record.reopened) == set(record.cohort) & seen
+            assert set(record.reinitialized) == set(record.cohort) & seen
             seen |= set(record.cohort)
         if not fleet.method.keeps_client_state:
             assert bits(fleet.final) == bits(fleet.reference()[0].state)
@@ -1285,10 +1286,10 @@ def test_a_round_with_too_few_uploads_is_repeated_and_its_bytes_count() -> None:
         )
         broadcast = once.broadcast.total
         extra = broadcast * len(cohort)
-        openings = once.opening_bytes  # sent in the first attempt, and not again
+        openings = once.initial_bytes  # sent in the first attempt, and not again
         assert repeated.downlink_bytes == once.downlink_bytes + extra
         assert strategy.records[2:] == [
-            replace(r, opened=s.opened)
+            replace(r, initialized=s.initialized)
             for r, s in zip(records[2:], strategy.records[2:], strict=True)
         ]
         assert repeated.uploads == once.uploads
@@ -1390,7 +1391,7 @@ def test_a_run_killed_in_any_round_goes_on_to_the_same_end(name: str, tmp_path: 
         )
         if fleet.method.keeps_client_state and number > 1:
             first = strategy.records[0]
-            assert first.opened == first.cohort  # clients have lost what they kept
+            assert first.initialized == first.cohort  # clients have lost what they kept
             expected = resumed_reference(fleet, number)
             assert bits(fleet.final) == bits(expected)
         else:

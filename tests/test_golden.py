@@ -85,7 +85,7 @@ def test_golden_upload_says_what_is_written_here() -> None:
         method=5,
         round=3,
         stage=1,
-        kept=(0, 1, 3),
+        block_ids=(0, 1, 3),
         is_difference=True,
         is_lossless=True,
         client=7,
@@ -117,7 +117,7 @@ def test_golden_start_stands_for_the_state_it_was_made_of() -> None:
     data, schema = golden("broadcast_start")
     payload = Payload.parse(data, schema)
     assert payload.header.start == state_fingerprint(schema, plain_state(schema, 4))
-    assert payload.header.kept == (0,)
+    assert payload.header.block_ids == (0,)
     assert list(payload.blocks()) == []
     assert list(payload.frozen()) == []
 

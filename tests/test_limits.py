@@ -35,9 +35,9 @@ def made() -> tuple[ServerSession, bytes, Any]:
     plan = server.begin_round()
     assert plan is not None
     client = ClientSession(method, schema, client=0)
-    start = client.receive(b"".join(server.broadcast()))
+    start = client.receive(server.broadcast().data)
     trained = {name: value + torch.randn_like(value) for name, value in start.items()}
-    return server, b"".join(client.upload(trained, Report(num_examples=1, train_loss=0))), schema
+    return server, client.upload(trained, Report(num_examples=1, train_loss=0)).data, schema
 
 
 def whole(data: bytes, schema: Any, limits: Limits) -> None:
@@ -54,7 +54,7 @@ def in_pieces(data: bytes, schema: Any, limits: Limits) -> None:
 @pytest.mark.parametrize("read", [whole, in_pieces])
 def test_length_and_levels_can_be_limited(read: Callable[[bytes, Any, Limits], None]) -> None:
     server, _, schema = made()
-    data = b"".join(server.broadcast())
+    data = server.broadcast().data
     levels = [code.num_levels for _, _, code in Payload.parse(data, schema).codes()]
     read(data, schema, Limits(max_payload_bytes=len(data), max_levels=max(levels)))
     for limits in (Limits(max_payload_bytes=len(data) - 1), Limits(max_levels=max(levels) - 1)):

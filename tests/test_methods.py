@@ -150,7 +150,7 @@ def test_a_short_run_ends_and_changes_what_was_uploaded_and_nothing_else(
     assert server.begin_round() is None
     before, after = make_state(MODELS[kind]()), server.state
     uploads = [upload for log in logs for upload in record_of(log).uploads]
-    blocks = [engine.schema.blocks[number] for upload in uploads for number in upload.blocks_kept]
+    blocks = [engine.schema.blocks[number] for upload in uploads for number in upload.block_ids]
     sent = {engine.schema.tensors[s.tensor].name for block in blocks for s in block.segments}
     assert list(after) == list(before)
     for spec in engine.schema.tensors:
@@ -299,7 +299,7 @@ def test_a_round_goes_begin_receive_end(name: str) -> None:
     before = bits(server.state)
     for number in plan.cohort:
         record = server.receive(number, log.uploads[number])
-        assert (record.client, record.num_examples) == (number, 100 + 37 * number)
+        assert (record.client, record.report.num_examples) == (number, 100 + 37 * number)
     assert bits(server.state) == before, "nothing changes before the round ends"
     ended = server.end_round()
     assert (ended.round, ended.stage, ended.cohort) == (1, 1, plan.cohort)
@@ -320,7 +320,7 @@ def test_the_bytes_of_a_round_are_told_apart_by_block(name: str) -> None:
         record = server.end_round()
         uploads = [Payload.parse(log.uploads[n], server.schema) for n in plan.cohort]
         for number, traffic in enumerate(record.uplink_blocks):
-            holding = [u.block_traffic()[number] for u in uploads if number in u.header.kept]
+            holding = [u.block_traffic()[number] for u in uploads if number in u.header.block_ids]
             assert traffic.payloads == len(holding)
             assert traffic.num_bytes == sum(held.num_bytes for held in holding)
             levels = [
@@ -384,9 +384,9 @@ def test_every_count_of_bytes_is_the_length_of_what_was_emitted(name: str, kind:
         assert record.uplink_bytes == sum(lengths.values())
         opening_bytes = sum(map(len, log.openings.values()))
         assert record.broadcast.total == len(log.broadcast)
-        assert record.opening_bytes == opening_bytes
+        assert record.initial_bytes == opening_bytes
         assert record.downlink_bytes == len(log.broadcast) * len(log.plan.cohort) + opening_bytes
-        assert record.opened == tuple(sorted(log.openings))
+        assert record.initialized == tuple(sorted(log.openings))
 
 
 @every_method
@@ -412,8 +412,8 @@ def test_only_an_opening_holds_frozen_parameters_and_it_holds_them_raw(name: str
         for payload in (each.broadcast, *each.uploads.values())
     )
     payload = Payload.parse(log.openings[log.plan.cohort[0]], server.schema)
-    assert payload.header.kind is Kind.OPENING
-    assert payload.header.kept == (
+    assert payload.header.kind is Kind.INITIAL
+    assert payload.header.block_ids == (
         tuple(range(len(server.schema.blocks))) if name == "smafd" else ()
     )
 
@@ -427,7 +427,7 @@ def test_a_client_that_was_never_opened_is_told_so(name: str, kind: str) -> None
         assert set(client.receive(logs[0].broadcast)) == set(server.state)
         return
     with pytest.raises(
-        UsageError, match=r"client 4 has not kept tensor '[\w.]+', .* needs an opening payload"
+        UsageError, match=r"client 4 has not kept tensor '[\w.]+', .* needs an initial payload"
     ):
         client.receive(logs[0].broadcast)
 

@@ -115,7 +115,7 @@ class Case:
 
     def _check_frozen(self, payload: Payload) -> None:
         came = dict(payload.frozen())
-        if self.header.kind is not Kind.OPENING or self.header.start is not None:
+        if self.header.kind is not Kind.INITIAL or self.header.start is not None:
             assert came == {}
             return
         assert list(came) == [t for t in self.schema.tensors if t.role is Role.FROZEN]
@@ -254,10 +254,10 @@ def table() -> dict[str, Case]:
             types_start,
         ),
         "opening with frozen": Case(
-            ice, header_of(ice, Kind.OPENING, kept=()), random_state(ice, 5), Unquantized()
+            ice, header_of(ice, Kind.INITIAL, kept=()), random_state(ice, 5), Unquantized()
         ),
         "opening with all": Case(
-            tied, header_of(tied, Kind.OPENING), get_state(model), NNADQ(1e-2)
+            tied, header_of(tied, Kind.INITIAL), get_state(model), NNADQ(1e-2)
         ),
         "broadcast lossless": Case(
             types, header_of(types, is_lossless=True), types_state, NNADQ(1e-3)
@@ -270,7 +270,7 @@ def table() -> dict[str, Case]:
         ),
         "opening lossless": Case(
             ice,
-            header_of(ice, Kind.OPENING, is_lossless=True),
+            header_of(ice, Kind.INITIAL, is_lossless=True),
             random_state(ice, 5),
             Unquantized(),
         ),
@@ -279,7 +279,7 @@ def table() -> dict[str, Case]:
         ),
         "opening of the start": Case(
             ice,
-            header_of(ice, Kind.OPENING, kept=(), start=bytes(range(16))),
+            header_of(ice, Kind.INITIAL, kept=(), start=bytes(range(16))),
             random_state(ice, 5),
             Unquantized(),
         ),
@@ -303,20 +303,36 @@ def test_whole(name: str) -> None:
 @every_case
 def test_encoding_is_stable(name: str) -> None:
     case = CASES[name]
-    chunks = list(
-        encode_payload(
-            case.schema,
-            case.header,
-            source_of(case.schema, case.state, case.start),
-            case.quantizer,
-            generator=torch.Generator().manual_seed(0),
-            frozen=lambda spec: case.state[spec.name],
-        )
+    payload = encode_payload(
+        case.schema,
+        case.header,
+        source_of(case.schema, case.state, case.start),
+        case.quantizer,
+        generator=torch.Generator().manual_seed(0),
+        frozen=lambda spec: case.state[spec.name],
     )
-    assert len(chunks) >= 2
-    assert all(isinstance(chunk, bytes | memoryview) for chunk in chunks)
-    assert b"".join(chunks) == case.encode() == case.encode()
+    assert len(payload.chunks) >= 2
+    assert all(isinstance(chunk, bytes | memoryview) for chunk in payload.chunks)
+    assert payload.data == case.encode() == case.encode()
     assert with_checksum(case.encode()) == case.encode()
+    assert payload.copied().chunks == (payload.data,)
+
+
+@every_case
+def test_what_the_encoder_counts_is_what_the_decoder_finds(name: str) -> None:
+    case = CASES[name]
+    payload = encode_payload(
+        case.schema,
+        case.header,
+        source_of(case.schema, case.state, case.start),
+        case.quantizer,
+        generator=torch.Generator().manual_seed(0),
+        frozen=lambda spec: case.state[spec.name],
+    )
+    parsed = Payload.parse(payload.data, case.schema)
+    assert payload.traffic.total == parsed.num_bytes
+    assert payload.traffic.total.total == len(payload.data)
+    assert payload.traffic.blocks == parsed.block_traffic()
 
 
 @every_case
@@ -450,7 +466,7 @@ def test_value_that_is_not_finite_is_refused_by_name(
     for sign in (1, -1):
         state["layer.bad"][1] = sign * BAD_VALUES[kind]
         with pytest.raises(UsageError, match=rf"tensor 'layer\.bad' holds {kind}"):
-            encode(schema, state, header_of(schema, Kind.OPENING), quantizer)
+            encode(schema, state, header_of(schema, Kind.INITIAL), quantizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -480,8 +496,8 @@ def test_frozen_float64_keeps_its_range() -> None:
     schema = make_schema([parameter("w", 1), frozen("f", 2, dtype=torch.float64)])
     state = random_state(schema, 1)
     state["f"] = torch.tensor([1e300, -1e-300], dtype=torch.float64)
-    Case(schema, header_of(schema, Kind.OPENING), state, Unquantized()).check(
-        encode(schema, state, header_of(schema, Kind.OPENING))
+    Case(schema, header_of(schema, Kind.INITIAL), state, Unquantized()).check(
+        encode(schema, state, header_of(schema, Kind.INITIAL))
     )
 
 
@@ -499,17 +515,16 @@ def test_stride_of_a_tiny_tensor_does_not_matter(values: torch.Tensor) -> None:
         [parameter("w", 1), parameter("p", len(values)), frozen("f", len(values))]
     )
     state = {"w": torch.ones(1), "p": values, "f": values}
-    header = header_of(schema, Kind.OPENING)
+    header = header_of(schema, Kind.INITIAL)
     Case(schema, header, state, Unquantized()).check(encode(schema, state, header))
 
 
 def test_opening_without_frozen_values_is_refused() -> None:
     case = CASES["opening with frozen"]
-    chunks = encode_payload(
-        case.schema, case.header, source_of(case.schema, case.state), case.quantizer
-    )
     with pytest.raises(UsageError, match="needs the values of the frozen tensors"):
-        b"".join(chunks)
+        encode_payload(
+            case.schema, case.header, source_of(case.schema, case.state), case.quantizer
+        )
 
 
 def report_with(name: str, value: float) -> Report:

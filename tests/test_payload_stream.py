@@ -290,7 +290,7 @@ METHODS: dict[str, Method] = {
 def test_broadcast_from_chunks_is_that_of_the_whole(name: str, kind: str) -> None:
     method, model = METHODS[name], MODELS[kind]()
     schema = schema_of(model, method)
-    for wire_kind in (Kind.OPENING, Kind.BROADCAST, Kind.DELIVERY):
+    for wire_kind in (Kind.INITIAL, Kind.BROADCAST, Kind.DELIVERY):
         header = header_of(schema, wire_kind, is_lossless=method.lossless)
         data = bytearray(encode(schema, make_state(model), header, NNADQ(1e-3)))
         data[6] = method.wire_id
@@ -309,8 +309,8 @@ def test_broadcast_from_chunks_for_another_kind_or_method_is_refused_early() -> 
     schema = make_schema([parameter("w", 4), frozen("ice", 2)])
     data = encode(schema, random_state(schema, 1))
     carrier = Carrier(data[:-8], filler=10_000)
-    with pytest.raises(DecodeError, match="kind BROADCAST came; wanted OPENING"):
-        Broadcast.decode(carrier, FedAvg(), schema, Kind.OPENING)
+    with pytest.raises(DecodeError, match="kind BROADCAST came; wanted INITIAL"):
+        Broadcast.decode(carrier, FedAvg(), schema, Kind.INITIAL)
     with pytest.raises(DecodeError, match="method number 1 came; wanted"):
         Broadcast.decode(carrier, FedPAQ(), schema)
     assert carrier.given == 2 * len(data[:-8])

@@ -265,7 +265,7 @@ def check_fedobd_round(
         kept_by[client] = kept if stage == 1 else tuple(range(len(PARAMETER_BLOCKS)))
         header = played.payload(client).header
         assert header.is_difference
-        assert header.kept == kept_by[client]
+        assert header.block_ids == kept_by[client]
         assert header.block_differences == pytest.approx(mbd, rel=1e-6)
         names = [name for number in kept_by[client] for name in PARAMETER_BLOCKS[number]]
         sent[client] = {
@@ -366,7 +366,7 @@ def test_fedpaq(rounds_before: int, num_levels: int) -> None:
         decoded[client] = {}
         header = played.payload(client).header
         assert header.is_difference
-        assert header.kept == (0, 1, 2, 3)
+        assert header.block_ids == (0, 1, 2, 3)
         for name in PARAMETERS:
             start = as_float32(played.log.starts[client], name)
             assert np.array_equal(start, as_float32(played.before, name)), "float32 downlink"
@@ -511,7 +511,7 @@ def test_smafd_over_several_rounds(rate: str) -> None:
         assert reached - max(sizes[n] for n in submodel) < reference.wanted
         for payload in (log.broadcast, *log.uploads.values()):
             header = Payload.parse(payload, server.schema).header
-            assert header.kept == (*submodel, buffer_block), f"round {number}"
+            assert header.block_ids == (*submodel, buffer_block), f"round {number}"
         for client in log.plan.cohort:
             assert (client in log.openings) is (client not in last_received)
             if client not in last_received:
@@ -554,8 +554,8 @@ def test_smafd_stops_when_the_size_is_reached_exactly() -> None:
     for seed in range(12):
         server, _ = set_up(SMAFD(dropout_rate=0.7), model, seed=seed)
         server.begin_round()
-        header = Payload.parse(b"".join(server.broadcast()), server.schema).header
-        held.add(sum(server.schema.blocks[n].num_parameters for n in header.kept))
+        header = Payload.parse(server.broadcast().data, server.schema).header
+        held.add(sum(server.schema.blocks[n].num_parameters for n in header.block_ids))
     assert held == {3, 4}
 
 
@@ -572,7 +572,7 @@ def test_smafd_prefers_tensors_with_a_score() -> None:
     for _ in range(5):
         log = engine.play(server)
         assert log is not None
-        kept.append(Payload.parse(log.broadcast, server.schema).header.kept)
+        kept.append(Payload.parse(log.broadcast, server.schema).header.block_ids)
     assert kept[1] == kept[2] == kept[3], "falling losses keep the sub-model, the rise ends it"
     scored = set(kept[1]) - {len(PARAMETERS)}
     redrawn = set(kept[4]) - {len(PARAMETERS)}

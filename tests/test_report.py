@@ -488,7 +488,7 @@ def parsed_delivery(run: Run) -> Payload:
     server = ServerSession(
         run.config.chosen, run.schema, load_file(run.model_file), num_clients=4, seed=run.seed
     )
-    return Payload.parse(b"".join(server.delivery()), run.schema)
+    return Payload.parse(server.delivery().data, run.schema)
 
 
 def test_the_delivery_is_that_of_the_server(made: Path) -> None:

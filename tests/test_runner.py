@@ -57,7 +57,7 @@ def test_the_folder_holds_what_it_promises(tmp_path: Path) -> None:
             assert client["uplink_bytes"] == len(data)
             assert client["downlink_bytes"] == broadcast
             payload = Payload.parse(data, schema)
-            assert list(payload.header.kept) == client["blocks_kept"]
+            assert list(payload.header.block_ids) == client["blocks_kept"]
             assert len(client["block_differences"]) == len(schema.blocks)
             up, down = up + len(data), down + broadcast
     assert (summary.uplink_bytes, summary.downlink_bytes) == (up, down)

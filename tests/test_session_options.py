@@ -91,7 +91,7 @@ def test_an_executor_changes_no_byte(name: str, pool: ThreadPoolExecutor) -> Non
         streamed = Broadcast.decode([one.broadcast], method, alone[1].schema, executor=pool)
         assert bits(decoded.values) == bits(streamed.values)
     assert bits(alone[0].state) == bits(spread[0].state)
-    deliveries = [b"".join(server.delivery()) for server in (alone[0], spread[0])]
+    deliveries = [server.delivery().data for server in (alone[0], spread[0])]
     assert deliveries[0] == deliveries[1]
 
 
@@ -106,6 +106,6 @@ def test_a_damaged_block_is_refused_with_an_executor_too(pool: ThreadPoolExecuto
         with pytest.raises(DecodeError):
             Broadcast.decode([bytes(altered)], method, engine.schema, executor=pool)
     session = ClientSession(method, make_schema(large(), method), client=0, executor=pool)
-    with pytest.raises(DecodeError, match="kind BROADCAST came; wanted OPENING"):
-        session.open(log.broadcast)
+    with pytest.raises(DecodeError, match="kind BROADCAST came; wanted INITIAL"):
+        session.initialize(log.broadcast)
     assert Broadcast.decode(log.broadcast, method, engine.schema, Kind.BROADCAST, pool).values

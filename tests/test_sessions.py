@@ -63,9 +63,9 @@ def test_calls_that_want_an_open_round() -> None:
     calls: list[Callable[[], object]] = [
         server.end_round,
         server.abort_round,
-        lambda: list(server.broadcast()),
-        lambda: list(server.opening(0)),
-        lambda: server.needs_opening(0),
+        server.broadcast,
+        lambda: server.initial_payload(0),
+        lambda: server.needs_initial_payload(0),
         lambda: server.receive(0, b""),
     ]
     for call in calls:
@@ -104,9 +104,9 @@ def test_only_a_member_of_the_cohort_is_opened() -> None:
     assert plan is not None
     outsider = next(c for c in range(5) if c not in plan.cohort)
     with pytest.raises(UsageError, match=f"client {outsider} takes no part in round 1"):
-        server.needs_opening(outsider)
+        server.needs_initial_payload(outsider)
     with pytest.raises(UsageError, match=f"client {outsider} takes no part in round 1"):
-        list(server.opening(outsider))
+        server.initial_payload(outsider)
 
 
 @every_method
@@ -124,7 +124,7 @@ def test_a_round_that_was_never_broadcast_cannot_end_and_changes_nothing(name: s
     with pytest.raises(UsageError, match="round 1 was ended before its broadcast was made"):
         server.end_round()
     assert bits(server.state) == before
-    assert b"".join(server.broadcast()) == log.broadcast
+    assert server.broadcast().data == log.broadcast
     assert [u.client for u in server.end_round().uploads] == list(plan.cohort)
 
 
@@ -132,8 +132,8 @@ def test_a_round_that_was_never_broadcast_cannot_end_and_changes_nothing(name: s
 def test_the_broadcast_is_the_same_each_time_and_may_come_in_chunks(name: str) -> None:
     server, _ = set_up(SHORT_METHODS[name], MODELS["batch_norm"]())
     server.begin_round()
-    first = b"".join(server.broadcast())
-    assert [b"".join(server.broadcast()) for _ in range(2)] == [first, first]
+    first = server.broadcast().data
+    assert [server.broadcast().data for _ in range(2)] == [first, first]
 
 
 # --- what a server gives out and a client takes in -----------------------------------------------
@@ -157,7 +157,7 @@ def test_the_initial_model_must_be_finite() -> None:
     server = ServerSession(FedOBD(), engine.schema, state, num_clients=5)
     server.begin_round()
     with pytest.raises(UsageError, match=r"tensor 'inner\.bias' holds NaN"):
-        b"".join(server.broadcast())
+        server.broadcast()
 
 
 @every_method
@@ -169,7 +169,11 @@ def test_a_client_refuses_what_is_not_for_it(name: str) -> None:
     table: list[tuple[bytes, str, str]] = [
         (broadcast[:-1], "checksum", "was cut or altered"),
         (scene.upload, "kind", "a payload of kind UPLOAD came; wanted BROADCAST"),
-        (b"".join(scene.server.opening(scene.villain)), "kind", "a payload of kind OPENING came"),
+        (
+            scene.server.initial_payload(scene.villain).data,
+            "kind",
+            "a payload of kind INITIAL came",
+        ),
         (forge(broadcast, method=other_id), "method", f"method number {other_id} came; wanted"),
         (forge(broadcast, version=9), "version", "format version 9 came"),
         (forge(broadcast, flags=8), "field", "what a server sends must be whole values"),
@@ -179,8 +183,8 @@ def test_a_client_refuses_what_is_not_for_it(name: str) -> None:
         with pytest.raises(DecodeError, match=text) as refused:
             client.receive(payload)
         assert refused.value.reason.value == reason
-    with pytest.raises(DecodeError, match="a payload of kind BROADCAST came; wanted OPENING"):
-        client.open(broadcast)
+    with pytest.raises(DecodeError, match="a payload of kind BROADCAST came; wanted INITIAL"):
+        client.initialize(broadcast)
     with pytest.raises(UsageError, match="cannot upload before it has received"):
         client.upload(scene.log.trained[scene.villain], make_report(scene.villain, 2))
     received = client.receive(broadcast)
@@ -195,7 +199,7 @@ def test_a_broadcast_decoded_once_serves_every_client(name: str) -> None:
     for number in scene.plan.cohort:
         client = scene.engine.session(number)
         assert bits(client.receive(shared)) == bits(scene.log.starts[number])
-        upload = b"".join(client.upload(scene.log.trained[number], make_report(number, 2)))
+        upload = client.upload(scene.log.trained[number], make_report(number, 2)).data
         assert upload == scene.log.uploads[number]
     assert bits(shared.values) == before
 
@@ -474,7 +478,7 @@ def test_a_dropped_block_counts_as_the_previous_global_one() -> None:
             kept=(block,),
             num_examples=examples,
         )
-        assert server.receive(client, upload).blocks_kept == (block,)
+        assert server.receive(client, upload).block_ids == (block,)
     server.end_round()
     for name, change in (("0", 0.25), ("1", 0.75), ("2", 0.0)):
         for tensor in (f"{name}.weight", f"{name}.bias"):
@@ -572,10 +576,10 @@ def test_methods_that_send_every_block_report_none(name: str) -> None:
 def test_the_delivery_holds_the_whole_trained_model(name: str, kind: str) -> None:
     server, engine = set_up(SHORT_METHODS[name], MODELS[kind]())
     engine.run(server)
-    payload = b"".join(server.delivery())
+    payload = server.delivery().data
     delivery = Broadcast.decode(payload, engine.method, engine.schema, kind=Kind.DELIVERY)
     assert delivery.header.round == server.rounds
-    assert delivery.header.kept == tuple(range(len(engine.schema.blocks)))
+    assert delivery.header.block_ids == tuple(range(len(engine.schema.blocks)))
     exact = name != "fedobd"
     for spec in engine.schema.tensors:
         if spec.role is Role.FROZEN:
@@ -599,7 +603,7 @@ def test_a_delivery_can_be_made_at_any_time_and_changes_nothing(name: str) -> No
     straight, other = set_up(method, MODELS["tied"]())
     logs: list[RoundLog] = []
     for _ in range(straight.planned_rounds):
-        delivery = b"".join(server.delivery())
+        delivery = server.delivery().data
         decoded = Broadcast.decode(delivery, method, engine.schema, kind=Kind.DELIVERY)
         assert set(decoded.values) == set(server.state)
         log = engine.play(server)
@@ -613,10 +617,10 @@ def test_a_delivery_of_fedobd_is_quantized_like_its_broadcasts() -> None:
     method = FedOBD(stage_one_rounds=2, stage_two_epochs=2, cohort=2)
     server, engine = set_up(method, MODELS["batch_norm"]())
     engine.play(server)
-    delivery = b"".join(server.delivery())
+    delivery = server.delivery().data
     delivered = Broadcast.decode(delivery, method, engine.schema, kind=Kind.DELIVERY).values
     server.begin_round()
-    broadcast = b"".join(server.broadcast())
+    broadcast = server.broadcast().data
     assert bits(delivered) == bits(Broadcast.decode(broadcast, method, engine.schema).values)
     assert len(delivery) == len(broadcast)
 
@@ -640,10 +644,10 @@ def test_a_client_of_smafd_without_its_state_is_told_so() -> None:
     server, engine = set_up(method, MODELS["batch_norm"]())
     engine.play(server)
     server.begin_round()
-    broadcast = b"".join(server.broadcast())
-    assert not server.needs_opening(3)
+    broadcast = server.broadcast().data
+    assert not server.needs_initial_payload(3)
     lost = ClientSession(method, engine.schema, client=3, seed=SEED)
-    with pytest.raises(UsageError, match=r"client 3 has not kept tensor .* opening payload"):
+    with pytest.raises(UsageError, match=r"client 3 has not kept tensor .* initial payload"):
         lost.receive(broadcast)
     found = Engine(method, engine.schema, kept=engine.kept).session(3)
     assert set(found.receive(broadcast)) == set(server.state)

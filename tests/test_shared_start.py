@@ -63,7 +63,7 @@ def test_the_first_broadcast_and_openings_are_a_fingerprint(name: str, kind: str
         header = Payload.parse(log.broadcast, engine.schema).header
         assert header.start is None
         assert len(log.broadcast) > header_bytes(engine) / 2
-    assert Payload.parse(b"".join(server.delivery()), engine.schema).header.start is None
+    assert Payload.parse(server.delivery().data, engine.schema).header.start is None
 
 
 @pytest.mark.parametrize("name", ["fedavg", "feddropoutavg"])
@@ -93,10 +93,10 @@ def test_a_client_with_another_model_is_refused(name: str) -> None:
     number = plan.cohort[0]
     match = f"client {number} holds another initial model .*{own.hex()}, wanted {wanted.hex()}"
     with pytest.raises(DecodeError, match=match) as caught:
-        engine.session(number).receive(b"".join(server.broadcast()))
+        engine.session(number).receive(server.broadcast().data)
     assert caught.value.reason is DecodeReason.START
     with pytest.raises(DecodeError, match=match) as caught:
-        engine.session(number).open(b"".join(server.opening(number)))
+        engine.session(number).initialize(server.initial_payload(number).data)
     assert caught.value.reason is DecodeReason.START
 
 
@@ -109,9 +109,9 @@ def test_a_client_without_the_model_is_told_so(name: str) -> None:
     number = plan.cohort[0]
     match = f"client {number}: this run starts from a model that its clients hold already"
     with pytest.raises(UsageError, match=match):
-        engine.session(number).receive(b"".join(server.broadcast()))
+        engine.session(number).receive(server.broadcast().data)
     with pytest.raises(UsageError, match=match):
-        engine.session(number).open(b"".join(server.opening(number)))
+        engine.session(number).initialize(server.initial_payload(number).data)
 
 
 def test_a_start_that_does_not_fit_the_schema_is_refused() -> None:
@@ -121,7 +121,7 @@ def test_a_start_that_does_not_fit_the_schema_is_refused() -> None:
     plan = server.begin_round()
     assert plan is not None
     with pytest.raises(UsageError, match="the state holds no value for tensor"):
-        engine.session(plan.cohort[0]).receive(b"".join(server.broadcast()))
+        engine.session(plan.cohort[0]).receive(server.broadcast().data)
 
 
 @every_model
@@ -136,7 +136,7 @@ def test_a_client_of_smafd_that_joins_later_has_the_initial_values(kind: str) ->
         sent = Broadcast.decode(log.broadcast, method, engine.schema)
         in_broadcast = {
             segment.tensor
-            for number in sent.header.kept
+            for number in sent.header.block_ids
             for segment in engine.schema.blocks[number].segments
         }
         for client in log.openings:

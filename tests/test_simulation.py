@@ -17,7 +17,7 @@ from fedobd._seeds import derive_seed
 from fedobd.data import ClientData
 from fedobd.experiments._build import Experiment, build_experiment
 from fedobd.payload import Bytes
-from fedobd.sessions import Intake, RoundPlan
+from fedobd.sessions import Aggregator, RoundPlan
 from fedobd.simulation import (
     ClientPool,
     ClientResult,
@@ -83,7 +83,7 @@ class ReversedPool(SequentialPool):
     """Plays clients in the opposite order."""
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
         return super().run(reversed(list(tasks)))
 
@@ -109,7 +109,7 @@ class DamagingPool(SequentialPool):
         self._victims = victims
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
         for result in super().run(tasks):
             if result.client in self._victims:

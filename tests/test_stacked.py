@@ -35,7 +35,7 @@ from fedobd.models import (
     TransformerClassifier,
     use_batch_statistics,
 )
-from fedobd.sessions import Intake
+from fedobd.sessions import Aggregator
 from fedobd.simulation import (
     ClientResult,
     ClientSetup,
@@ -846,7 +846,7 @@ def test_a_stack_makes_the_uploads_of_the_same_clients(method: str) -> None:
         reports.append({})
         for name, data in uploads.items():
             payload = Payload.parse(data, experiment.schema)
-            assert len(list(payload.blocks())) == len(payload.header.kept)
+            assert len(list(payload.blocks())) == len(payload.header.block_ids)
             assert payload.header.report is not None
             reports[-1][name] = payload.header.report
         final = rounds[-1].test
@@ -868,7 +868,7 @@ class FreshClients(SequentialPool):
         self._shared = setup
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
         for task in tasks:
             yield from LocalClient(self._shared).run([task])

@@ -51,11 +51,16 @@ def together(
     sessions: list[ClientSession], states: list[ModelState], number: int
 ) -> dict[int, bytes]:
     """Return the uploads of some clients, made together."""
-    uploads = [b""] * len(sessions)
-    reports = [make_report(session.client, number) for session in sessions]
-    for place, chunk in encode_uploads(sessions, StateStack.of(states), reports):
-        uploads[place] += chunk
-    return {s.client: upload for s, upload in zip(sessions, uploads, strict=True)}
+    first = sessions[0]
+    uploads = encode_uploads(
+        first.method,
+        first.schema,
+        [session.received for session in sessions],
+        StateStack.of(states),
+        [make_report(session.client, number) for session in sessions],
+        seed=first.seed,
+    )
+    return {s.client: upload.data for s, upload in zip(sessions, uploads, strict=True)}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -111,14 +116,14 @@ SCHEMA = make_schema(
 def alone(
     schema: ModelSchema, state: ModelState, header: Header, quantizer: Quantizer, place: int
 ) -> bytes:
-    chunks = encode_payload(
+    payload = encode_payload(
         schema,
         header,
         source_of(schema, state),
         quantizer,
         generator=torch.Generator().manual_seed(place),
     )
-    return b"".join(chunks)
+    return payload.data
 
 
 quantizers = st.sampled_from(
@@ -154,17 +159,15 @@ def test_payloads_of_a_stack_are_those_of_each_alone(
         flat = stack.values[spec.name].reshape(len(states), spec.num_elements)
         return flat[:, segment.start : segment.stop]
 
-    made = [b""] * len(drawn)
     chosen = [quantizer for _, quantizer, _, _ in drawn]
-    for place, chunk in encode_payloads(
+    made = encode_payloads(
         SCHEMA,
         headers,
         source,
         chosen,
         generator=[torch.Generator().manual_seed(n) for n in range(len(drawn))].__getitem__,
-    ):
-        made[place] += chunk
-    assert made == [
+    )
+    assert [payload.data for payload in made] == [
         alone(SCHEMA, state, header, quantizer, place)
         for place, (state, header, quantizer) in enumerate(
             zip(states, headers, chosen, strict=True)

@@ -503,12 +503,12 @@ def test_an_empty_round_stays_open_for_uploads_that_come_late(name: str) -> None
 def test_an_aborted_round_can_be_saved_and_resumed_elsewhere(name: str) -> None:
     server, _ = set_up(SHORT_METHODS[name], MODELS["tied"]())
     plan = server.begin_round()
-    broadcast = b"".join(server.broadcast())
+    broadcast = server.broadcast().data
     server.abort_round()
     resumed, _ = set_up(SHORT_METHODS[name], MODELS["tied"](), state_seed=5)
     resumed.restore(server.save())
     assert resumed.begin_round() == plan
-    assert b"".join(resumed.broadcast()) == broadcast
+    assert resumed.broadcast().data == broadcast
 
 
 # --- uploads that a client does not make ---------------------------------------------------------
@@ -530,7 +530,7 @@ def test_a_trained_tensor_that_is_not_finite_is_named(name: str, value: float, t
         with pytest.raises(
             UsageError, match=rf"tensor '{spec.name}' holds {text}.* training has diverged"
         ):
-            b"".join(client.upload(trained, make_report(scene.villain, 2)))
+            client.upload(trained, make_report(scene.villain, 2))
 
 
 @pytest.mark.parametrize("selection", ["mbd", "random"])
@@ -548,7 +548,7 @@ def test_a_tensor_of_a_dropped_block_that_is_not_finite_is_named(
     trained = {name: tensor.clone() for name, tensor in client.receive(log.broadcast).items()}
     trained["embedding.weight"][0, 0] = value
     with pytest.raises(UsageError, match=r"tensor 'embedding\.weight' holds (NaN|an infinity)"):
-        b"".join(client.upload(trained, make_report(plan.cohort[0], 1)))
+        client.upload(trained, make_report(plan.cohort[0], 1))
 
 
 @every_method
@@ -582,18 +582,18 @@ def test_a_loss_beyond_float32_is_the_callers_fault_not_a_crash() -> None:
     client = scene.engine.session(scene.villain)
     trained = client.receive(scene.log.broadcast)
     with pytest.raises(UsageError, match=r"train_loss is 1e\+300"):
-        b"".join(client.upload(trained, Report(num_examples=1, train_loss=1e300)))
+        client.upload(trained, Report(num_examples=1, train_loss=1e300))
 
 
 @pytest.mark.parametrize("client", [-1, 2**32])
 def test_a_client_number_that_no_upload_can_hold_is_refused(client: int) -> None:
     server, engine = set_up(FedAvg(), MODELS["tied"]())
     server.begin_round()
-    broadcast = b"".join(server.broadcast())
+    broadcast = server.broadcast().data
 
     def answer() -> bytes:
         session = ClientSession(FedAvg(), engine.schema, client=client)
-        return b"".join(session.upload(session.receive(broadcast), make_report(0, 1)))
+        return session.upload(session.receive(broadcast), make_report(0, 1)).data
 
     with pytest.raises(UsageError, match=f"client is {client}; allowed are 0 to"):
         answer()

@@ -36,7 +36,7 @@ from fedobd.blocks import ModelState
 from fedobd.data import ClientData
 from fedobd.experiments import run
 from fedobd.experiments._build import Experiment, build_experiment
-from fedobd.sessions import Intake
+from fedobd.sessions import Aggregator
 from fedobd.simulation import (
     ClientPool,
     ClientResult,
@@ -287,7 +287,7 @@ def tasks_of(
     )
     plan = server.begin_round()
     assert plan is not None
-    broadcast = b"".join(server.broadcast())
+    broadcast = server.broadcast().data
     for client in clients:
         yield ClientTask(
             plan=replace(plan, cohort=cohort or plan.cohort), client=client, broadcast=broadcast
@@ -405,9 +405,9 @@ class NoUploads(ProcessPool):
     """Fails where an upload comes back."""
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
-        for result in super().run(tasks, intake):
+        for result in super().run(tasks, aggregator):
             assert result.upload is None
             assert result.outcome is not None
             yield result

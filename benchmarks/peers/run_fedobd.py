@@ -114,11 +114,11 @@ def main() -> None:
         for played in simulate(server, pool):
             stopwatch.end_round(played.record.train_loss)
         shown = {phase: round(spent, 4) for phase, spent in played.seconds.items()}
-        kept = sum(len(u.blocks_kept) for u in played.record.uploads)
+        kept = sum(len(u.block_ids) for u in played.record.uploads)
         share = sum(
             schema.blocks[number].num_parameters
             for upload in played.record.uploads
-            for number in upload.blocks_kept
+            for number in upload.block_ids
         ) / (schema.num_parameters * len(played.record.uploads))
         print(f"last round: {shown}, {kept} blocks, {share:.2f} of the parameters")
         name = f"fedobd, {words.method}, {words.processes} workers, stack {words.stack}"

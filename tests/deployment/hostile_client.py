@@ -88,9 +88,9 @@ def upload_of_another_model() -> bytes:
     server = ServerSession(method, schema, get_state(model), num_clients=1)
     server.begin_round()
     client = ClientSession(method, schema, client=0)
-    received = client.receive(b"".join(server.broadcast()))
+    received = client.receive(server.broadcast().data)
     trained = {name: values + 1 for name, values in received.items()}
-    return b"".join(client.upload(trained, Report(num_examples=1, train_loss=0.0)))
+    return client.upload(trained, Report(num_examples=1, train_loss=0.0)).data
 
 
 def upload_of_nan(upload: bytes) -> bytes:
@@ -105,7 +105,7 @@ def upload_of_nan(upload: bytes) -> bytes:
         return torch.zeros(length, dtype=spec.dtype)
 
     with mock.patch("fedobd.payload._encode.check_finite"):  # an honest encoder refuses them
-        return b"".join(encode_payload(schema, header, source, Unquantized()))
+        return encode_payload(schema, header, source, Unquantized()).data
 
 
 def with_num_examples(upload: bytes, num_examples: int) -> bytes:

@@ -122,7 +122,7 @@ def assert_is_replay(config: RunConfig, output: Path) -> None:
         assert plan is not None
         assert list(plan.cohort) == record["cohort"]
         payloads = output / "payloads" / f"round-{plan.round:04d}"
-        assert b"".join(server.broadcast()) == (payloads / "broadcast.fobd").read_bytes()
+        assert server.broadcast().data == (payloads / "broadcast.fobd").read_bytes()
         for client in reversed(uploaders(record)):
             server.receive(client, (payloads / f"upload-{client}.fobd").read_bytes())
         server.end_round()

@@ -71,7 +71,7 @@ def make_header(schema: ModelSchema, kind: Kind = Kind.BROADCAST, **options: Any
     if kind is Kind.UPLOAD:
         options = {"client": 7, "report": REPORT, **options}
     kept = tuple(options.pop("kept", range(len(schema.blocks))))
-    return Header(kind=kind, method=5, round=3, stage=1, kept=kept, **options)
+    return Header(kind=kind, method=5, round=3, stage=1, block_ids=kept, **options)
 
 
 REPORT = Report(
@@ -91,7 +91,7 @@ def encode(
     start: Mapping[str, torch.Tensor] | None = None,
 ) -> bytes:
     """Return the payload; stochastic levels are drawn from one and the same seed."""
-    chunks = encode_payload(
+    payload = encode_payload(
         schema,
         header,
         lambda segment: values_of(schema, state, segment, start),
@@ -99,7 +99,7 @@ def encode(
         generator=torch.Generator().manual_seed(0),
         frozen=lambda spec: state[spec.name],
     )
-    return b"".join(chunks)
+    return payload.data
 
 
 def values_of(
@@ -349,7 +349,7 @@ def golden_cases() -> dict[str, tuple[bytes, dict[str, Any]]]:
         block_differences=(0.5, 1.0, 0.0, 0.25),
     )
     stands = make_header(ice, start=state_fingerprint(ice, ice_state))
-    opening = make_header(ice, Kind.OPENING, kept=[])
+    opening = make_header(ice, Kind.INITIAL, kept=[])
     qsgd = make_header(mixed, upload, is_difference=True)
     masked = make_header(mixed, upload, mask=mask)
     packed = make_header(mixed, upload, mask=mask, is_lossless=True)

@@ -53,7 +53,7 @@ def facts_of(header: Header) -> dict[str, Any]:
         "method": header.method,
         "round": header.round,
         "stage": header.stage,
-        "kept": header.kept,
+        "kept": header.block_ids,
     }
     if header.report is not None:
         report = header.report

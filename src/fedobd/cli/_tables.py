@@ -154,13 +154,13 @@ def payload_tables(payload: Payload) -> list[Table]:
     facts = Table(title=f"{header.kind.name.lower()} payload", show_header=False)
     facts.add_column(style="bold")
     facts.add_column(justify="right")
-    held = sum(schema.blocks[number].num_parameters for number in header.kept)
+    held = sum(schema.blocks[number].num_parameters for number in header.block_ids)
     rows = {
         "method": method_of_wire_id(header.method).name,
         "round": str(header.round),
         "stage": str(header.stage),
         "parameters are": _content(header),
-        "blocks kept": f"{len(header.kept)} of {len(schema.blocks)}",
+        "blocks kept": f"{len(header.block_ids)} of {len(schema.blocks)}",
         "parameters kept": f"{held:,} of {schema.num_parameters:,} "
         f"({format_share(held / schema.num_parameters)})",
         "bytes": f"{count.total:,}",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fedobd.data._arrays import load_arrays
+from fedobd.data._arrays import load_arrays, load_digits
 from fedobd.data._check import SplitReport, check_split
-from fedobd.data._digits import load_digits
 from fedobd.data._examples import (
     ClientData,
     Examples,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fedobd._errors import UsageError
@@ -13,7 +13,7 @@ from fedobd.data._source import Source
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_BATCH = 1000
+_BATCH = 1000  # rows that are read at a time
 _MOST_NAMED = 5  # rows of one kind of fault, or sizes of images
 
 
@@ -63,13 +63,17 @@ def check_split(
         rows=seen.rows,
         columns=tuple(split.column_names),
         examples_by_class=tuple(seen.by_class[i] for i in range(len(source.classes))),
-        inputs=_list_of(seen.images) if source.kind == "image" else _range_of(seen.lengths),
+        inputs=_sizes(seen.images) if source.kind == "image" else _lengths(seen.lengths),
         sides=frozenset(seen.sides),
         is_grey=seen.is_grey,
-        faults=tuple(_text_of(what, where) for what, where in seen.faults.items()),
+        faults=tuple(
+            f"{fault}: {len(rows)} rows ({_first(rows)})" if rows else fault
+            for fault, rows in seen.faults.items()
+        ),
     )
 
 
+@dataclass(slots=True)
 class _Seen:
     """What was seen of a split's rows so far.
 
@@ -79,25 +83,24 @@ class _Seen:
         is_grey: whether images must be grey; None to take it from the first.
     """
 
-    def __init__(self, source: Source, numbers: dict[Any, int], is_grey: bool | None) -> None:
-        self._source = source
-        self._numbers = numbers
-        self.is_grey = is_grey
-        self.rows = 0
-        self.by_class: Counter[int] = Counter()
-        self.images: Counter[str] = Counter()
-        self.sides: set[tuple[int, int]] = set()
-        self.lengths: list[int] = []
-        self.faults: dict[str, list[int]] = {}
+    source: Source
+    numbers: dict[Any, int]
+    is_grey: bool | None
+    rows: int = 0
+    by_class: Counter[int] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
+    sides: set[tuple[int, int]] = field(default_factory=set)
+    lengths: list[int] = field(default_factory=list)
+    faults: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, value: Any, target: Any) -> None:
         """Look at the next row."""
-        number = self._numbers.get(target)
+        number = self.numbers.get(target)
         if number is None:
-            self._note(f"class {target!r} is none of the {len(self._source.classes)}")
+            self._note(f"class {target!r} is none of the {len(self.source.classes)}")
         else:
             self.by_class[number] += 1
-        if self._source.kind == "image":
+        if self.source.kind == "image":
             self._add_image(value)
         elif isinstance(value, str) and value.strip():
             self.lengths.append(len(value.split()))
@@ -107,7 +110,7 @@ class _Seen:
 
     def _add_image(self, value: Any) -> None:
         try:
-            picture = self._source.picture(value, self.rows)
+            picture = self.source.picture(value, self.rows)
         except UsageError:
             self._note("an image that cannot be decoded")
             return
@@ -123,37 +126,34 @@ class _Seen:
         self.images[f"{picture.width}x{picture.height} {picture.mode}"] += 1
         self.sides.add(picture.size)
 
-    def _note(self, what: str) -> None:
-        self.faults.setdefault(what, []).append(self.rows)
+    def _note(self, fault: str) -> None:
+        self.faults.setdefault(fault, []).append(self.rows)
 
     def compare_sizes(self, like: SplitReport | None) -> None:
         """Note images of several sizes, in this split or compared with another."""
         if len(self.sides) > 1:
-            found = self.images.most_common(_MOST_NAMED)
-            named = ", ".join(f"{image} ({count})" for image, count in found)
+            common = self.images.most_common(_MOST_NAMED)
+            named = ", ".join(f"{image} ({count})" for image, count in common)
             fault = f"images of {len(self.sides)} sizes: {named}"
         elif like and len(self.sides) == len(like.sides) == 1 and self.sides != like.sides:
-            fault = f"images of {_list_of(self.images)}, in split {like.name!r} {like.inputs}"
+            fault = f"images of {_sizes(self.images)}, in split {like.name!r} {like.inputs}"
         else:
             return
-        self.faults[f"{fault}; wanted data.image.side"] = []
+        self.faults[f"{fault}; wanted data.image.side"] = []  # of no row in particular
 
 
-def _list_of(sizes: Counter[str]) -> str:
-    common = [size for size, _ in sizes.most_common(_MOST_NAMED)]
-    return ", ".join(common) + (", …" if len(sizes) > len(common) else "")
+def _sizes(images: Counter[str]) -> str:
+    return _first([size for size, _ in images.most_common()])
 
 
-def _range_of(lengths: list[int]) -> str:
+def _first(values: list[Any]) -> str:
+    more = ", …" if len(values) > _MOST_NAMED else ""
+    return ", ".join(map(str, values[:_MOST_NAMED])) + more
+
+
+def _lengths(lengths: list[int]) -> str:
     if not lengths:
         return "no words"
     ordered = sorted(lengths)
     half, most = ordered[len(ordered) // 2], ordered[int(0.9 * len(ordered))]
     return f"{ordered[0]} to {ordered[-1]} words, median {half}, 90 % up to {most}"
-
-
-def _text_of(what: str, rows: list[int]) -> str:
-    if not rows:
-        return what
-    named = ", ".join(map(str, rows[:_MOST_NAMED])) + (", …" if len(rows) > _MOST_NAMED else "")
-    return f"{what}: {len(rows)} rows ({named})"

@@ -11,7 +11,7 @@ import torch
 from fedobd._errors import UsageError
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
-"""Turns stored inputs of some examples into what the model takes."""
+"""Turns stored inputs of some examples, shape (n, ...), into what the model takes, (n, ...)."""
 
 
 class ExampleSet(Protocol):
@@ -21,7 +21,7 @@ class ExampleSet(Protocol):
 
     @property
     def targets(self) -> torch.Tensor:
-        """The targets of all of them, first dimension the examples."""
+        """The targets of all of them, shape (n, ...)."""
         ...
 
     def take(self, indices: torch.Tensor) -> Examples:
@@ -34,8 +34,8 @@ class Examples:
     """Inputs with their targets.
 
     Args:
-        inputs: what the model takes, first dimension the examples.
-        targets: what the loss takes, first dimension the examples.
+        inputs: what the model takes, any type, shape (n, ...).
+        targets: what the loss takes, shape (n,) or (n, ...); classes are int64.
 
     Raises:
         UsageError: the two have different numbers of examples.
@@ -130,17 +130,15 @@ def take_together(sets: Sequence[ExampleSet], numbers: Sequence[torch.Tensor]) -
     Raises:
         UsageError: the examples of two sets have different shapes.
     """
-    selections = [one for one in sets if isinstance(one, Selection)]
-    sources = {(id(one.whole), id(one.prepare)) for one in selections}
+    selections = [each for each in sets if isinstance(each, Selection)]
+    sources = {(id(each.whole), id(each.prepare)) for each in selections}
     if len(selections) == len(sets) and len(sources) == 1:
-        places = [one.numbers[own] for one, own in zip(selections, numbers, strict=True)]
-        whole = Selection(selections[0].whole, torch.cat(places), selections[0].prepare).all()
-        inputs, targets = whole.inputs, whole.targets
-        shape = len(sets), len(numbers[0])
-        return Examples(
-            inputs.reshape(*shape, *inputs.shape[1:]), targets.reshape(*shape, *targets.shape[1:])
-        )
-    parts = [one.take(own) for one, own in zip(sets, numbers, strict=True)]
+        places = [each.numbers[taken] for each, taken in zip(selections, numbers, strict=True)]
+        first, counts = selections[0], (len(sets), len(numbers[0]))
+        flat = Selection(first.whole, torch.cat(places), first.prepare).all()
+        inputs, targets = (t.reshape(*counts, *t.shape[1:]) for t in (flat.inputs, flat.targets))
+        return Examples(inputs, targets)
+    parts = [each.take(taken) for each, taken in zip(sets, numbers, strict=True)]
     shapes = {tuple(part.inputs.shape[1:]) for part in parts}
     if len(shapes) > 1:
         raise UsageError(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +17,14 @@ from fedobd._seeds import make_generator
 from fedobd.data._examples import Prepare
 from fedobd.data._images import ImageOptions, Normalization, decode_images
 from fedobd.data._source import Columns, Source, Splits, open_source
-from fedobd.data._store import StoredExamples, Write, stored
+from fedobd.data._store import Contents, StoredExamples, stored
 from fedobd.data._text import TextOptions, encode_texts, make_tokenizer, read_tokenizer, vocabulary
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _VERSION = 3  # of what is stored; other versions are made anew
-_BATCH = 1000
+_BATCH = 1000  # rows that are read at a time
 _MOST_MEASURED = 10_000  # images that mean and deviation are taken from
 
 
@@ -35,8 +36,10 @@ class LoadedData:
         train: its training examples, inputs as they are stored.
         test: its test examples; None where the data set has none.
         train_numbers: which training examples are used, int64, shape (n,).
-        test_numbers: which test examples are used.
-        prepare: turns stored inputs into what a model takes.
+        test_numbers: which test examples are used, int64, shape (m,).
+        prepare: turns stored inputs into what a model takes: uint8 images of shape (n, channels,
+            height, width) into normalized float32 ones, int32 tokens of shape (n, length) into
+            int64.
         classes: their names.
         vocabulary: the tokens of texts, in the order of their numbers; None for images.
         padding: the number of the token that texts are padded with; None for images.
@@ -84,11 +87,13 @@ def load_data(
     clients = None if columns.client is None else _owners(source.train, columns.client)
     key = _key(source, image, text)
     if source.kind == "image":
-        train, test = _store_images(source, key, image)
-        prepare: Prepare = _normalization(train, image, channels_last)
+        train, test = _store(source, key, partial(_image_contents, source, image))
+        # Every so many of them, in the order of the file: the same mean in every run.
+        sample = train.inputs[:: max(1, len(train) // _MOST_MEASURED)]
+        prepare: Prepare = Normalization.of(sample, image, channels_last=channels_last)
         words = padding = None
     else:
-        train, test = _store_texts(source, key, text)
+        train, test = _store(source, key, partial(_text_contents, source, text))
         prepare = to_token_ids
         words, padding = tuple(train.facts["vocabulary"]), train.facts["padding"]
     if test is not None and test.inputs.shape[1:] != train.inputs.shape[1:]:
@@ -126,7 +131,15 @@ def _owners(train: Dataset, column: str) -> tuple[Any, ...]:
 
 
 def draw_numbers(total: int, most: int | None) -> torch.Tensor:
-    """Draw so many of all examples, the same in every run; None for all. Return their numbers."""
+    """Draw so many of all examples, the same in every run.
+
+    Args:
+        total: how many examples there are.
+        most: how many are drawn; None, or more than there are, for all.
+
+    Returns:
+        Their numbers in ascending order, int64, shape (examples drawn,).
+    """
     if most is None or most >= total:
         return torch.arange(total)
     order = torch.randperm(total, generator=make_generator(0, "subset", total))
@@ -149,61 +162,44 @@ def _key(source: Source, image: ImageOptions, text: TextOptions) -> str:
     return digest.hexdigest()
 
 
-def _store_images(
-    source: Source, key: str, options: ImageOptions
+def _store(
+    source: Source, key: str, make: Callable[[Dataset, StoredExamples | None], Contents]
 ) -> tuple[StoredExamples, StoredExamples | None]:
-    def store(split: Dataset, name: str, channels: int | None = None) -> StoredExamples:
-        def make(write: Write) -> None:
-            targets = source.targets(split)
-            rows = enumerate(p for batch in _batches(split, source.input) for p in batch)
-            pictures = (source.picture(encoded, row) for row, encoded in rows)
-            images = (image[None] for image in decode_images(pictures, options.side, channels))
-            write(images, targets, {})
-
-        return stored(f"{key}-{name}", make)
-
-    train = store(source.train, "train")
-    if source.test is None:
-        return train, None
-    return train, store(source.test, "test", channels=train.inputs.shape[1])
+    """Store both splits; `make` is given the stored training split with the test split."""
+    train, test = stored(f"{key}-train", lambda: make(source.train, None)), source.test
+    return train, None if test is None else stored(f"{key}-test", lambda: make(test, train))
 
 
-def _store_texts(
-    source: Source, key: str, options: TextOptions
-) -> tuple[StoredExamples, StoredExamples | None]:
-    def make_train(write: Write) -> None:
-        targets = source.targets(source.train)
-        texts = (t for batch in _batches(source.train, source.input) for t in batch if t)
-        tokenizer = make_tokenizer(options, texts)
-        tokens = encode_texts(_batches(source.train, source.input), tokenizer)
-        assert tokenizer.padding is not None
-        facts = {
-            "tokenizer": tokenizer.to_str(),
-            "vocabulary": vocabulary(tokenizer),
-            "padding": tokenizer.padding["pad_id"],
-        }
-        write(tokens, targets, facts)
+def _image_contents(
+    source: Source, options: ImageOptions, split: Dataset, train: StoredExamples | None
+) -> Contents:
+    rows = enumerate(value for batch in _batches(split, source.input) for value in batch)
+    pictures = (source.picture(encoded, row) for row, encoded in rows)
+    channels = None if train is None else train.inputs.shape[1]
+    images = decode_images(pictures, options.side, channels)
+    return (image[None] for image in images), source.targets(split), {}
 
-    train = stored(f"{key}-train", make_train)
 
-    def make_test(write: Write) -> None:
-        from tokenizers import Tokenizer
+def _text_contents(
+    source: Source, options: TextOptions, split: Dataset, train: StoredExamples | None
+) -> Contents:
+    from tokenizers import Tokenizer
 
-        assert source.test is not None
+    targets = source.targets(split)  # before texts are read: what is wrong is said at once
+    if train is not None:
         tokenizer = Tokenizer.from_str(train.facts["tokenizer"])
-        tokens = encode_texts(_batches(source.test, source.input), tokenizer)
-        write(tokens, source.targets(source.test), {})
-
-    return train, None if source.test is None else stored(f"{key}-test", make_test)
+        return encode_texts(_batches(split, source.input), tokenizer), targets, {}
+    texts = (text for batch in _batches(split, source.input) for text in batch if text)
+    tokenizer = make_tokenizer(options, texts)
+    assert tokenizer.padding is not None
+    facts = {
+        "tokenizer": tokenizer.to_str(),
+        "vocabulary": vocabulary(tokenizer),
+        "padding": tokenizer.padding["pad_id"],
+    }
+    return encode_texts(_batches(split, source.input), tokenizer), targets, facts
 
 
 def _batches(split: Dataset, column: str) -> Iterator[list[Any]]:
     for batch in split.select_columns([column]).iter(_BATCH):
         yield batch[column]
-
-
-def _normalization(
-    train: StoredExamples, options: ImageOptions, channels_last: bool
-) -> Normalization:
-    step = max(1, len(train) // _MOST_MEASURED)
-    return Normalization.of(train.inputs[::step], options, channels_last=channels_last)

@@ -1,17 +1,19 @@
-"""Partition: who gets which example."""
+"""Partition: who gets which example.
+
+Every example goes to exactly one client, and no client is left without any. Equal seeds give equal
+partitions: what is drawn, with which generator and in which order, is part of the behaviour.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
-from io import StringIO
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from fedobd._errors import UsageError
-from fedobd._lookup import not_installed
 from fedobd._seeds import derive_seed, make_generator
 from fedobd.data._examples import (
     ClientData,
@@ -23,8 +25,7 @@ from fedobd.data._examples import (
     select,
 )
 
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
+_MOST_DRAWS = 11  # of a Dirichlet partition; one more would change what existing settings refuse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +38,7 @@ class PartitionOptions:
             shards that differ by at most one, and so many of them to each client;
             `pathological`: so many classes to each client, and each class in equal parts to so
             many clients, or one more, as any other; `natural`: by the column that says whose an
-            example is. `dirichlet` and `natural` are those of Flower Datasets. None leaves an
-            example out.
+            example is. None leaves an example out.
         alpha: concentration of `dirichlet`, above 0; the smaller, the more unequal.
         min_examples: the least of a client's share with `dirichlet`, drawn anew until it is met.
         shards_per_client: with `shard`, from 1.
@@ -48,8 +48,8 @@ class PartitionOptions:
         UsageError: an option is outside what is allowed.
 
     References:
-        Tzu-Ming Harry Hsu, Hang Qi, Matthew Brown. Measuring the Effects of Non-Identical Data
-        Distribution for Federated Visual Classification. 2019, arXiv 1909.06335 (`dirichlet`).
+        Mikhail Yurochkin et al. Bayesian Nonparametric Federated Learning of Neural Networks.
+        ICML 2019, arXiv 1905.12022, section 4 (`dirichlet`).
         H. Brendan McMahan et al. Communication-Efficient Learning of Deep Networks from
         Decentralized Data. AISTATS 2017, arXiv 1602.05629, section 3 (`shard`).
         Qinbin Li, Yiqun Diao, Quan Chen, Bingsheng He. Federated Learning on Non-IID Data Silos:
@@ -64,7 +64,7 @@ class PartitionOptions:
     classes_per_client: int = 2
 
     def __post_init__(self) -> None:
-        if self.alpha <= 0:
+        if not 0 < self.alpha < float("inf"):
             raise UsageError(f"alpha is {self.alpha}; allowed are numbers above 0")
         for name in ("min_examples", "shards_per_client", "classes_per_client"):
             if getattr(self, name) < 1:
@@ -85,99 +85,114 @@ def partition(
         targets: the examples' classes, int64, shape (n,).
         num_clients: how many shares.
         options: how.
-        owners: whose each example is, for `natural`.
+        owners: whose each example is, for `natural`; clients are numbered in their order.
         seed: the run's seed.
 
     Returns:
-        The numbers of each client's examples, int64, in random order.
+        The numbers of each client's examples, int64, shape (examples of the client,) each, in
+        random order.
 
     Raises:
-        UsageError: the examples cannot be shared out so, a client would be left without any, or
-            Flower Datasets is not installed.
+        UsageError: the examples cannot be shared out so.
     """
     _check_count(len(targets), num_clients)
     if options.name == "iid":
         return partition_iid(len(targets), num_clients, seed=seed)
     if options.name == "natural":
-        _check_owners(owners)
-    try:
-        shares = _shares(targets, num_clients, options, owners, seed)
-    except ModuleNotFoundError as error:
-        raise not_installed(f"the partition {options.name!r}", error, "data") from error
-    except ValueError as error:
-        raise UsageError(
-            f"{len(targets)} examples cannot be shared among {num_clients} clients by "
-            f"{options.name!r}: {error}"
-        ) from error
-    for client, share in enumerate(shares):
-        if len(share) == 0:
+        shares = _by_owner(owners, num_clients)
+    else:
+        deal = {"dirichlet": _dirichlet, "shard": _shards, "pathological": _classes}[options.name]
+        try:
+            shares = deal(targets, num_clients, options, seed)
+        except ValueError as error:
             raise UsageError(
-                f"the partition {options.name!r} leaves client {client} without examples; use "
-                "fewer clients, or shares that are more equal"
-            )
-    return [_shuffled(share, seed, client) for client, share in enumerate(shares)]
+                f"{len(targets)} examples cannot be shared among {num_clients} clients by "
+                f"{options.name!r}: {error}"
+            ) from error
+    # The first examples of a share are held out for validation: sorted ones would be of one class.
+    generators = (make_generator(seed, "partition order", n) for n in range(num_clients))
+    return [
+        share[torch.randperm(len(share), generator=generator)]
+        for share, generator in zip(shares, generators, strict=True)
+    ]
 
 
-def _check_owners(owners: Sequence[Any] | None) -> None:
+def _by_owner(owners: Sequence[Any] | None, num_clients: int) -> list[torch.Tensor]:
     if owners is None:
         raise UsageError("the partition 'natural' wants data.columns.client")
     if None in owners:
         raise UsageError(f"example {owners.index(None)} is of no client")
+    numbers_by_owner: dict[Any, list[int]] = {}
+    for number, owner in enumerate(owners):
+        numbers_by_owner.setdefault(owner, []).append(number)
+    if len(numbers_by_owner) != num_clients:
+        raise UsageError(
+            f"the examples are of {len(numbers_by_owner)} clients; federation.clients is "
+            f"{num_clients}"
+        )
+    return [torch.tensor(numbers_by_owner[owner]) for owner in sorted(numbers_by_owner)]
 
 
-def _shuffled(share: torch.Tensor, seed: int, client: int) -> torch.Tensor:
-    generator = make_generator(seed, "partition order", client)
-    return share[torch.randperm(len(share), generator=generator)]
-
-
-def _shares(
-    targets: torch.Tensor,
-    num_clients: int,
-    options: PartitionOptions,
-    owners: Sequence[Any] | None,
-    seed: int,
+def _dirichlet(
+    targets: torch.Tensor, num_clients: int, options: PartitionOptions, seed: int
 ) -> list[torch.Tensor]:
-    """Share out examples; raises ValueError where that cannot be done."""
-    generator = make_generator(seed, "partition")
-    if options.name == "shard":
-        return _deal_shards(targets, num_clients, options.shards_per_client, generator)
-    if options.name == "pathological":
-        return _deal_classes(targets, num_clients, options.classes_per_client, generator)
-    return _partition_by_library(targets, num_clients, options, owners, seed)
+    """Cut each class where shares drawn for it end, all anew until every client has enough."""
+    generator = np.random.default_rng(derive_seed(seed, "partition") % 2**32)
+    classes = targets.numpy()
+    by_class = [np.flatnonzero(classes == number) for number in np.unique(classes)]
+    for _ in range(_MOST_DRAWS):
+        parts = []
+        for numbers in by_class:
+            ends = generator.dirichlet([options.alpha] * num_clients).cumsum() * len(numbers)
+            parts.append(np.split(numbers, ends[:-1].astype(int)))
+        shares = [np.concatenate(of_client) for of_client in zip(*parts, strict=True)]
+        if min(map(len, shares)) >= options.min_examples:
+            for share in shares:
+                generator.shuffle(share)
+            return [torch.from_numpy(share) for share in shares]
+    raise ValueError(
+        f"in {_MOST_DRAWS} draws a client had fewer than min_examples = {options.min_examples}; "
+        "use fewer clients, a larger alpha or a smaller min_examples"
+    )
 
 
-def _deal_shards(
-    targets: torch.Tensor, num_clients: int, shards_per_client: int, generator: torch.Generator
+def _shards(
+    targets: torch.Tensor, num_clients: int, options: PartitionOptions, seed: int
 ) -> list[torch.Tensor]:
-    num_shards = num_clients * shards_per_client
+    num_shards = num_clients * options.shards_per_client
     if num_shards > len(targets):
-        raise ValueError(f"{shards_per_client} shards for each of them are {num_shards} shards")
+        raise ValueError(
+            f"{options.shards_per_client} shards for each of them are {num_shards} shards"
+        )
     shards = targets.argsort(stable=True).tensor_split(num_shards)
-    dealt = torch.randperm(num_shards, generator=generator).reshape(num_clients, -1)
-    return [torch.cat([shards[shard] for shard in hand]) for hand in dealt.tolist()]
+    order = torch.randperm(num_shards, generator=make_generator(seed, "partition"))
+    hands = order.reshape(num_clients, -1).tolist()
+    return [torch.cat([shards[shard] for shard in hand]) for hand in hands]
 
 
-def _deal_classes(
-    targets: torch.Tensor, num_clients: int, classes_per_client: int, generator: torch.Generator
+def _classes(
+    targets: torch.Tensor, num_clients: int, options: PartitionOptions, seed: int
 ) -> list[torch.Tensor]:
     """Give each client classes of a shuffled deck of all, which is replaced when it is used up."""
+    generator, each = make_generator(seed, "partition"), options.classes_per_client
     classes = sorted(set(targets.tolist()))
     least = -(-len(classes) // num_clients)
-    if not least <= classes_per_client <= len(classes):
+    if not least <= each <= len(classes):
         raise ValueError(
-            f"{classes_per_client} classes for each of them, and there are {len(classes)}; "
+            f"{each} classes for each of them, and there are {len(classes)}; "
             f"allowed are {least} to {len(classes)}"
         )
     deck: list[int] = []
-    shares: list[list[torch.Tensor]] = [[] for _ in range(num_clients)]
     clients_by_class: dict[int, list[int]] = {number: [] for number in classes}
     for client in range(num_clients):
-        if len(deck) < classes_per_client:
+        if len(deck) < each:
             order = torch.randperm(len(classes), generator=generator).tolist()
-            deck += sorted((classes[n] for n in order), key=deck.count)  # no class twice in a hand
-        for number in deck[:classes_per_client]:
+            # Those that are left in the deck come last, so that no hand has a class twice.
+            deck += sorted((classes[n] for n in order), key=deck.count)
+        for number in deck[:each]:
             clients_by_class[number].append(client)
-        del deck[:classes_per_client]
+        del deck[:each]
+    shares: list[list[torch.Tensor]] = [[] for _ in range(num_clients)]
     for number, clients in clients_by_class.items():
         numbers = (targets == number).nonzero().flatten()
         if len(numbers) < len(clients):
@@ -189,46 +204,6 @@ def _deal_classes(
     return [torch.cat(parts) for parts in shares]
 
 
-def _partition_by_library(
-    targets: torch.Tensor,
-    num_clients: int,
-    options: PartitionOptions,
-    owners: Sequence[Any] | None,
-    seed: int,
-) -> list[torch.Tensor]:
-    from datasets import Dataset
-
-    columns: dict[str, Any] = {"target": targets.tolist(), "number": list(range(len(targets)))}
-    if owners is not None:
-        columns["owner"] = list(owners)
-    partitioner = _partitioner(options, num_clients, derive_seed(seed, "partition") % 2**32)
-    partitioner.dataset = Dataset.from_dict(columns)
-    if partitioner.num_partitions != num_clients:
-        raise UsageError(
-            f"the examples are of {partitioner.num_partitions} clients; federation.clients is "
-            f"{num_clients}"
-        )
-    with redirect_stderr(StringIO()):  # to which it draws a progress bar, whatever is asked for
-        return [
-            torch.tensor(partitioner.load_partition(client)["number"][:], dtype=torch.int64)
-            for client in range(num_clients)
-        ]
-
-
-def _partitioner(options: PartitionOptions, num_clients: int, seed: int) -> Partitioner:
-    from flwr_datasets import partitioner as library
-
-    if options.name == "dirichlet":
-        return library.DirichletPartitioner(
-            num_partitions=num_clients,
-            partition_by="target",
-            alpha=options.alpha,
-            min_partition_size=options.min_examples,
-            seed=seed,
-        )
-    return library.NaturalIdPartitioner(partition_by="owner")
-
-
 def partition_iid(num_examples: int, num_clients: int, *, seed: int = 0) -> list[torch.Tensor]:
     """Share out examples at random in shares that differ by at most one.
 
@@ -238,7 +213,7 @@ def partition_iid(num_examples: int, num_clients: int, *, seed: int = 0) -> list
         seed: the run's seed.
 
     Returns:
-        The numbers of each client's examples, int64.
+        The numbers of each client's examples, int64, shape (examples of the client,) each.
 
     Raises:
         UsageError: there are more clients than examples, or no clients.
@@ -267,7 +242,7 @@ def set_aside(
         seed: the run's seed.
 
     Returns:
-        The numbers of the other examples and those of the test set, int64.
+        The numbers of the other examples and those of the test set, int64, one dimension each.
 
     Raises:
         UsageError: the fraction is out of range.
@@ -317,7 +292,7 @@ def share_out(
 
     Args:
         examples: all examples, which stay where they are.
-        shares: the numbers of each client's.
+        shares: the numbers of each client's examples, int64, shape (n,) each.
         validation_fraction: share of each that is held out for validation, in [0, 1).
         prepare: what is done to inputs when they are taken.
     """

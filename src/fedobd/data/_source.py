@@ -110,23 +110,21 @@ class Source:
         return by_name | {number: number for number in range(len(self.classes))}
 
     def targets(self, split: Dataset) -> NDArray[np.int64]:
-        """Return the class numbers of a split, shape (n,).
+        """Return the class numbers of a split's rows, int64, shape (n,).
 
         Raises:
             UsageError: a row has no class, or one that is not among the classes.
         """
         values = split[self.target][:]
         numbers = self.class_numbers(split)
-        found = np.empty(len(values), np.int64)
         for row, value in enumerate(values):
-            number = numbers.get(value)
-            if number is None:
+            if value not in numbers:
+                classes = ", ".join(self.classes[:5]) + (", …" if len(self.classes) > 5 else "")
                 raise UsageError(
                     f"row {row} of column {self.target!r} holds {value!r}, which is none of the "
-                    f"{len(self.classes)} classes {_short(self.classes)}"
+                    f"{len(self.classes)} classes {classes}"
                 )
-            found[row] = number
-        return found
+        return np.array([numbers[value] for value in values], np.int64)
 
     def picture(self, encoded: dict[str, Any] | None, row: int) -> Picture | None:
         """Decode an image; None where there is none.
@@ -161,24 +159,19 @@ def open_source(name: str, *, columns: Columns, splits: Splits) -> Source:
     Raises:
         UsageError: it is not there, or lacks a split or column that is wanted.
     """
-    train, test = (
-        None if split is None else split.with_format(None) for split in _open(name, splits)
-    )
-    assert train is not None
-    columns_of = train.column_names
+    train, test = _open(name, splits)
     where = f"data {name!r}"
-    input_ = _column(columns.input, INPUT_COLUMNS, columns_of, "input", where)
-    target = _column(columns.target, TARGET_COLUMNS, columns_of, "target", where)
+    input_ = _column(train, columns.input, INPUT_COLUMNS, "input", where)
+    target = _column(train, columns.target, TARGET_COLUMNS, "target", where)
     if columns.client is not None:
-        _column(columns.client, (), columns_of, "client", where)
+        _column(train, columns.client, (), "client", where)
     if len(train) == 0:
         raise UsageError(f"{where}: the split {splits.train!r} has no rows")
     _check_target(train, target, where)
     if test is not None:
         in_test = f"{where}, split {splits.test!r}"
-        _column(input_, (), test.column_names, "input", in_test)
-        _column(target, (), test.column_names, "target", in_test)
-        _check_target(test, target, in_test)
+        _column(test, input_, (), "input", in_test)
+        _check_target(test, _column(test, target, (), "target", in_test), in_test)
     decoder = _decoder(train, input_, where)
     if decoder is not None:
         encoded = replace(decoder, decode=False)
@@ -203,7 +196,7 @@ def _open(name: str, splits: Splits) -> tuple[Dataset, Dataset | None]:
     datasets.disable_progress_bars()
     try:
         with _quiet():
-            found = _open_files(path, splits) if path.exists() else datasets.load_dataset(name)
+            opened = _open_files(path, splits) if path.exists() else datasets.load_dataset(name)
     except UsageError:
         raise
     except Exception as error:  # a hub that cannot be reached, files that are none: many kinds
@@ -211,14 +204,16 @@ def _open(name: str, splits: Splits) -> tuple[Dataset, Dataset | None]:
         says_nothing = isinstance(error, datasets.exceptions.DatasetGenerationError)
         reason = describe(error.__cause__ if says_nothing and error.__cause__ else error)
         raise UsageError(f"data {name!r} cannot be opened: {reason}{hint}") from error
-    if isinstance(found, datasets.Dataset):
-        return found, None
-    if splits.train not in found:
+    if isinstance(opened, datasets.Dataset):
+        opened = {splits.train: opened}
+    if splits.train not in opened:
         raise UsageError(
-            f"data {name!r} has the splits {', '.join(found) or 'none'}; "
-            f"data.splits.train is {splits.train!r}{nearest(splits.train, found)}"
+            f"data {name!r} has the splits {', '.join(opened) or 'none'}; "
+            f"data.splits.train is {splits.train!r}{nearest(splits.train, opened)}"
         )
-    return found[splits.train], found.get(splits.test)
+    # Sets may be saved with a format such as torch's; values are taken as plain Python ones.
+    test = opened[splits.test].with_format(None) if splits.test in opened else None
+    return opened[splits.train].with_format(None), test
 
 
 @contextmanager
@@ -257,18 +252,19 @@ def _open_files(path: Path, splits: Splits) -> Any:
     suffixes = {file.suffix for chosen in files.values() for file in chosen}
     builder = _BUILDERS.get(next(iter(suffixes)))
     if builder is None or len(suffixes) > 1:
-        found = ", ".join(suffix or "without an ending" for suffix in sorted(suffixes))
+        endings = ", ".join(suffix or "without an ending" for suffix in sorted(suffixes))
         raise UsageError(
-            f"data {str(path)!r}: files {found}; wanted one of {', '.join(sorted(_BUILDERS))}"
+            f"data {str(path)!r}: files {endings}; wanted one of {', '.join(sorted(_BUILDERS))}"
         )
     patterns = {split: [glob.escape(str(f)) for f in chosen] for split, chosen in files.items()}
     return datasets.load_dataset(builder, data_files=patterns)
 
 
 def _column(
-    wanted: str | None, usual: Iterable[str], names: list[str], what: str, where: str
+    split: Dataset, wanted: str | None, usual: Iterable[str], what: str, where: str
 ) -> str:
-    for name in (wanted,) if wanted is not None else usual:
+    names = split.column_names
+    for name in usual if wanted is None else (wanted,):
         if name in names:
             return name
     hint = f"data.columns.{what} is {wanted!r}" if wanted else f"set data.columns.{what}"
@@ -314,21 +310,18 @@ def _classes(train: Dataset, target: str, where: str) -> tuple[str, ...]:
         raise UsageError(f"{where}: a row of column {target!r} is empty")
     if all(isinstance(value, str) for value in values):
         return tuple(sorted(values))
-    if all(isinstance(value, int) for value in values):
-        if min(values) < 0:
-            raise UsageError(
-                f"{where}: column {target!r} holds {min(values)}; classes are numbered from 0"
-            )
-        if max(values) >= 2 * len(values) + 100:
-            raise UsageError(
-                f"{where}: column {target!r} holds {len(values)} values up to {max(values)}; "
-                "classes are numbered from 0 without gaps"
-            )
-        return tuple(str(number) for number in range(max(values) + 1))
-    raise UsageError(
-        f"{where}: column {target!r} holds {train.features[target]}; wanted whole numbers or texts"
-    )
-
-
-def _short(classes: tuple[str, ...]) -> str:
-    return ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
+    if not all(isinstance(value, int) for value in values):
+        raise UsageError(
+            f"{where}: column {target!r} holds {feature}; wanted whole numbers or texts"
+        )
+    if min(values) < 0:
+        raise UsageError(
+            f"{where}: column {target!r} holds {min(values)}; classes are numbered from 0"
+        )
+    # A few numbers may be missing from a part of a set; more look like identifiers or scores.
+    if max(values) >= 2 * len(values) + 100:
+        raise UsageError(
+            f"{where}: column {target!r} holds {len(values)} values up to {max(values)}; "
+            "classes are numbered from 0 without gaps"
+        )
+    return tuple(map(str, range(max(values) + 1)))

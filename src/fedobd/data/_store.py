@@ -34,7 +34,7 @@ class StoredExamples:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # mode c: copies of pages that are written to, as tensors cannot be read-only
+        # Mode c copies the pages that are written to: a tensor cannot be read-only.
         self.inputs = torch.from_numpy(np.load(folder / _INPUTS, mmap_mode="c"))
         self.targets = torch.from_numpy(np.load(folder / _TARGETS))
         self.facts: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
@@ -65,7 +65,9 @@ def move_to(
     return Examples(examples.inputs.to(device), examples.targets.to(device))
 
 
-Write = Callable[[Iterator[NDArray[Any]], NDArray[np.int64], dict[str, Any]], None]
+Contents = tuple[Iterator[NDArray[Any]], NDArray[np.int64], dict[str, Any]]
+"""What is stored: the inputs, batch by batch and each batch of shape (m, ...), the targets, shape
+(n,), and facts to keep beside them, as JSON values."""
 
 
 def cache_folder() -> Path:
@@ -73,17 +75,15 @@ def cache_folder() -> Path:
     chosen = os.environ.get("FEDOBD_CACHE")
     if chosen:
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "fedobd"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedobd"
 
 
-def stored(name: str, make: Callable[[Write], None]) -> StoredExamples:
+def stored(name: str, make: Callable[[], Contents]) -> StoredExamples:
     """Return the examples of this name, made if they are not there.
 
     Args:
         name: names what they are made of.
-        make: is given a function that takes their inputs, batch by batch and each batch of shape
-            (m, ...), their targets, shape (n,), and facts to keep beside them, as JSON values.
+        make: makes them; the inputs are taken from it while they are written.
 
     Raises:
         UsageError: the cache cannot be read or written.
@@ -92,11 +92,13 @@ def stored(name: str, make: Callable[[Write], None]) -> StoredExamples:
     with _using(folder.parent, "read"):
         is_there = (folder / _FACTS).exists()
     if not is_there:
+        # Made under a name of its own and moved when it is whole: other processes may want the
+        # same entry at the same time, and what is interrupted must not look like one.
         partial = folder.with_name(f"{name}-{uuid.uuid4().hex}")
         with _using(folder.parent, "written"):
             partial.mkdir(parents=True)
         try:
-            make(lambda batches, targets, facts: _write(partial, batches, targets, facts))
+            _write(partial, *make())
             with _using(folder.parent, "written"):
                 _move(partial, folder)
         finally:
@@ -126,7 +128,7 @@ def _write(
         stream = (folder / _INPUTS).open("wb")
     row = 0
     try:  # not in a mapped file, where a full disk is no error but a signal
-        for batch in batches:
+        for batch in batches:  # outside of _using: what fails in here is not the cache
             with _using(folder.parent, "written"):
                 if row == 0:
                     header = np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(batch))

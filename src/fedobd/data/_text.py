@@ -61,7 +61,12 @@ def make_tokenizer(options: TextOptions, texts: Iterable[str]) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     if options.tokenizer is not None:
-        tokenizer = _parse_tokenizer(options.tokenizer)
+        content = read_tokenizer(options.tokenizer)
+        try:
+            tokenizer = Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises nothing more exact
+            file = str(_tokenizer_file(options.tokenizer))
+            raise UsageError(f"tokenizer {file!r} cannot be read: {error}") from error
     else:
         tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
         tokenizer.normalizer = normalizers.Sequence(
@@ -87,10 +92,7 @@ def make_tokenizer(options: TextOptions, texts: Iterable[str]) -> Tokenizer:
 
 
 def read_tokenizer(name: str) -> bytes:
-    """Return what the file of a tokenizer holds.
-
-    Args:
-        name: see `TextOptions`.
+    """Return what the file of a tokenizer holds; see `TextOptions` for its name.
 
     Raises:
         UsageError: there is no such file.
@@ -105,18 +107,6 @@ def read_tokenizer(name: str) -> bytes:
 def _tokenizer_file(name: str) -> Path:
     path = checkpoint_folder(name) if name.startswith(PACKAGE) else Path(name).expanduser()
     return path / "tokenizer.json" if path.is_dir() else path
-
-
-def _parse_tokenizer(name: str) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    content = read_tokenizer(name)
-    try:
-        return Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing more exact
-        raise UsageError(
-            f"tokenizer {str(_tokenizer_file(name))!r} cannot be read: {error}"
-        ) from error
 
 
 def vocabulary(tokenizer: Tokenizer) -> tuple[str, ...]:

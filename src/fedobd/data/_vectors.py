@@ -36,30 +36,26 @@ def load_vectors(path: str | Path, vocabulary: Sequence[str], *, seed: int = 0) 
     """
     path = Path(path)
     numbers = {word: number for number, word in enumerate(vocabulary)}
-    found: dict[int, NDArray[np.float32]] = {}
+    known: dict[int, NDArray[np.float32]] = {}
     width = None
     for row, (word, values) in enumerate(_rows(path)):
-        if width is None:
-            width = len(values)
+        width = len(values) if width is None else width
+        fault = None if np.isfinite(values).all() else "numbers that are not finite"
         if len(values) != width:
-            raise UsageError(
-                f"word vectors {str(path)!r}: row {row} has {len(values)} numbers, the first "
-                f"{width}"
-            )
-        if not np.isfinite(values).all():
-            raise UsageError(
-                f"word vectors {str(path)!r}: row {row} has numbers that are not finite"
-            )
+            fault = f"{len(values)} numbers, the first {width}"
+        if fault is not None:
+            raise UsageError(f"word vectors {str(path)!r}: row {row} has {fault}")
         if word in numbers:
-            found[numbers[word]] = values
-    if not found or width is None:
+            known[numbers[word]] = values
+    if not known or width is None:
         raise UsageError(
             f"word vectors {str(path)!r} have none of the {len(vocabulary)} words of the data"
         )
-    known = torch.from_numpy(np.stack(list(found.values())))
+    # Known words draw too, so that what another word draws depends on its number alone.
     vectors = torch.randn(len(vocabulary), width, generator=make_generator(seed, "vectors"))
-    vectors *= known.std()
-    vectors[torch.tensor(list(found))] = known
+    values_of_known = torch.from_numpy(np.stack(list(known.values())))
+    vectors *= values_of_known.std()
+    vectors[torch.tensor(list(known))] = values_of_known
     vectors[0] = 0
     return vectors
 

@@ -32,8 +32,10 @@ def measure_stack(experiment: Experiment, server: ServerSession) -> int:
     plan = server.begin_round()
     if plan is None:
         return 1
-    broadcast = b"".join(server.broadcast())
-    openings = {c: b"".join(server.opening(c)) for c in plan.cohort if server.needs_opening(c)}
+    broadcast = server.broadcast().data
+    openings = {
+        c: server.initial_payload(c).data for c in plan.cohort if server.needs_initial_payload(c)
+    }
     tasks = [
         ClientTask(plan=plan, client=c, broadcast=broadcast, opening=openings.get(c))
         for c in plan.cohort

@@ -335,30 +335,14 @@ def read_summary(folder: RunFolder) -> Summary:
 
 def make_record(played: PlayedRound) -> dict[str, Any]:
     """Return a round's line of rounds.jsonl; only `seconds` depends on the clock."""
-    record = played.record
-    values = dataclasses.asdict(record)
-    uploads = values.pop("uploads")
-    seconds = {phase: round(spent, 6) for phase, spent in sorted(played.seconds.items())}
-    clients = []
-    sent = len(record.opened) + len(record.reopened)
-    opening = record.opening_bytes // sent if sent else 0
-    for upload in uploads:
-        del upload["uplink_blocks"]  # the round's sums are kept
-        again = record.reopened.count(upload["client"])
-        openings = again + (upload["client"] in record.opened)
-        clients.append(
-            {
-                **upload,
-                "uplink_bytes": sum(upload["uplink"][part] for part in BYTE_PARTS),
-                "downlink_bytes": record.broadcast.total * (1 + again) + opening * openings,
-            }
-        )
+    values = played.record.to_json()
+    clients = values.pop("clients")
     return {
         **values,
         "test_loss": _finite(played.test.loss) if played.test else None,
         "test_metric": _finite(played.test.metric) if played.test else None,
         "clients": clients,
-        "seconds": seconds,
+        "seconds": {name: round(spent, 6) for name, spent in sorted(played.seconds.items())},
     }
 
 
@@ -381,7 +365,7 @@ def _finish(
     folder: RunFolder,
     one_at_a_time: bool,
 ) -> Summary:
-    delivery = b"".join(server.delivery())
+    delivery = server.delivery().data
     received = Broadcast.decode(delivery, experiment.method, experiment.schema, Kind.DELIVERY)
     held = {**server.state, **received.values}
     test = experiment.evaluate

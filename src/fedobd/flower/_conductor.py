@@ -98,7 +98,7 @@ class Conductor:
         self._nodes = {client: nodes[client] for client in plan.cohort}
         self._waiting, self._accepted, self.left_out = set(plan.cohort), [], {}
         began = time.perf_counter()
-        self._broadcast = b"".join(server.broadcast())
+        self._broadcast = server.broadcast().data
         self.seconds["broadcast"] += time.perf_counter() - began
         self._see("broadcast", self._broadcast)
         full = ConfigRecord({**config, **plan_config(plan)})
@@ -108,7 +108,9 @@ class Conductor:
         plain = RecordDict({"arrays": carry(self._broadcast, BROADCAST), "config": full})
         opened = plain
         if new:
-            openings = {c: b"".join(server.opening(c)) for c in new if server.has_opening}
+            openings = {
+                c: server.initial_payload(c).data for c in new if server.has_initial_payload
+            }
             for client, payload in openings.items():
                 self._see(f"opening-{client}", payload)
             shared = next(iter(openings.values()), b"")
@@ -165,7 +167,8 @@ class Conductor:
     def _reopened(self, message: Message) -> Message:
         client = self._client_of(message)
         logger.log(INFO, "fedobd: client %d has lost its opening and is sent it again", client)
-        payload = b"".join(self._server.reopen(client))
+        again = self._server.resend_initial_payload(client)
+        payload = again.data if again else b""
         content = RecordDict({**message.content, "arrays": self._with_opening(payload)})
         return self._message(client, content)
 

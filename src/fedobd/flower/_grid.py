@@ -301,7 +301,7 @@ class CodecGrid(Grid):
             method=self._method.wire_id,
             round=self._broadcasts,
             stage=1,
-            kept=all_blocks(schema),
+            block_ids=all_blocks(schema),
             start=self._model.fingerprint if is_start else None,
         )
         payload = self._payload(schema, header, state)
@@ -329,27 +329,25 @@ class CodecGrid(Grid):
         payload = b""
         if schema.frozen():
             header = Header(
-                kind=Kind.OPENING,
+                kind=Kind.INITIAL,
                 method=self._method.wire_id,
                 round=1,
                 stage=1,
-                kept=(),
+                block_ids=(),
                 start=start,
             )
             payload = self._payload(schema, header, master_state(schema, state))
         return _Model(opening, as_array(opening.pack(payload), OPENING), start)
 
     def _payload(self, schema: ModelSchema, header: Header, state: ModelState) -> bytes:
-        return b"".join(
-            encode_payload(
-                schema,
-                header,
-                lambda segment: segment_of(state, schema.tensors[segment.tensor], segment),
-                self._method.codec.downlink,
-                generator=make_generator(self._seed, "downlink", header.round),
-                frozen=lambda spec: state[spec.name],
-            )
-        )
+        return encode_payload(
+            schema,
+            header,
+            lambda segment: segment_of(state, schema.tensors[segment.tensor], segment),
+            self._method.codec.downlink,
+            generator=make_generator(self._seed, "downlink", header.round),
+            frozen=lambda spec: state[spec.name],
+        ).data
 
     def _note(self, message: Message, sent: _Sent | None) -> None:
         """Count what was sent."""

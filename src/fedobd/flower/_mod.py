@@ -136,7 +136,7 @@ class CompressionMod:
         opening, payload = Opening.unpack(data)
         session = self._session(opening, context, {})
         if payload:
-            session.open(payload)
+            session.initialize(payload)
         context.state[OPENING] = carry(data[: len(data) - len(payload)], OPENING)
         _keep(context, session.state)
 
@@ -187,7 +187,7 @@ class _Work:
         trained = self.opening.layout.to_state(records[self.key], self.opening.schema)
         report = _report(reply.content, self.opening.metrics)
         del reply.content[self.key]  # Flower warns where one record replaces another
-        return b"".join(self.session.upload(trained, report))
+        return self.session.upload(trained, report).data
 
 
 def _report(content: RecordDict, keys: MetricKeys | None) -> Report:

@@ -386,7 +386,7 @@ class FedOBDStrategy(Strategy):
         if record is None:
             return None, None
         self.records.append(record)
-        weighted = [(reported[u.client], u.num_examples) for u in record.uploads]
+        weighted = [(reported[u.client], u.report.num_examples) for u in record.uploads]
         metrics = MetricRecord({**_mean(weighted), **self._figures(record)})
         return self._layout.to_arrays(self._server.state), metrics
 

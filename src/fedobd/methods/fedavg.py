@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from fedobd.methods._single_stage import SingleStage
-from fedobd.sessions import Shipment, UplinkContext
+from fedobd.sessions import TransferSpec, UplinkContext
 
 
 @final
@@ -30,6 +30,6 @@ class FedAvg(SingleStage):
 
     cohort: int | float = 1.0
 
-    def uplink(self, context: UplinkContext) -> Shipment:
+    def uplink(self, context: UplinkContext) -> TransferSpec:
         """See `Method.uplink`: every block as it is."""
-        return Shipment(kept=context.received, lossless=self.lossless)
+        return TransferSpec(block_ids=context.received, lossless=self.lossless)

@@ -11,7 +11,7 @@ from fedobd.codec import Mask
 from fedobd.methods._codec import check_dropout_rate
 from fedobd.methods._single_stage import SingleStage
 from fedobd.payload import Header
-from fedobd.sessions import Shipment, UplinkContext
+from fedobd.sessions import TransferSpec, UplinkContext
 
 
 @final
@@ -46,15 +46,15 @@ class FedDropoutAvg(SingleStage):
         SingleStage.__post_init__(self)
         check_dropout_rate(self.dropout_rate)
 
-    def uplink(self, context: UplinkContext) -> Shipment:
+    def uplink(self, context: UplinkContext) -> TransferSpec:
         """See `Method.uplink`: the values under the client's mask."""
         mask = Mask.of_rate(context.seed, self.dropout_rate)
-        return Shipment(kept=context.received, mask=mask, lossless=self.lossless)
+        return TransferSpec(block_ids=context.received, mask=mask, lossless=self.lossless)
 
     def check_upload(self, header: Header, schema: ModelSchema, received: tuple[int, ...]) -> None:
         """See `Method.check_upload`: all blocks, under a mask of this λ."""
         wanted = Mask.of_rate(0, self.dropout_rate).threshold
-        if header.kept != received or header.mask is None or header.mask.threshold != wanted:
+        if header.block_ids != received or header.mask is None or header.mask.threshold != wanted:
             raise DecodeError(
                 DecodeReason.METHOD,
                 f"an upload of {self.name} must hold every block under a mask of λ = "

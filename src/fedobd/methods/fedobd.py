@@ -9,7 +9,15 @@ from fedobd._errors import DecodeError, DecodeReason, UsageError
 from fedobd.blocks import ModelSchema
 from fedobd.methods._codec import Codec
 from fedobd.payload import Header
-from fedobd.sessions import EarlyStop, Memory, Method, Shipment, Stage, UplinkContext, all_blocks
+from fedobd.sessions import (
+    EarlyStop,
+    Memory,
+    Method,
+    Stage,
+    TransferSpec,
+    UplinkContext,
+    all_blocks,
+)
 
 
 @final
@@ -76,23 +84,23 @@ class FedOBD(Method):
         )
         return first, second
 
-    def downlink(self, memory: Memory, schema: ModelSchema) -> Shipment:
+    def downlink(self, memory: Memory, schema: ModelSchema) -> TransferSpec:
         """See `Method.downlink`: every block, quantized."""
-        return Shipment(
-            kept=all_blocks(schema), quantizer=self.codec.downlink, lossless=self.lossless
+        return TransferSpec(
+            block_ids=all_blocks(schema), quantizer=self.codec.downlink, lossless=self.lossless
         )
 
-    def uplink(self, context: UplinkContext) -> Shipment:
+    def uplink(self, context: UplinkContext) -> TransferSpec:
         """See `Method.uplink`.
 
         Quantized differences are sent: in stage 1 of the selected blocks, in stage 2 of all.
         """
         differences = context.block_differences()
-        kept = context.received
+        block_ids = context.received
         if context.stage == 1:
-            kept = self.codec.select(context.schema, differences, context.seed)
-        return Shipment(
-            kept=kept,
+            block_ids = self.codec.select(context.schema, differences, context.seed)
+        return TransferSpec(
+            block_ids=block_ids,
             quantizer=self.codec.uplink,
             block_differences=differences,
             lossless=self.lossless,
@@ -106,7 +114,7 @@ class FedOBD(Method):
             return
         if header.mask is not None:
             raise DecodeError(DecodeReason.METHOD, f"an upload of {self.name} has no mask")
-        held = sum(schema.blocks[number].num_parameters for number in header.kept)
+        held = sum(schema.blocks[number].num_parameters for number in header.block_ids)
         budget = self.codec.budget(schema)
         if held > budget:
             raise DecodeError(

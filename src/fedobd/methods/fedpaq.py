@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from fedobd.codec import Stochastic
 from fedobd.methods._single_stage import SingleStage
-from fedobd.sessions import Shipment, UplinkContext
+from fedobd.sessions import TransferSpec, UplinkContext
 
 
 @final
@@ -39,8 +39,8 @@ class FedPAQ(SingleStage):
         SingleStage.__post_init__(self)
         Stochastic(self.levels)
 
-    def uplink(self, context: UplinkContext) -> Shipment:
+    def uplink(self, context: UplinkContext) -> TransferSpec:
         """See `Method.uplink`: every block's difference in stochastic levels."""
-        return Shipment(
-            kept=context.received, quantizer=Stochastic(self.levels), lossless=self.lossless
+        return TransferSpec(
+            block_ids=context.received, quantizer=Stochastic(self.levels), lossless=self.lossless
         )

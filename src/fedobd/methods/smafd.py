@@ -12,7 +12,7 @@ from fedobd._seeds import make_generator
 from fedobd.blocks import BlockStyle, ModelSchema
 from fedobd.methods._codec import check_dropout_rate
 from fedobd.methods._single_stage import SingleStage
-from fedobd.sessions import Memory, RoundRecord, Shipment, UplinkContext, all_blocks
+from fedobd.sessions import Memory, RoundRecord, TransferSpec, UplinkContext, all_blocks
 
 
 @final
@@ -79,22 +79,22 @@ class SMAFD(SingleStage):
             used += sizes[number]
         return sorted(submodel)
 
-    def downlink(self, memory: Memory, schema: ModelSchema) -> Shipment:
+    def downlink(self, memory: Memory, schema: ModelSchema) -> TransferSpec:
         """See `Method.downlink`: the sub-model's tensors; all, where none is drawn."""
         submodel = memory.get("submodel")
-        kept = all_blocks(schema) if submodel is None else tuple(submodel)
-        return Shipment(kept=kept, lossless=self.lossless)
+        block_ids = all_blocks(schema) if submodel is None else tuple(submodel)
+        return TransferSpec(block_ids=block_ids, lossless=self.lossless)
 
-    def uplink(self, context: UplinkContext) -> Shipment:
+    def uplink(self, context: UplinkContext) -> TransferSpec:
         """See `Method.uplink`: the same tensors."""
-        return Shipment(kept=context.received, lossless=self.lossless)
+        return TransferSpec(block_ids=context.received, lossless=self.lossless)
 
     def end(self, memory: Memory, record: RoundRecord) -> Memory:
         """See `Method.end`.
 
         The sub-model is kept and scored if the unweighted mean training loss fell, else dropped.
         """
-        loss = sum(upload.train_loss for upload in record.uploads) / len(record.uploads)
+        loss = sum(upload.report.train_loss for upload in record.uploads) / len(record.uploads)
         before = memory.get("loss")
         scores = list(memory["scores"])
         submodel = memory["submodel"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from fedobd._lookup import checkpoint_folder
-from fedobd.models._build import build_from
+from fedobd._errors import UsageError
+from fedobd._lookup import build_object, checkpoint_folder
 from fedobd.models.batch_norm import use_batch_statistics
 from fedobd.models.densenet import DenseLayer, DenseNet40
 from fedobd.models.digits_cnn import DigitsCNN
@@ -63,4 +63,10 @@ def build_model(name: str, **options: Any) -> nn.Module:
         >>> build_model("digits-cnn", num_classes=3).classifier[-1].out_features
         3
     """
-    return build_from(MODELS, name, options)
+    model = build_object(name, "model", MODELS, options)
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"model {name!r}: the factory returned an object of type {type(model).__name__}; "
+            "wanted a torch.nn.Module"
+        )
+    return model

@@ -46,14 +46,7 @@ class DenseLayer(nn.Module):
         self.unit = nn.Sequential(units)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the input with the new channels after it.
-
-        Args:
-            features: shape (n, in_channels, height, width).
-
-        Returns:
-            Shape (n, in_channels + growth, height, width).
-        """
+        """Add channels: float, shape (n, in_channels, h, w) to (n, in_channels + growth, h, w)."""
         return torch.cat([features, self.unit(features)], dim=1)
 
 
@@ -109,11 +102,10 @@ class DenseNet40(nn.Module):
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.stages = nn.Sequential()
         for number in range(1, _NUM_DENSE_BLOCKS + 1):
-            layers = nn.Sequential()
-            for _ in range(num_layers):
-                layers.append(DenseLayer(channels, growth, bottleneck))
-                channels += growth
+            widths = [channels + layer * growth for layer in range(num_layers)]
+            layers = nn.Sequential(*(DenseLayer(width, growth, bottleneck) for width in widths))
             self.stages.add_module(f"dense{number}", layers)
+            channels += num_layers * growth
             if number < _NUM_DENSE_BLOCKS:
                 kept = max(1, math.floor(channels * compression))
                 self.stages.add_module(f"transition{number}", _transition(channels, kept))
@@ -126,13 +118,10 @@ class DenseNet40(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Classify images.
+        """Return logits, float, shape (n, num_classes).
 
         Args:
             images: float, shape (n, in_channels, 32, 32); other sides of at least 4 work too.
-
-        Returns:
-            Logits, shape (n, num_classes).
         """
         features: torch.Tensor = self.stages(self.stem(images))
         pooled = F.relu(self.norm(features)).mean(dim=(2, 3))

@@ -50,14 +50,6 @@ class DigitsCNN(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Classify images.
-
-        Args:
-            images: float, shape (n, in_channels, 8, 8).
-
-        Returns:
-            Logits, shape (n, num_classes).
-        """
-        features: torch.Tensor = self.features(images)
-        logits: torch.Tensor = self.classifier(features)
+        """Return logits, float, shape (n, num_classes), of float images (n, in_channels, 8, 8)."""
+        logits: torch.Tensor = self.classifier(self.features(images))
         return logits

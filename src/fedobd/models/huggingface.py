@@ -20,7 +20,6 @@ import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,10 +27,16 @@ from torch import nn
 
 from fedobd._errors import UsageError, describe
 from fedobd._lookup import checkpoint_folder, nearest
-from fedobd.models._checks import check_counts
+from fedobd.models._checks import attended, check_counts, check_tokens
 
 _NOT_A_SIZE = ("auto_map", "id2label", "label2id", "num_labels", "quantization_config")
 """Keys of a configuration that are set here, or would bring foreign code or kernels."""
+
+_AUTO_CLASSES = {
+    "HuggingFaceText": "AutoModelForSequenceClassification",
+    "HuggingFaceImage": "AutoModelForImageClassification",
+}
+"""Class of transformers that chooses the network of each model here."""
 
 _ALL_SEE_ALL = ("albert", "bert", "distilbert", "electra", "roberta", "xlm-roberta")
 """Types whose tokens attend to all tokens, in every layer; each is compared under vmap in the
@@ -78,15 +83,14 @@ class HuggingFaceText(nn.Module):
         max_length: int | None = None,
     ) -> None:
         super().__init__()
-        kind = _Kind("HuggingFaceText", "AutoModelForSequenceClassification", "texts")
-        check_counts(kind.model, num_outputs=num_outputs)
-        self.network = _make_network(kind, num_outputs, config, checkpoint, lora)
+        check_counts("HuggingFaceText", num_outputs=num_outputs)
+        self.network = _make_network("HuggingFaceText", num_outputs, config, checkpoint, lora)
         longest = _longest_text(self.network)
         if max_length is not None:
-            check_counts(kind.model, max_length=max_length)
+            check_counts("HuggingFaceText", max_length=max_length)
             if longest is not None and max_length > longest:
                 raise UsageError(
-                    f"{kind.model}: max_length is {max_length}; the model has positions for "
+                    f"HuggingFaceText: max_length is {max_length}; the model has positions for "
                     f"{longest} tokens"
                 )
             longest = max_length
@@ -95,30 +99,21 @@ class HuggingFaceText(nn.Module):
         self.vocab_size: int | None = getattr(self.network.config, "vocab_size", None)
         takes = inspect.signature(type(self.network).forward).parameters
         self._takes_mask = "attention_mask" in takes
-        own = self.network.config
-        is_decoder = getattr(own, "is_decoder", False)
-        self._all_see_all = own.model_type in _ALL_SEE_ALL and not is_decoder
+        is_decoder = getattr(self.network.config, "is_decoder", False)
+        self._all_see_all = self.network.config.model_type in _ALL_SEE_ALL and not is_decoder
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Classify texts.
+        """Return logits, float32, shape (n, num_outputs).
 
         Args:
             tokens: token ids, int64, shape (n, length) with 1 <= length <= max_length; the
-                `pad_token_id` of the model's configuration, 0 where it has none, is padding.
-
-        Returns:
-            Logits, shape (n, num_outputs). A text of padding alone counts as one such token.
+                `pad_token_id` of the model's configuration, 0 where it has none, is padding. A
+                text of padding alone counts as one such token.
 
         Raises:
             UsageError: the tokens have another shape, or are longer than max_length.
         """
-        longest = self.max_length
-        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= (longest or tokens.shape[1]):
-            limit = "" if longest is None else f" <= max_length = {longest}"
-            raise UsageError(
-                f"HuggingFaceText: tokens have shape {tuple(tokens.shape)}; wanted (n, length) "
-                f"with 1 <= length{limit}"
-            )
+        check_tokens("HuggingFaceText", tokens, self.max_length)
         inputs = {"input_ids": tokens}
         if self._takes_mask:
             inputs["attention_mask"] = self._mask_of(tokens)
@@ -126,11 +121,7 @@ class HuggingFaceText(nn.Module):
         return logits
 
     def _mask_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        real = tokens != self.padding
-        # Attention needs a place to look at: without one its softmax is 0/0. A text without a
-        # token looks at its first place.
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        mask = real | ((place == 0) & ~real.any(dim=1, keepdim=True))
+        mask = attended(tokens, self.padding)
         if self._all_see_all and _is_batched(tokens):
             # Under vmap, a mask of two dimensions fails: transformers asks whether it is all ones.
             ignored = ~mask[:, None, None, :]
@@ -146,16 +137,12 @@ class HuggingFaceImage(nn.Module):
 
     Args:
         num_classes: number of classes, one logit each.
-        config: `model_type` and any sizes of a new model, as in its `config.json`.
-        checkpoint: folder of a pretrained model, or `package:name`; see `checkpoint_folder`. A
-            classifier that it lacks, or has for another number of classes, is made anew.
-        lora: options of `peft.LoraConfig`, such as `{"r": 8, "target_modules": ["q_proj"]}`; the
-            model's own weights are then frozen, and the adapters and the classifier trained. None
-            for training everything.
+        config: as for `HuggingFaceText`, and so are `checkpoint` and `lora`.
+        checkpoint: see `config`.
+        lora: see `config`.
 
     Raises:
-        UsageError: transformers or peft is not installed; not exactly one of `config` and
-            `checkpoint` is given; or an option is refused by the library.
+        UsageError: as for `HuggingFaceText`.
 
     Example:
         >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -173,19 +160,15 @@ class HuggingFaceImage(nn.Module):
         lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        kind = _Kind("HuggingFaceImage", "AutoModelForImageClassification", "images")
-        check_counts(kind.model, num_classes=num_classes)
-        self.network = _make_network(kind, num_classes, config, checkpoint, lora)
+        check_counts("HuggingFaceImage", num_classes=num_classes)
+        self.network = _make_network("HuggingFaceImage", num_classes, config, checkpoint, lora)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Classify images.
+        """Return logits, float32, shape (n, num_classes).
 
         Args:
             images: float, shape (n, channels, height, width), with the channels and sides of the
                 model's configuration.
-
-        Returns:
-            Logits, shape (n, num_classes).
 
         Raises:
             UsageError: the images have a shape that the model does not take.
@@ -204,57 +187,57 @@ class HuggingFaceImage(nn.Module):
         return logits
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What differs between texts and images.
-
-    Args:
-        model: the name of our class, for messages.
-        auto: the class of transformers that chooses the model.
-        inputs: what is classified, for messages.
-    """
-
-    model: str
-    auto: str
-    inputs: str
-
-
 def _make_network(
-    kind: _Kind,
+    model: str,
     num_labels: int,
     config: Mapping[str, Any] | None,
     checkpoint: str | None,
     lora: Mapping[str, Any] | None,
 ) -> Any:
+    """Make a classifier of transformers; what is wrong is said with the name of our `model`."""
     if (config is None) == (checkpoint is None):
         given = "neither" if config is None else "both"
-        raise UsageError(
-            f"{kind.model}: {given} of config and checkpoint given; wanted exactly one"
-        )
-    transformers = _library("transformers", kind)
-    with _quiet(transformers):
-        if config is not None:
-            made = _configured(transformers, kind, config)
-            _finish_config(made, kind, num_labels)
-            network, fresh = _new_network(transformers, kind, made), set[str]()
-        else:
-            assert checkpoint is not None
-            network, fresh = _pretrained(transformers, kind, checkpoint, num_labels)
-        network.float()
-        if lora is not None:
-            _add_lora(kind, network, lora, fresh)
+        raise UsageError(f"{model}: {given} of config and checkpoint given; wanted exactly one")
+    try:
+        transformers = _library("transformers")
+        auto = getattr(transformers, _AUTO_CLASSES[model])
+        with _quiet(transformers):
+            if checkpoint is None:
+                settings = _configured(transformers, config)
+                _finish_config(settings, num_labels)
+                with _explained(settings.model_type):
+                    network = auto.from_config(settings, trust_remote_code=False)
+                fresh = set[str]()
+            else:
+                network, fresh = _pretrained(transformers, auto, checkpoint, num_labels)
+            network.float()
+            if lora is not None:
+                _add_lora(network, lora, fresh)
+    except UsageError as error:
+        raise UsageError(f"{model}: {error}") from error
     network.train()
     return network
 
 
-def _library(name: str, kind: _Kind) -> Any:
+def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UsageError(
-            f"{kind.model} needs {name}, which cannot be imported ({error}); "
-            "pip install 'fedobd[hf]'"
-        ) from error
+        message = f"{name} cannot be imported ({error}); pip install 'fedobd[hf]'"
+        raise UsageError(message) from error
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Say what a library refuses; it raises exceptions of many kinds, some over many lines."""
+    try:
+        yield
+    except Exception as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UsageError(
+                f"transformers has no classifier of this kind with model_type {what!r}"
+            ) from error
+        raise UsageError(f"{what} was refused: {describe(error)}") from error
 
 
 @contextmanager
@@ -272,45 +255,37 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _configured(transformers: Any, kind: _Kind, config: Mapping[str, Any]) -> Any:
+def _configured(transformers: Any, config: Mapping[str, Any] | None) -> Any:
     """Make a configuration of plain values; transformers itself takes any key in silence."""
     if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
         raise UsageError(
-            f"{kind.model}: config is {config!r}; wanted a table with model_type, such as "
-            "{'model_type': 'bert'}"
+            f"config is {config!r}; wanted a table with model_type, as {{'model_type': 'bert'}}"
         )
     sizes = {key: value for key, value in config.items() if key != "model_type"}
-    model_type = config["model_type"]
-    known = transformers.CONFIG_MAPPING
-    if model_type not in known:
+    model_type, types = config["model_type"], transformers.CONFIG_MAPPING
+    if model_type not in types:
         raise UsageError(
-            f"{kind.model}: transformers {transformers.__version__} has no model_type "
-            f"{model_type!r}{nearest(model_type, known.keys())}"
+            f"transformers {transformers.__version__} has no model_type {model_type!r}"
+            f"{nearest(model_type, types.keys())}"
         )
     try:
-        default = known[model_type]()
+        default = types[model_type]()
     except Exception:  # some configurations have no default
         default = None
     for key in sizes:
         if key in _NOT_A_SIZE:
-            raise UsageError(f"{kind.model}: config has {key!r}, which is not to be set here")
+            raise UsageError(f"config has {key!r}, which is not to be set here")
         if default is not None and not hasattr(default, key):
-            names = default.to_dict()
-            raise UsageError(
-                f"{kind.model}: a {model_type} configuration has no {key!r}{nearest(key, names)}"
-            )
-    try:
-        return known[model_type](**sizes)
-    except Exception as error:  # whatever the library checks its values with
-        raise UsageError(f"{kind.model}: config was refused: {describe(error)}") from error
+            hint = nearest(key, default.to_dict())
+            raise UsageError(f"a {model_type} configuration has no {key!r}{hint}")
+    with _explained("config"):
+        return types[model_type](**sizes)
 
 
-def _finish_config(config: Any, kind: _Kind, num_labels: int) -> None:
-    """Set what follows from our own options."""
+def _finish_config(config: Any, num_labels: int) -> None:
+    """Set what follows from the options of this module."""
     if getattr(config, "is_encoder_decoder", False):
-        raise UsageError(
-            f"{kind.model}: {config.model_type!r} is an encoder with a decoder; wanted one of them"
-        )
+        raise UsageError(f"{config.model_type!r} is an encoder with a decoder; wanted one of them")
     config.num_labels = num_labels
     if getattr(config, "architectures", None) is None:
         config.architectures = []  # where a type has two classifiers, the library iterates over it
@@ -320,42 +295,19 @@ def _finish_config(config: Any, kind: _Kind, num_labels: int) -> None:
         config.use_cache = False  # of decoders that write; it costs memory here
 
 
-def _new_network(transformers: Any, kind: _Kind, config: Any) -> Any:
-    try:
-        return getattr(transformers, kind.auto).from_config(config, trust_remote_code=False)
-    except Exception as error:
-        raise _refused(transformers, kind, config, error) from error
-
-
-def _refused(transformers: Any, kind: _Kind, config: Any, error: Exception) -> UsageError:
-    if "Unrecognized configuration class" in str(error):
-        return UsageError(
-            f"{kind.model}: transformers {transformers.__version__} has no classifier of "
-            f"{kind.inputs} with model_type {config.model_type!r}"
-        )
-    return UsageError(f"{kind.model}: {config.model_type} was refused: {describe(error)}")
-
-
 def _pretrained(
-    transformers: Any, kind: _Kind, checkpoint: str, num_labels: int
+    transformers: Any, auto: Any, checkpoint: str, num_labels: int
 ) -> tuple[Any, set[str]]:
     """Load a model; return it with the names of the parameters that its folder did not have."""
     folder = str(checkpoint_folder(checkpoint))
     local = {"local_files_only": True, "trust_remote_code": False}
-    try:
+    with _explained(f"checkpoint {checkpoint!r} has a config.json that"):
         config = transformers.AutoConfig.from_pretrained(folder, **local)
-    except Exception as error:
-        raise UsageError(
-            f"{kind.model}: checkpoint {checkpoint!r} has a config.json that was refused: "
-            f"{describe(error)}"
-        ) from error
     if getattr(config, "quantization_config", None) is not None:
-        raise UsageError(
-            f"{kind.model}: checkpoint {checkpoint!r} is quantized; wanted floating-point weights"
-        )
-    _finish_config(config, kind, num_labels)
-    try:
-        network, found = getattr(transformers, kind.auto).from_pretrained(
+        raise UsageError(f"checkpoint {checkpoint!r} is quantized; wanted floating-point weights")
+    _finish_config(config, num_labels)
+    with _explained(config.model_type):
+        network, loading = auto.from_pretrained(
             folder,
             config=config,
             use_safetensors=True,
@@ -363,47 +315,41 @@ def _pretrained(
             output_loading_info=True,
             **local,
         )
-    except Exception as error:
-        raise _refused(transformers, kind, config, error) from error
-    body, own = f"{network.base_model_prefix}.", {name for name, _ in network.named_parameters()}
-    fresh = set(found["missing_keys"]) | {entry[0] for entry in found["mismatched_keys"]}
+    body, names = f"{network.base_model_prefix}.", dict(network.named_parameters())
+    fresh = set(loading["missing_keys"]) | {entry[0] for entry in loading["mismatched_keys"]}
     # Before transformers 5, names lack the prefix where the folder holds a model without a head.
-    fresh = {name if name in own else body + name for name in fresh}
+    fresh = {name if name in names else body + name for name in fresh}
     # Models trained without a classifier lack the pooler as well, which serves it alone.
     lost = sorted(n for n in fresh if n.startswith(body) and "pooler" not in n)
     if lost:
         raise UsageError(
-            f"{kind.model}: checkpoint {checkpoint!r} lacks {len(lost)} tensors of the model "
+            f"checkpoint {checkpoint!r} lacks {len(lost)} tensors of the model "
             f"that its config.json describes, or has them in another shape: {lost[0]}"
             + (" ..." if len(lost) > 1 else "")
         )
     return network, fresh
 
 
-def _add_lora(kind: _Kind, network: Any, lora: Mapping[str, Any], fresh: set[str]) -> None:
+def _add_lora(network: Any, lora: Mapping[str, Any], fresh: set[str]) -> None:
     """Add adapters within the model; its frozen weights keep their places in the module tree."""
     if not isinstance(lora, Mapping):
-        raise UsageError(
-            f"{kind.model}: lora is {lora!r}; wanted a table of options of peft.LoraConfig"
-        )
+        raise UsageError(f"lora is {lora!r}; wanted a table of options of peft.LoraConfig")
     for key in ("modules_to_save", "task_type"):
         if key in lora:
             raise UsageError(
-                f"{kind.model}: lora has {key!r}, which is not to be set: the classifier is "
-                "trained, the rest of the model is not"
+                f"lora has {key!r}, which is not to be set: the classifier is trained, the rest "
+                "of the model is not"
             )
-    peft = _library("peft", kind)
+    peft = _library("peft")
     body = getattr(network, network.base_model_prefix, None)
     if not isinstance(body, nn.Module):
         raise UsageError(
-            f"{kind.model}: lora needs a model that can be told from its classifier; "
+            f"lora needs a model that can be told from its classifier; "
             f"{network.config.model_type!r} has no {network.base_model_prefix!r}"
         )
     untaught = [p for name, p in network.named_parameters() if name in fresh]
-    try:
+    with _explained("lora"):
         peft.inject_adapter_in_model(peft.LoraConfig(**lora), body)
-    except Exception as error:
-        raise UsageError(f"{kind.model}: lora was refused: {describe(error)}") from error
     for parameter in untaught:  # such as a pooler's
         parameter.requires_grad_(True)
 

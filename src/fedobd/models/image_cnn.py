@@ -58,14 +58,10 @@ class ImageCNN(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Classify images.
+        """Return logits, float, shape (n, num_classes).
 
         Args:
             images: float, shape (n, in_channels, 32, 32); other sides of at least 8 work too.
-
-        Returns:
-            Logits, shape (n, num_classes).
         """
-        features: torch.Tensor = self.features(images)
-        logits: torch.Tensor = self.classifier(features.mean(dim=(2, 3)))
+        logits: torch.Tensor = self.classifier(self.features(images).mean(dim=(2, 3)))
         return logits

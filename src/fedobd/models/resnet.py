@@ -42,13 +42,9 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Add the residual to the shortcut.
+        """Add the residual to the shortcut: (n, in_channels, h, w) to (n, out_channels, h', w').
 
-        Args:
-            features: shape (n, in_channels, height, width).
-
-        Returns:
-            Shape (n, out_channels, ceil(height / stride), ceil(width / stride)).
+        A side becomes ceil(side / stride).
         """
         residual = F.relu(self.norm1(self.conv1(features)))
         residual = self.norm2(self.conv2(residual))
@@ -85,9 +81,8 @@ class ResNet18(nn.Module):
         )
         self.stages = nn.Sequential()
         for width, stride in _STAGES:
-            self.stages.append(
-                nn.Sequential(BasicBlock(channels, width, stride), BasicBlock(width, width, 1))
-            )
+            first, second = BasicBlock(channels, width, stride), BasicBlock(width, width, 1)
+            self.stages.append(nn.Sequential(first, second))
             channels = width
         self.classifier = nn.Linear(channels, num_classes)
         for module in self.modules():
@@ -95,13 +90,10 @@ class ResNet18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Classify images.
+        """Return logits, float, shape (n, num_classes).
 
         Args:
             images: float, shape (n, in_channels, 32, 32); other sides work too.
-
-        Returns:
-            Logits, shape (n, num_classes).
         """
         features: torch.Tensor = self.stages(self.stem(images))
         logits: torch.Tensor = self.classifier(features.mean(dim=(2, 3)))

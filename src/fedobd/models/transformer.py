@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fedobd._errors import UsageError
-from fedobd.models._checks import check_counts, check_fraction
+from fedobd.models._checks import attended, check_counts, check_tokens
 
 PADDING = 0
 """The token id that stands for no token."""
@@ -81,7 +81,12 @@ class TransformerClassifier(nn.Module):
             num_outputs=num_outputs,
             max_length=max_length,
         )
-        check_fraction("TransformerClassifier", dropout=dropout)
+        if isinstance(dropout, bool) or not (
+            isinstance(dropout, int | float) and 0 <= dropout < 1
+        ):
+            raise UsageError(
+                f"TransformerClassifier: dropout is {dropout!r}; allowed are 0 <= dropout < 1"
+            )
         if d_model % nhead:
             raise UsageError(
                 f"TransformerClassifier: d_model is {d_model} and nhead {nhead}; d_model must be "
@@ -101,46 +106,35 @@ class TransformerClassifier(nn.Module):
         self.classifier = nn.Linear(d_model, num_outputs)
 
     def _set_vectors(self, vectors: torch.Tensor) -> None:
-        weight = self.embedding.weight
+        weight, fault = self.embedding.weight, None
         if vectors.shape != weight.shape:
-            raise UsageError(
-                f"TransformerClassifier: vectors have shape {tuple(vectors.shape)}; wanted "
-                f"(vocab_size, d_model) = {tuple(weight.shape)}"
-            )
-        if not vectors.is_floating_point():
-            raise UsageError(
-                f"TransformerClassifier: vectors have element type {vectors.dtype}; wanted a float"
-            )
+            wanted = f"(vocab_size, d_model) = {tuple(weight.shape)}"
+            fault = f"shape {tuple(vectors.shape)}; wanted {wanted}"
+        elif not vectors.is_floating_point():
+            fault = f"element type {vectors.dtype}; wanted a float"
+        if fault is not None:
+            raise UsageError(f"TransformerClassifier: vectors have {fault}")
         with torch.no_grad():
             weight.copy_(vectors)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Classify texts.
+        """Return logits, float, shape (n, num_outputs).
 
         Args:
             tokens: token ids, int64, shape (n, length) with 1 <= length <= max_length; 0 is
-                padding, and may stand anywhere.
-
-        Returns:
-            Logits, shape (n, num_outputs). A text of padding alone has the classifier's bias.
+                padding, and may stand anywhere. A text of padding alone gets the classifier's
+                bias.
 
         Raises:
             UsageError: the tokens have another shape, or are longer than max_length.
         """
-        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= len(self.positions):
-            raise UsageError(
-                f"TransformerClassifier: tokens have shape {tuple(tokens.shape)}; wanted "
-                f"(n, length) with 1 <= length <= max_length = {len(self.positions)}"
-            )
-        real = tokens != PADDING
-        # Attention needs a place to look at: without one its softmax is 0/0. Texts without a
-        # token look at their first place; the mean below leaves it out.
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        ignored = ~(real | ((place == 0) & ~real.any(dim=1, keepdim=True)))
+        check_tokens("TransformerClassifier", tokens, len(self.positions))
+        ignored = ~attended(tokens, PADDING)
         hidden = self.dropout(self.embedding(tokens) + self.positions[: tokens.shape[1]])
         for layer in self.layers:
             hidden = layer(hidden, src_key_padding_mask=ignored)
-        # Set to 0 what is ignored, rather than multiplying by 0: its values are arbitrary.
+        # Padding is set to 0 rather than multiplied by 0: its values are arbitrary, even infinite.
+        real = tokens != PADDING
         total = hidden.masked_fill(~real.unsqueeze(-1), 0.0).sum(dim=1)
         mean = total / real.sum(dim=1, keepdim=True).clamp(min=1)
         logits: torch.Tensor = self.classifier(mean)

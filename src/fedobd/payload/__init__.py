@@ -10,7 +10,13 @@ from fedobd.payload._decode import (
     PayloadStream,
     refuse_not_finite,
 )
-from fedobd.payload._encode import Source, encode_payload, encode_payloads
+from fedobd.payload._encode import (
+    EncodedPayload,
+    PayloadTraffic,
+    Source,
+    encode_payload,
+    encode_payloads,
+)
 from fedobd.payload._frames import check_finite
 from fedobd.payload._wire import (
     DEFAULT_LIMITS,
@@ -33,12 +39,14 @@ __all__ = [
     "ByteCount",
     "Bytes",
     "DecodedSegment",
+    "EncodedPayload",
     "Found",
     "Header",
     "Kind",
     "Limits",
     "Payload",
     "PayloadStream",
+    "PayloadTraffic",
     "Report",
     "Source",
     "add_traffic",

@@ -281,7 +281,7 @@ class Payload:
         return cls(schema, reader.header, count, frames, frozen)
 
     def frozen(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-        """Yield the frozen tensors of an opening payload."""
+        """Yield the frozen tensors of an initial payload."""
         yield from _frozen_values(self.schema, self.header, self._frozen)
 
     def blocks(
@@ -403,7 +403,7 @@ class PayloadStream:
         self.header = self._reader.header
 
     def frozen(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-        """Yield the frozen tensors of an opening payload."""
+        """Yield the frozen tensors of an initial payload."""
         yield from _frozen_values(self.schema, self.header, self._frozen)
 
     def blocks(

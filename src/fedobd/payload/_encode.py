@@ -1,4 +1,4 @@
-"""Encoding: model states to payloads, block by block, as chunks of bytes.
+"""Encoding: model states to payloads, block by block, with what each block took.
 
 Payloads are made one at a time, or those of several clients together: their values then lie
 stacked, with the clients first, and each segment is measured and quantized for all of them at
@@ -40,12 +40,49 @@ from fedobd.payload._frames import (
     lay_out,
     plain_dtype,
 )
-from fedobd.payload._wire import CHECKSUM, Bytes, Header, pack_header
+from fedobd.payload._wire import CHECKSUM, BlockTraffic, ByteCount, Bytes, Header, pack_header
 
 Source = Callable[[Segment], torch.Tensor]
 """Gives the elements of a segment, 1-D, or (clients, elements) where there are several."""
 
 Codes = list[list[SegmentCode]]
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadTraffic:
+    """What a payload takes.
+
+    Args:
+        total: its bytes by what they are for.
+        blocks: what each held block takes, by block number.
+    """
+
+    total: ByteCount
+    blocks: dict[int, BlockTraffic]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPayload:
+    """A payload with its traffic, counted while it was made.
+
+    Args:
+        chunks: the payload in pieces. A piece may be a view of the values that were encoded, so
+            that plain values of a large model are not copied to be sent: it is good for as long
+            as they do not change.
+        traffic: what it takes.
+    """
+
+    chunks: tuple[Bytes, ...]
+    traffic: PayloadTraffic
+
+    @property
+    def data(self) -> bytes:
+        """The whole payload."""
+        return b"".join(self.chunks)
+
+    def copied(self) -> EncodedPayload:
+        """Return the payload with bytes of its own, which stay when the values change."""
+        return EncodedPayload((self.data,), self.traffic)
 
 
 def encode_payload(
@@ -57,7 +94,7 @@ def encode_payload(
     generator: torch.Generator | None = None,
     frozen: Callable[[TensorSpec], torch.Tensor] | None = None,
     executor: Executor | None = None,
-) -> Iterator[Bytes]:
+) -> EncodedPayload:
     """Encode a payload, block by block.
 
     Args:
@@ -67,16 +104,16 @@ def encode_payload(
             payload of differences the float32 differences.
         quantizer: how parameters are coded.
         generator: draws of a stochastic quantizer.
-        frozen: gives the values of frozen tensors; wanted in an opening payload, and only there.
+        frozen: gives the values of frozen tensors; wanted in an initial payload, and only there.
         executor: spreads the work on large blocks; the bytes are the same with and without.
 
-    Yields:
-        Chunks, which may be views of what the source gave; the payload is their concatenation.
+    Returns:
+        The payload, whose chunks may be views of what the source gave.
 
     Raises:
         UsageError: a value is NaN or infinite; the message names the tensor.
     """
-    chunks = encode_payloads(
+    (payload,) = encode_payloads(
         schema,
         [header],
         lambda segment: source(segment).unsqueeze(0),
@@ -85,8 +122,7 @@ def encode_payload(
         frozen=frozen,
         executor=executor,
     )
-    for _, chunk in chunks:
-        yield chunk
+    return payload
 
 
 def encode_payloads(
@@ -98,7 +134,7 @@ def encode_payloads(
     generator: Callable[[int], torch.Generator | None],
     frozen: Callable[[TensorSpec], torch.Tensor] | None = None,
     executor: Executor | None = None,
-) -> Iterator[tuple[int, Bytes]]:
+) -> list[EncodedPayload]:
     """Encode one payload a client, block by block for all of them.
 
     Args:
@@ -110,20 +146,89 @@ def encode_payloads(
         frozen: as in `encode_payload`.
         executor: likewise.
 
-    Yields:
-        A client's place and a chunk of its payload, which may be a view of what the source gave.
+    Returns:
+        A payload for each header, whose chunks may be views of what the source gave.
 
     Raises:
         UsageError: a value is NaN or infinite; the message names the tensor.
     """
     encoding = _Encoding(schema, headers, source, quantizers, generator, executor)
-    checksums = [0] * len(headers)
+    # All segments are measured before the first is quantized: their codes stand in the header.
     codes = encoding.measure()
-    for place, chunk in encoding.chunks(codes, frozen):
-        checksums[place] = crc32(chunk, checksums[place])
-        yield place, chunk
-    for place, checksum in enumerate(checksums):
-        yield place, CHECKSUM.pack(checksum)
+    writers = [
+        _Writer(pack_header(schema, header, of_payload))
+        for header, of_payload in zip(headers, codes, strict=True)
+    ]
+    for header, writer in zip(headers, writers, strict=True):
+        if header.holds_frozen(schema):
+            _write_frozen(writer, schema, header, frozen)
+    encoding.write_blocks(codes, writers)
+    return [writer.finish() for writer in writers]
+
+
+class _Writer:
+    """Puts a payload together, and counts what it takes.
+
+    Args:
+        header: the bytes of its header.
+    """
+
+    def __init__(self, header: bytes) -> None:
+        self._chunks: list[Bytes] = []
+        self._num_bytes = 0
+        self._checksum = 0
+        self._count = ByteCount()
+        self._blocks: dict[int, BlockTraffic] = {}
+        self._add(header)
+
+    def _add(self, chunk: Bytes) -> None:
+        self._checksum = crc32(chunk, self._checksum)
+        self._chunks.append(chunk)
+        self._num_bytes += memoryview(chunk).nbytes
+
+    def _add_frame(self, pieces: Sequence[Bytes]) -> int:
+        """Add a frame and return its bytes; its length stands before it, and counts as header."""
+        length = sum([memoryview(piece).nbytes for piece in pieces])
+        self._add(write_varint(length))
+        for piece in pieces:
+            self._add(piece)
+        return length
+
+    def add_frozen(self, pieces: Sequence[Bytes], nominal_bits: int) -> None:
+        """Add the frame of the frozen tensors."""
+        self._count.raw += self._add_frame(pieces)
+        self._count.nominal_bits += nominal_bits
+
+    def add_block(
+        self,
+        number: int,
+        layout: BlockLayout,
+        levels: Sequence[Bytes],
+        raw: Sequence[Bytes],
+        buffers: Sequence[Bytes],
+    ) -> None:
+        """Add the frames of a block; those that its layout lacks are left out."""
+        start = self._num_bytes
+        if layout.levels:
+            self._count.levels += self._add_frame(levels)
+        if layout.raw:
+            self._count.raw += self._add_frame(raw)
+        if layout.buffers:
+            self._count.buffers += self._add_frame(buffers)
+        self._count.nominal_bits += layout.nominal_bits
+        self._blocks[number] = BlockTraffic(
+            payloads=1,
+            num_bytes=self._num_bytes - start,
+            nominal_bits=layout.nominal_bits,
+            levels=layout.mean_levels,
+        )
+
+    def finish(self) -> EncodedPayload:
+        """Return the payload, its checksum added."""
+        self._add(CHECKSUM.pack(self._checksum))
+        count = self._count
+        count.header = self._num_bytes - count.levels - count.raw - count.buffers
+        return EncodedPayload(tuple(self._chunks), PayloadTraffic(count, self._blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +261,9 @@ class _Encoding:
         """Return the codes of each client: of its blocks, of their segments."""
         codes: list[Codes] = [[] for _ in self.headers]
         for number, places in self._holders():
-            found = [self._codes(s, places) for s in self.schema.blocks[number].segments]
-            for place, *own in zip(places, *found, strict=True):
-                codes[place].append(own)
+            by_segment = [self._codes(s, places) for s in self.schema.blocks[number].segments]
+            for place, *of_block in zip(places, *by_segment, strict=True):
+                codes[place].append(of_block)
         return codes
 
     def _codes(self, segment: Segment, places: Sequence[int]) -> list[SegmentCode]:
@@ -189,44 +294,35 @@ class _Encoding:
             return MASKED
         return RAW if isinstance(self.quantizers[place], Unquantized) else None
 
-    def chunks(
-        self,
-        codes: Sequence[Codes],
-        frozen: Callable[[TensorSpec], torch.Tensor] | None,
-    ) -> Iterator[tuple[int, Bytes]]:
-        """Yield everything but the checksums."""
-        schema = self.schema
-        for place, header in enumerate(self.headers):
-            yield place, pack_header(schema, header, codes[place])
-            if header.holds_frozen(schema):
-                for chunk in _frozen_frame(schema, header, frozen):
-                    yield place, chunk
-        coming = [iter(own) for own in codes]
+    def write_blocks(self, codes: Sequence[Codes], writers: Sequence[_Writer]) -> None:
+        """Quantize block by block and add the frames to the payloads of those that hold it."""
+        coming = [iter(of_payload) for of_payload in codes]
         for number, places in self._holders():
             layouts = [
-                lay_out(schema, self.headers[place], number, next(coming[place]))
+                lay_out(self.schema, self.headers[place], number, next(coming[place]))
                 for place in places
             ]
-            yield from self._frames(number, places, layouts)
+            levels = self._levels(number, places, layouts)
+            words: dict[Segment, Words] = {}
+            for row, (place, layout) in enumerate(zip(places, layouts, strict=True)):
+                stream = encode_levels(levels[row], self.executor) if layout.levels else b""
+                raw = self._plain(layout.raw, words, places, row)
+                buffers = self._plain(layout.buffers, words, places, row)
+                writers[place].add_block(number, layout, [stream], raw, buffers)
 
-    def _frames(
-        self, number: int, places: Sequence[int], layouts: Sequence[BlockLayout]
-    ) -> Iterator[tuple[int, Bytes]]:
-        """Yield the frames of a block, client by client."""
-        levels = self._levels(number, places, layouts)
-        words: dict[Segment, Words] = {}
-        for row, (place, layout) in enumerate(zip(places, layouts, strict=True)):
-            if layout.levels:
-                stream = encode_levels(levels[row], self.executor)
-                yield place, write_varint(len(stream)) + stream
-            for parts in (layout.raw, layout.buffers):
-                for part in parts:
-                    if part.segment not in words:
-                        values = self._values(part.segment, places)
-                        words[part.segment] = to_words(values, part.dtype)
-                own = [words[part.segment][row] for part in parts]
-                for chunk in _plain_frame(self.headers[place], parts, own):
-                    yield place, chunk
+    def _plain(
+        self,
+        parts: Sequence[PlainPart],
+        words: dict[Segment, Words],
+        places: Sequence[int],
+        row: int,
+    ) -> Sequence[Bytes]:
+        """Return the frame of a client's plain values; `words` keeps those of all clients."""
+        for part in parts:
+            if part.segment not in words:
+                words[part.segment] = to_words(self._values(part.segment, places), part.dtype)
+        rows = [words[part.segment][row] for part in parts]
+        return _plain_frame(self.headers[places[row]], parts, rows)
 
     def _levels(
         self, number: int, places: Sequence[int], layouts: Sequence[BlockLayout]
@@ -235,13 +331,13 @@ class _Encoding:
         codes = [dict(layout.levels) for layout in layouts]
         levels: list[list[Levels]] = [[] for _ in places]
         for segment in self.schema.blocks[number].segments if any(codes) else ():
-            coded = [row for row, own in enumerate(codes) if segment in own]
+            coded = [row for row, of_block in enumerate(codes) if segment in of_block]
             for _, group in groupby(coded, lambda row: self.quantizers[places[row]]):
                 rows = list(group)
-                own_codes = [codes[row][segment] for row in rows]
-                made = self._quantize(segment, [places[row] for row in rows], own_codes)
-                for row, own in zip(rows, made, strict=True):
-                    levels[row].append(own)
+                segment_codes = [codes[row][segment] for row in rows]
+                made = self._quantize(segment, [places[row] for row in rows], segment_codes)
+                for row, quantized in zip(rows, made, strict=True):
+                    levels[row].append(quantized)
         return levels
 
     def _quantize(
@@ -258,35 +354,34 @@ class _Encoding:
 
 def _plain_frame(
     header: Header, parts: Sequence[PlainPart], words: Sequence[Words]
-) -> Iterator[Bytes]:
-    """Yield a frame of plain values; nothing for no parts."""
-    if not parts:
-        return
+) -> Sequence[Bytes]:
+    """Return a frame of plain values in pieces; nothing for no parts."""
     plain = [
-        (own if part.mask is None else own[part.mask.numpy()]).view(np.uint8).data
-        for part, own in zip(parts, words, strict=True)
+        (values if part.mask is None else values[part.mask.numpy()]).view(np.uint8).data
+        for part, values in zip(parts, words, strict=True)
     ]
-    if header.is_lossless:
-        frame = compress(plain, [part.dtype.itemsize for part in parts])
-        yield write_varint(len(frame)) + frame
-    else:
-        yield write_varint(sum([part.num_bytes for part in parts]))
-        yield from plain
+    if parts and header.is_lossless:
+        return [compress(plain, [part.dtype.itemsize for part in parts])]
+    return plain
 
 
-def _frozen_frame(
-    schema: ModelSchema, header: Header, frozen: Callable[[TensorSpec], torch.Tensor] | None
-) -> Iterator[Bytes]:
-    """Yield the frame of the frozen tensors."""
+def _write_frozen(
+    writer: _Writer,
+    schema: ModelSchema,
+    header: Header,
+    frozen: Callable[[TensorSpec], torch.Tensor] | None,
+) -> None:
+    """Add the frame of the frozen tensors."""
     if frozen is None:
-        raise UsageError("an opening payload needs the values of the frozen tensors")
+        raise UsageError("an initial payload needs the values of the frozen tensors")
     parts, words = frozen_parts(schema), []
     for part in parts:
         spec = schema.tensors[part.segment.tensor]
         values = frozen(spec).reshape(-1)
         check_finite(spec.name, values)
         words.append(to_words(values, part.dtype))
-    yield from _plain_frame(header, parts, words)
+    nominal_bits = 8 * sum(part.num_bytes for part in parts)
+    writer.add_frozen(_plain_frame(header, parts, words), nominal_bits)
 
 
 def _extremes(values: torch.Tensor) -> Float32:
@@ -294,8 +389,8 @@ def _extremes(values: torch.Tensor) -> Float32:
     if values.shape[1] == 0:
         return values.cpu().numpy()
     if values.device.type == "cpu":
-        array, found = values.numpy(), np.empty((len(values), 2), np.float32)
-        array.min(axis=1, out=found[:, 0])
-        array.max(axis=1, out=found[:, 1])
-        return found
+        array, extremes = values.numpy(), np.empty((len(values), 2), np.float32)
+        array.min(axis=1, out=extremes[:, 0])
+        array.max(axis=1, out=extremes[:, 1])
+        return extremes
     return torch.stack(torch.aminmax(values, dim=1), dim=1).cpu().numpy()

@@ -10,7 +10,7 @@ A payload is, in this order, all numbers little endian:
    are 0;
 5. for each segment of each held block a coding (u8) with its fields: CONSTANT offset f32; LEVELS
    number of levels (LEB128), offset f32, range f32; RAW and MASKED none;
-6. frames, each with its length (LEB128) before it: in an opening payload first one with the frozen
+6. frames, each with its length (LEB128) before it: in an initial payload first one with the frozen
    tensors, if the model has any; then for each held block one with its levels, one with the plain
    values of its parameters and one with its buffers, each only if the block has such segments;
    with `Flag.LOSSLESS` frames of plain values are compressed;
@@ -120,7 +120,7 @@ DEFAULT_LIMITS = Limits()
 class Kind(IntEnum):
     """What a payload is for."""
 
-    OPENING = 0
+    INITIAL = 0
     BROADCAST = 1
     UPLOAD = 2
     DELIVERY = 3
@@ -179,9 +179,9 @@ class Header:
     Args:
         kind: opening, broadcast, upload or delivery.
         method: the method's number in the format.
-        round: round number, from 1; 0 in an opening payload that belongs to none.
+        round: round number, from 1; 0 in an initial payload that belongs to none.
         stage: stage number, from 1.
-        kept: numbers of the blocks that it holds, ascending.
+        block_ids: numbers of the blocks that it holds, ascending.
         is_lossless: whether plain values are compressed.
         is_difference: whether parameters are differences to the round's broadcast; else they are
             values.
@@ -196,7 +196,7 @@ class Header:
     method: int
     round: int
     stage: int
-    kept: tuple[int, ...]
+    block_ids: tuple[int, ...]
     is_difference: bool = False
     is_lossless: bool = False
     client: int | None = None
@@ -214,12 +214,12 @@ class Header:
 
     def holds_frozen(self, schema: ModelSchema) -> bool:
         """Whether the payload has a frame of frozen tensors."""
-        return self.kind is Kind.OPENING and self.start is None and bool(schema.frozen())
+        return self.kind is Kind.INITIAL and self.start is None and bool(schema.frozen())
 
     @property
     def coded(self) -> tuple[int, ...]:
         """Numbers of the blocks whose values it holds."""
-        return self.kept if self.start is None else ()
+        return self.block_ids if self.start is None else ()
 
 
 @dataclass(slots=True)
@@ -308,7 +308,7 @@ def pack_header(
     if header.block_differences is not None:
         flags |= Flag.BLOCK_DIFFERENCES
         parts.append(np.asarray(header.block_differences, "<f4").tobytes())
-    bitmap = sum(1 << number for number in header.kept)
+    bitmap = sum(1 << number for number in header.block_ids)
     parts.append(bitmap.to_bytes((len(schema.blocks) + 7) // 8, "little"))
     for code in (code for block_codes in codes for code in block_codes):
         parts.append(_CODING_BYTES[code.coding])
@@ -442,7 +442,7 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
     mask = Mask(*cursor.unpack(_MASK, "the mask")) if flags & Flag.MASK else None
     start = None
     if flags & Flag.START:
-        if kind not in (Kind.OPENING, Kind.BROADCAST):
+        if kind not in (Kind.INITIAL, Kind.BROADCAST):
             raise DecodeError(DecodeReason.FIELD, "only a server's payload stands for a model")
         (start,) = cursor.unpack(_START, "the start")
     differences = None
@@ -459,7 +459,7 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
         method=method,
         round=number,
         stage=stage,
-        kept=_read_bitmap(cursor, len(schema.blocks)),
+        block_ids=_read_bitmap(cursor, len(schema.blocks)),
         is_difference=bool(flags & Flag.DIFFERENCES),
         is_lossless=bool(flags & Flag.LOSSLESS),
         client=client,

@@ -160,12 +160,12 @@ class _Play:
         plan = server.begin_round(available={_CLIENT})
         assert plan is not None
         opening = b""
-        if server.needs_opening(_CLIENT):
-            opening = b"".join(server.opening(_CLIENT))
-            self._client.open(opening)
-        broadcast = b"".join(server.broadcast())
+        if server.needs_initial_payload(_CLIENT):
+            opening = server.initial_payload(_CLIENT).data
+            self._client.initialize(opening)
+        broadcast = server.broadcast().data
         trained = self._train(plan, self._client.receive(broadcast))
-        upload = b"".join(self._client.upload(trained, _REPORT))
+        upload = self._client.upload(trained, _REPORT).data
         server.receive(_CLIENT, upload)
         server.end_round()
         return _Sent(len(upload), len(broadcast), len(opening))
@@ -205,7 +205,7 @@ def plan_method(
         seed=federation.seed,
         shared_start=federation.shared_start,
     )
-    has_opening = server.has_opening
+    has_initial_payload = server.has_initial_payload
     play = _Play(server, dict(initial), updates)
     runs = max(1, min(_MOST_RUNS, _PLAYED_PARAMETERS // max(1, schema.num_parameters)))
     stages, before, opening_bytes = [], 0, 0
@@ -228,7 +228,7 @@ def plan_method(
                 downlink_bytes=downlink / stage.rounds,
             )
         )
-    opened = _newcomers(method, federation) if has_opening else []
+    opened = _newcomers(method, federation) if has_initial_payload else []
     return MethodPlan(
         method=method.name,
         stages=tuple(stages),

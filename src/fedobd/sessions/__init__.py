@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fedobd.sessions._aggregation import Sums
-from fedobd.sessions._client import Broadcast, ClientSession, encode_uploads
-from fedobd.sessions._intake import Intake, IntakeTerms, check_addressed
-from fedobd.sessions._method import Memory, Method, Shipment, UplinkContext, all_blocks
+from fedobd.sessions._aggregator import Aggregator, UploadRules, check_addressed
+from fedobd.sessions._client import Broadcast, ClientSession
+from fedobd.sessions._mean import Sums
+from fedobd.sessions._method import Memory, Method, TransferSpec, UplinkContext, all_blocks
 from fedobd.sessions._rounds import (
     EarlyStop,
     Refusal,
@@ -25,26 +25,28 @@ from fedobd.sessions._selection import (
     random_order,
 )
 from fedobd.sessions._server import MAX_EXAMPLES, SavedSession, ServerSession
+from fedobd.sessions._upload import Received, encode_uploads
 
 __all__ = [
     "MAX_EXAMPLES",
+    "Aggregator",
     "Broadcast",
     "ClientSession",
     "EarlyStop",
-    "Intake",
-    "IntakeTerms",
     "Memory",
     "Method",
+    "Received",
     "Refusal",
     "RoundPlan",
     "RoundRecord",
     "SavedSession",
     "ServerSession",
-    "Shipment",
     "Stage",
     "Sums",
+    "TransferSpec",
     "UplinkContext",
     "UploadRecord",
+    "UploadRules",
     "all_blocks",
     "check_addressed",
     "cohort_size",

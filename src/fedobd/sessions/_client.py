@@ -7,19 +7,16 @@ the constructor takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from fedobd._errors import DecodeError, DecodeReason, UsageError
-from fedobd._seeds import derive_seed, make_generator
 from fedobd.blocks import (
     ModelSchema,
     ModelState,
-    Role,
     Segment,
     StateStack,
     check_state,
@@ -28,23 +25,17 @@ from fedobd.blocks import (
 )
 from fedobd.payload import (
     Bytes,
+    EncodedPayload,
     Header,
     Kind,
     Payload,
     PayloadStream,
     Report,
-    Source,
-    check_finite,
-    encode_payloads,
     refuse_not_finite,
 )
-from fedobd.sessions._clipping import bound_norms
-from fedobd.sessions._intake import check_addressed
-from fedobd.sessions._method import Method, Shipment, UplinkContext
-from fedobd.sessions._selection import mean_block_differences, subtract
-
-_KEPT_BYTES = 2**26
-"""Of differences that are kept: blocks are ranked, measured and quantized by them in turn."""
+from fedobd.sessions._aggregator import check_addressed
+from fedobd.sessions._method import Method
+from fedobd.sessions._upload import Received, encode_uploads
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,7 @@ class Broadcast:
         kind: Kind = Kind.BROADCAST,
         executor: Executor | None = None,
     ) -> Broadcast:
-        """Decode a broadcast, opening or delivery.
+        """Decode a broadcast, an initial payload or a delivery.
 
         Args:
             payload: the whole of it, or its chunks as they come in, of which no more is kept than
@@ -137,8 +128,7 @@ class ClientSession:
         self._kept: ModelState = dict(state or {})
         self._initial = start
         self._executor = executor
-        self._received: Header | None = None
-        self._start: ModelState = {}
+        self._received: Received | None = None
 
     @property
     def state(self) -> ModelState:
@@ -148,21 +138,21 @@ class ClientSession:
         """
         return dict(self._kept)
 
-    def open(self, payload: Bytes | Iterable[Bytes] | Broadcast) -> None:
-        """Take in the opening payload that comes before a client's first broadcast.
+    def initialize(self, payload: Bytes | Iterable[Bytes] | Broadcast) -> None:
+        """Take in the initial payload that comes before a client's first broadcast.
 
         Raises:
             DecodeError: it is cut, altered, or not for this run's model and method.
         """
-        opening = (
+        initial = (
             payload
             if isinstance(payload, Broadcast)
-            else Broadcast.decode(payload, self.method, self.schema, Kind.OPENING, self._executor)
+            else Broadcast.decode(payload, self.method, self.schema, Kind.INITIAL, self._executor)
         )
-        if opening.header.start is None:
-            self._kept.update(opening.values)
+        if initial.header.start is None:
+            self._kept.update(initial.values)
         else:
-            kept = self._held_start(opening.header.start)
+            kept = self._held_start(initial.header.start)
             names = (self.schema.tensors[number].name for number in self.schema.frozen())
             whole = self.method.keeps_client_state
             self._kept.update(kept if whole else {name: kept[name] for name in names})
@@ -174,12 +164,12 @@ class ClientSession:
                 f"client {self.client}: this run starts from a model that its clients hold "
                 "already, and this client was given none"
             )
-        own = state_fingerprint(self.schema, self._initial)
-        if own != fingerprint:
+        held = state_fingerprint(self.schema, self._initial)
+        if held != fingerprint:
             raise DecodeError(
                 DecodeReason.START,
                 f"client {self.client} holds another initial model than the server: fingerprint "
-                f"{own.hex()}, wanted {fingerprint.hex()}",
+                f"{held.hex()}, wanted {fingerprint.hex()}",
             )
         return {spec.name: self._initial[spec.name] for spec in self.schema.tensors}
 
@@ -203,7 +193,7 @@ class ClientSession:
             else Broadcast.decode(payload, self.method, self.schema, executor=self._executor)
         )
         header = broadcast.header
-        held = set(header.kept)
+        held = set(header.block_ids)
         if header.start is not None:
             start = self._held_start(header.start)
         else:
@@ -214,7 +204,7 @@ class ClientSession:
                 if number not in held:
                     for segment in block.segments:
                         self._take_kept(start, segment.tensor, segment)
-        self._start, self._received = start, header
+        self._received = Received(self.client, header, start)
         if self.method.keeps_client_state:
             self._kept = dict(start)
         return dict(start)
@@ -225,7 +215,7 @@ class ClientSession:
             raise UsageError(
                 f"client {self.client} has not kept tensor {spec.name!r}, which this broadcast "
                 f"does not hold; "
-                "it needs an opening payload"
+                "it needs an initial payload"
             )
         kept = self._kept[spec.name]
         if segment is None or segment.num_elements == spec.num_elements:
@@ -237,179 +227,42 @@ class ClientSession:
             )
             start.update(mixed_state)
 
-    def upload(self, trained: Mapping[str, torch.Tensor], report: Report) -> Iterator[bytes]:
+    @property
+    def received(self) -> Received:
+        """What the client received in this round.
+
+        Raises:
+            UsageError: nothing so far.
+        """
+        if self._received is None:
+            raise UsageError(
+                f"client {self.client} cannot upload before it has received a broadcast"
+            )
+        return self._received
+
+    def upload(self, trained: Mapping[str, torch.Tensor], report: Report) -> EncodedPayload:
         """Encode the trained state.
 
         Args:
-            trained: the values after local training, by name; on another device than the CPU they
-                are quantized there.
+            trained: the values after local training, by name, in the model's shapes and any
+                floating type; on another device than the CPU they are quantized there.
             report: examples, losses and validation figures.
 
-        Yields:
-            Chunks of the upload.
+        Returns:
+            The upload, with bytes of its own.
 
         Raises:
             UsageError: nothing was received in this round, a tensor is missing or holds NaN, or no
                 example was trained on.
         """
         check_state(self.schema, trained)
-        stack = StateStack.of([dict(trained)])
-        return (bytes(chunk) for _, chunk in encode_uploads([self], stack, [report]))
-
-    def _check_report(self, report: Report) -> Header:
-        """Return the header of the round's broadcast, once there is something to upload."""
-        if self._received is None:
-            raise UsageError(
-                f"client {self.client} cannot upload before it has received a broadcast"
-            )
-        if report.num_examples < 1:
-            raise UsageError(f"client {self.client} trained on no examples; at least 1 is wanted")
-        return self._received
-
-    def _header(self, received: Header, report: Report, shipment: Shipment) -> Header:
-        """Return the header of an upload."""
-        return Header(
-            kind=Kind.UPLOAD,
-            method=self.method.wire_id,
-            round=received.round,
-            stage=received.stage,
-            kept=shipment.kept,
-            is_difference=self.method.sends_differences,
-            is_lossless=shipment.lossless,
-            client=self.client,
-            report=report,
-            mask=shipment.mask,
-            block_differences=shipment.block_differences,
+        (payload,) = encode_uploads(
+            self.method,
+            self.schema,
+            [self.received],
+            StateStack.of([dict(trained)]),
+            [report],
+            seed=self.seed,
+            executor=self._executor,
         )
-
-
-def encode_uploads(
-    sessions: Sequence[ClientSession], trained: StateStack, reports: Sequence[Report]
-) -> Iterator[tuple[int, Bytes]]:
-    """Encode the uploads of clients that were trained together, each with the bytes it has alone.
-
-    Blocks are selected and segments quantized for all clients at once, where their values lie.
-
-    Args:
-        sessions: the clients' sessions; all of one run, which have received one broadcast.
-        trained: their values after local training.
-        reports: what each of them reports.
-
-    Yields:
-        A client's place among the sessions and a chunk of its upload, which may be a view of the
-        trained values.
-
-    Raises:
-        UsageError: as `ClientSession.upload` raises it.
-    """
-    method, schema, seed = sessions[0].method, sessions[0].schema, sessions[0].seed
-    for session, report in zip(sessions, reports, strict=True):
-        received = session._check_report(report)
-    changes = _Changes(schema, [session._start for session in sessions], trained)
-    means = cache(lambda: mean_block_differences(schema, changes.squared_norms))
-
-    def ship(place: int) -> Shipment:
-        number = sessions[place].client
-        context = UplinkContext(
-            schema=schema,
-            round=received.round,
-            stage=received.stage,
-            received=received.kept,
-            seed=derive_seed(seed, "uplink", received.round, number),
-            block_differences=lambda: means()[place],
-        )
-        return method.uplink(context)
-
-    shipments = [ship(place) for place in range(len(sessions))]
-    changes.check_dropped(shipments)
-    source: Source = changes.difference_or_value if method.sends_differences else changes.value
-    if any(shipment.bound_norm for shipment in shipments):
-        bounded = [own.quantizer if own.bound_norm else None for own in shipments]
-        source = bound_norms(source, schema, bounded)
-    return encode_payloads(
-        schema,
-        [
-            session._header(received, report, shipment)
-            for session, report, shipment in zip(sessions, reports, shipments, strict=True)
-        ],
-        source,
-        [shipment.quantizer for shipment in shipments],
-        generator=cache(
-            lambda place: make_generator(seed, "rounding", received.round, sessions[place].client)
-        ),
-        executor=sessions[0]._executor,
-    )
-
-
-class _Changes:
-    """What training has made of the values that clients received, segment by segment.
-
-    Args:
-        schema: the model's schema.
-        starts: what each client received.
-        trained: what each has now.
-    """
-
-    def __init__(
-        self, schema: ModelSchema, starts: Sequence[ModelState], trained: StateStack
-    ) -> None:
-        self._schema = schema
-        self._starts = starts
-        self._trained = trained
-        self._before = cache(self._start_of)
-        self._now = cache(self._trained_of)
-        self._kept: dict[Segment, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._room = _KEPT_BYTES
-
-    def _start_of(self, number: int) -> torch.Tensor:
-        """Return a tensor as received, shape (clients, elements); (1, elements) if all alike."""
-        spec = self._schema.tensors[number]
-        starts = [start[spec.name] for start in self._starts]
-        alike = all(start is starts[0] for start in starts)
-        together = starts[0].unsqueeze(0) if alike else torch.stack(starts)
-        return together.reshape(-1, spec.num_elements)
-
-    def _trained_of(self, number: int) -> torch.Tensor:
-        """Return a tensor as trained, shape (clients, elements)."""
-        spec = self._schema.tensors[number]
-        whole = self._trained.values[spec.name].detach()
-        return whole.reshape(len(self._starts), spec.num_elements)
-
-    def value(self, segment: Segment) -> torch.Tensor:
-        """Return the trained values, shape (clients, elements)."""
-        return self._now(segment.tensor)[:, segment.start : segment.stop]
-
-    def difference(self, segment: Segment) -> torch.Tensor:
-        """Return trained less received values, float32, shape (clients, elements)."""
-        return self._subtracted(segment)[0]
-
-    def squared_norms(self, segment: Segment) -> torch.Tensor:
-        """Return the sums of squares of differences, float64, shape (clients,)."""
-        return self._subtracted(segment)[1]
-
-    def _subtracted(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
-        found = self._kept.get(segment)
-        if found is None:
-            now, before = self._now(segment.tensor), self._before(segment.tensor)
-            found = subtract(now, before, segment.start, segment.stop)
-            if found[0].nbytes <= self._room:
-                self._room -= found[0].nbytes
-                self._kept[segment] = found
-        return found
-
-    def difference_or_value(self, segment: Segment) -> torch.Tensor:
-        """Return the difference of a parameter, the value of a buffer."""
-        is_parameter = self._schema.tensors[segment.tensor].role is Role.PARAMETER
-        return self.difference(segment) if is_parameter else self.value(segment)
-
-    def check_dropped(self, shipments: Sequence[Shipment]) -> None:
-        """Refuse values that are not finite in blocks that stay; the encoder sees the others."""
-        kept = [set(shipment.kept) for shipment in shipments]
-        for number, block in enumerate(self._schema.blocks):
-            staying = [place for place, own in enumerate(kept) if number not in own]
-            for segment in block.segments if staying else ():
-                values = self.value(segment)
-                check_finite(
-                    self._schema.tensors[segment.tensor].name,
-                    values if len(staying) == len(kept) else values[staying],
-                )
+        return payload.copied()

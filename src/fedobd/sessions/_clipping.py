@@ -20,6 +20,9 @@ from fedobd.sessions._selection import squared_norm
 
 _MARGIN = 1 - 2.0**-20  # of a factor, so that rounding of the shrunk values does not undo it
 
+_MOST_STEPS = 64
+"""Of shrinking. Each takes off what the norm was raised by; two or three were ever seen to do."""
+
 
 def bound_norms(
     source: Source, schema: ModelSchema, quantizers: Sequence[Quantizer | None]
@@ -40,20 +43,21 @@ def bound_norms(
             return values
         if segment not in factors:
             rows = values.cpu().numpy()
-            found = [
+            shrunk = [
                 [1.0 if quantizer is None else shrink_factor(row, quantizer, spec.repr_bits)]
                 for row, quantizer in zip(rows, quantizers, strict=True)
             ]
-            factors[segment] = torch.tensor(found, device=values.device, dtype=torch.float32)
+            factors[segment] = torch.tensor(shrunk, device=values.device, dtype=torch.float32)
         return values * factors[segment]
 
     return bounded
 
 
 def shrink_factor(values: Float32, quantizer: Quantizer, repr_bits: int) -> float:
-    """Return the c in (0, 1] for which the quantized c·v has no larger L2 norm than v.
+    """Return a c in [0, 1] for which the quantized c·v has no larger L2 norm than v.
 
-    It is 1 where quantization does not raise the norm; else c is lowered by what it was raised.
+    It is 1 where quantization does not raise the norm; else c is lowered by what it was raised,
+    and 0 where that does not end.
 
     Args:
         values: v, float32, shape (n,).
@@ -64,7 +68,7 @@ def shrink_factor(values: Float32, quantizer: Quantizer, repr_bits: int) -> floa
     if not math.isfinite(wanted):
         return 1.0  # the encoder says what is wrong with such values
     factor = 1.0
-    while True:
+    for _ in range(_MOST_STEPS):
         shrunk = values * np.float32(factor)
         code = quantizer.measure(shrunk, repr_bits)
         if code.coding is Coding.LEVELS:
@@ -73,3 +77,4 @@ def shrink_factor(values: Float32, quantizer: Quantizer, repr_bits: int) -> floa
         if norm <= wanted:
             return factor
         factor = float(np.float32(factor * math.sqrt(wanted / norm) * _MARGIN))
+    return 0.0  # nothing is sent of it, which raises no norm

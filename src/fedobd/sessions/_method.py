@@ -23,11 +23,11 @@ Memory = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shipment:
+class TransferSpec:
     """How a state is to travel.
 
     Args:
-        kept: the blocks that travel, ascending.
+        block_ids: numbers of the blocks that travel, ascending.
         quantizer: how their parameters are coded.
         mask: which elements of them travel; None for all.
         block_differences: mean block differences that travel with an upload.
@@ -36,7 +36,7 @@ class Shipment:
             L2 norm of none.
     """
 
-    kept: tuple[int, ...]
+    block_ids: tuple[int, ...]
     quantizer: Quantizer = Unquantized()
     mask: Mask | None = None
     block_differences: tuple[float, ...] | None = None
@@ -82,7 +82,7 @@ class Method(ABC):
     """Whether each element is averaged over the clients that sent it."""
 
     keeps_client_state: ClassVar[bool] = False
-    """Whether a client keeps what it last received, and is opened with the whole model."""
+    """Whether a client keeps what it last received, and is sent the whole model at first."""
 
     stop: EarlyStop
     """The rule by which a stage is left early."""
@@ -99,12 +99,12 @@ class Method(ABC):
         """Return what the method remembers when the round that `seed` belongs to is to begin."""
         return memory
 
-    def downlink(self, memory: Memory, schema: ModelSchema) -> Shipment:
+    def downlink(self, memory: Memory, schema: ModelSchema) -> TransferSpec:
         """Return how the server's state travels to the clients of a round."""
-        return Shipment(kept=all_blocks(schema), lossless=self.lossless)
+        return TransferSpec(block_ids=all_blocks(schema), lossless=self.lossless)
 
     @abstractmethod
-    def uplink(self, context: UplinkContext) -> Shipment:
+    def uplink(self, context: UplinkContext) -> TransferSpec:
         """Return how a client's trained state travels to the server."""
 
     def check_upload(self, header: Header, schema: ModelSchema, received: tuple[int, ...]) -> None:
@@ -115,10 +115,10 @@ class Method(ABC):
         """
         if header.mask is not None:
             raise DecodeError(DecodeReason.METHOD, f"an upload of {self.name} has no mask")
-        if header.kept != received:
+        if header.block_ids != received:
             raise DecodeError(
                 DecodeReason.METHOD,
-                f"an upload of {self.name} holds {len(header.kept)} blocks; "
+                f"an upload of {self.name} holds {len(header.block_ids)} blocks; "
                 f"the {len(received)} of the broadcast were wanted",
             )
 

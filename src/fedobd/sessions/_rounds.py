@@ -1,20 +1,21 @@
 """Rounds: what is planned before one, and what is recorded after it.
 
-All of it is plain, frozen data that turns into JSON with `dataclasses.asdict`.
+All of it is plain, frozen data; `RoundRecord.to_json` is what a run folder keeps of a round.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
+from typing import Any
 
 import torch
 
 from fedobd._errors import UsageError
 from fedobd._seeds import make_generator
-from fedobd.payload import BlockTraffic, ByteCount
+from fedobd.payload import BlockTraffic, ByteCount, Report
 
 
 def cohort_size(cohort: int | float, num_clients: int) -> int:
@@ -140,27 +141,29 @@ class UploadRecord:
 
     Args:
         client: who sent it.
-        num_examples: its weight.
-        train_loss: as reported.
-        num_validation_examples: as reported.
-        validation_loss: as reported.
-        validation_metric: as reported.
-        blocks_kept: numbers of the blocks that it holds.
+        report: what it said of its training; `report.num_examples` is its weight.
+        block_ids: numbers of the blocks that it holds.
         block_differences: mean block difference of every block, where the method sends it.
         uplink: bytes by what they are for.
-        uplink_blocks: what each of those blocks took, in the order of blocks_kept.
+        uplink_blocks: what each of those blocks took, in the order of block_ids.
     """
 
     client: int
-    num_examples: int
-    train_loss: float
-    num_validation_examples: int
-    validation_loss: float
-    validation_metric: float
-    blocks_kept: tuple[int, ...]
+    report: Report
+    block_ids: tuple[int, ...]
     block_differences: tuple[float, ...] | None
     uplink: ByteCount
     uplink_blocks: tuple[BlockTraffic, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `rounds.jsonl` has of it, in the order and under the names that it has."""
+        return {
+            "client": self.client,
+            **asdict(self.report),
+            "blocks_kept": self.block_ids,
+            "block_differences": self.block_differences,
+            "uplink": asdict(self.uplink),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,17 +200,17 @@ class RoundRecord:
         validation_metric: the same of its metric.
         uplink_bytes: bytes of all uploads, refused ones included, and those of attempts at the
             round that were aborted.
-        downlink_bytes: bytes of the broadcast to each client of the cohort and of openings, with
-            those that were sent again, and those of aborted attempts.
+        downlink_bytes: bytes of the broadcast to each client of the cohort and of initial
+            payloads, with those that were sent again, and those of aborted attempts.
         uplink_nominal_bits: accepted uploads by the papers' formula.
         downlink_nominal_bits: the same of what went down.
         uplink_blocks: what each block of the schema took in the accepted uploads.
         broadcast: bytes of one broadcast by what they are for.
         broadcast_blocks: what each block of the schema took in one broadcast.
-        opening_bytes: bytes of the opening payloads of this round, part of downlink_bytes.
-        opened: clients that were sent one.
-        reopened: clients that had lost what an earlier opening gave them, and were sent opening
-            and broadcast again.
+        initial_bytes: bytes of the initial payloads of this round, part of downlink_bytes.
+        initialized: clients that were sent one.
+        reinitialized: clients that had lost what an earlier one gave them, and were sent initial
+            payload and broadcast again.
     """
 
     round: int
@@ -225,9 +228,38 @@ class RoundRecord:
     uplink_blocks: tuple[BlockTraffic, ...]
     broadcast: ByteCount
     broadcast_blocks: tuple[BlockTraffic, ...]
-    opening_bytes: int
-    opened: tuple[int, ...]
-    reopened: tuple[int, ...] = ()
+    initial_bytes: int
+    initialized: tuple[int, ...]
+    reinitialized: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `rounds.jsonl` has of it, uploads as `clients`.
+
+        The names are those of the file format, which are older than the attributes'.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["uploads"]
+        values["refusals"] = [asdict(refusal) for refusal in self.refusals]
+        values["uplink_blocks"] = [asdict(traffic) for traffic in self.uplink_blocks]
+        values["broadcast"] = asdict(self.broadcast)
+        values["broadcast_blocks"] = [asdict(traffic) for traffic in self.broadcast_blocks]
+        values["opening_bytes"] = values.pop("initial_bytes")
+        values["opened"] = values.pop("initialized")
+        values["reopened"] = values.pop("reinitialized")
+        values["clients"] = [self._client_json(upload) for upload in self.uploads]
+        return values
+
+    def _client_json(self, upload: UploadRecord) -> dict[str, Any]:
+        """Return what `rounds.jsonl` has of a client, with the bytes that went each way."""
+        times_sent = len(self.initialized) + len(self.reinitialized)
+        initial_bytes = self.initial_bytes // times_sent if times_sent else 0
+        again = self.reinitialized.count(upload.client)
+        initial = again + (upload.client in self.initialized)
+        return {
+            **upload.to_json(),
+            "uplink_bytes": upload.uplink.total,
+            "downlink_bytes": self.broadcast.total * (1 + again) + initial_bytes * initial,
+        }
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float | None:
@@ -295,7 +327,7 @@ class Progress:
         stage: index of the current stage.
         stage_rounds: rounds ended in it.
         watch: the early stop's state in it.
-        opened: clients that have had their opening payload.
+        initialized: clients that have had their initial payload.
         uploads_by_block: accepted uploads of each block in stage 1.
         memory: what the method keeps between rounds.
         start: fingerprint of the initial model in hexadecimal, where clients hold it already.
@@ -307,7 +339,7 @@ class Progress:
     stage: int = 0
     stage_rounds: int = 0
     watch: StopWatch = field(default_factory=StopWatch)
-    opened: set[int] = field(default_factory=set)
+    initialized: set[int] = field(default_factory=set)
     uploads_by_block: list[int] = field(default_factory=list)
     memory: dict[str, object] = field(default_factory=dict)
     start: str | None = None

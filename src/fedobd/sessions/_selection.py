@@ -88,8 +88,8 @@ def mean_block_differences(
             ]
             totals.append(sum(norms[1:], norms[0]))
     means = []
-    for own in torch.stack(totals, dim=1).tolist():
-        coming = iter(own)
+    for client_totals in torch.stack(totals, dim=1).tolist():
+        coming = iter(client_totals)
         means.append(
             tuple(
                 math.sqrt(next(coming)) / block.num_parameters if block.num_parameters else 0.0
@@ -116,25 +116,25 @@ def oversized_blocks(schema: ModelSchema, dropout_rate: float) -> tuple[int, ...
 
 
 def fill_budget(schema: ModelSchema, order: Sequence[int], budget: int) -> tuple[int, ...]:
-    """Keep blocks in the given order while they fit.
+    """Choose blocks in the given order while they fit.
 
     A block that does not fit is skipped, and the scan goes on.
 
     Args:
         schema: the model's schema.
         order: block numbers, most wanted first.
-        budget: the most parameters to keep.
+        budget: the most parameters to choose.
 
     Returns:
-        The kept block numbers, ascending. Blocks without parameters are always kept.
+        The numbers of the chosen blocks, ascending. Blocks without parameters are always chosen.
     """
-    kept, used = [], 0
+    block_ids, used = [], 0
     for number in order:
         size = schema.blocks[number].num_parameters
         if used + size <= budget:
-            kept.append(number)
+            block_ids.append(number)
             used += size
-    return tuple(sorted(kept))
+    return tuple(sorted(block_ids))
 
 
 def order_by_difference(differences: Sequence[float]) -> list[int]:

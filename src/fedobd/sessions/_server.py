@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,18 +32,16 @@ from fedobd.blocks import (
 )
 from fedobd.payload import (
     DEFAULT_LIMITS,
-    BlockTraffic,
-    ByteCount,
     Bytes,
+    EncodedPayload,
     Header,
     Kind,
     Limits,
-    Payload,
-    add_traffic,
     encode_payload,
 )
-from fedobd.sessions._intake import Intake, IntakeTerms
-from fedobd.sessions._method import Method, Shipment, all_blocks
+from fedobd.sessions._aggregator import Aggregator, UploadRules
+from fedobd.sessions._method import Method, TransferSpec, all_blocks
+from fedobd.sessions._open_round import OpenRound
 from fedobd.sessions._rounds import (
     Progress,
     Refusal,
@@ -52,7 +50,6 @@ from fedobd.sessions._rounds import (
     StopWatch,
     UploadRecord,
     sample_cohort,
-    weighted_mean,
 )
 
 MAX_EXAMPLES = 10_000_000
@@ -72,21 +69,6 @@ class SavedSession:
     values: dict[str, Any]
 
 
-@dataclass(slots=True)
-class _OpenRound:
-    """A round between its begin and its end."""
-
-    plan: RoundPlan
-    shipment: Shipment
-    intake: Intake
-    broadcast: ByteCount | None = None
-    broadcast_blocks: dict[int, BlockTraffic] = field(default_factory=dict)
-    opening: ByteCount | None = None
-    opening_payload: bytes | None = None
-    opened: set[int] = field(default_factory=set)
-    reopened: list[int] = field(default_factory=list)
-
-
 class ServerSession:
     """The server's side of a run.
 
@@ -99,7 +81,8 @@ class ServerSession:
         seed: the run's seed.
         max_examples: the largest number of examples that an upload may claim.
         shared_start: clients hold the initial model already (the same seed and factory, the same
-            checkpoint): the first broadcast and openings are then its fingerprint, not its values.
+            checkpoint): the first broadcast and initial payloads are then its fingerprint, not its
+            values.
         limits: what an upload may take at most.
         executor: spreads the work on large blocks; the bytes are the same with and without.
 
@@ -139,7 +122,7 @@ class ServerSession:
         self._progress = Progress(uploads_by_block=[0] * len(schema.blocks), start=start)
         self._limits = limits
         self._executor = executor
-        self._open: _OpenRound | None = None
+        self._open: OpenRound | None = None
 
     @property
     def state(self) -> ModelState:
@@ -198,120 +181,105 @@ class ServerSession:
         seed = derive_seed(self.seed, "server", number)
         memory = self.method.begin(dict(progress.memory), self.schema, seed)
         progress.memory = memory
-        shipment = self.method.downlink(memory, self.schema)
-        terms = IntakeTerms(
-            plan=plan, sent=shipment.kept, max_examples=self.max_examples, limits=self._limits
+        transfer = self.method.downlink(memory, self.schema)
+        rules = UploadRules(
+            plan=plan,
+            block_ids=transfer.block_ids,
+            max_examples=self.max_examples,
+            limits=self._limits,
         )
-        intake = Intake(self.method, self.schema, terms, self._state, executor=self._executor)
-        self._open = _OpenRound(plan, shipment, intake)
+        self._open = OpenRound(
+            plan,
+            transfer,
+            Aggregator(self.method, self.schema, rules, self._state, executor=self._executor),
+        )
         return plan
 
-    def broadcast(self) -> Iterator[bytes]:
-        """Encode the round's shared broadcast.
-
-        Yields:
-            Chunks; their concatenation is the payload for every client of the cohort, the same
-            each time.
+    def broadcast(self) -> EncodedPayload:
+        """Return the round's shared broadcast, the same for every client of the cohort.
 
         Raises:
             UsageError: no round is open, or the model holds NaN.
         """
         current = self._current()
-        chunks = self._encode(Kind.BROADCAST, current.shipment, current.plan.round)
         if current.broadcast is None:
-            whole = b"".join(chunks)
-            payload = Payload.parse(whole, self.schema)
-            current.broadcast = payload.num_bytes
-            current.broadcast_blocks = payload.block_traffic()
-            yield whole
-        else:
-            yield from map(bytes, chunks)
-
-    def needs_opening(self, client: int) -> bool:
-        """Whether a client of the round must be sent an opening payload before the broadcast."""
-        self._check_member(client)
-        opened = client in self._progress.opened or client in self._current().opened
-        return self.has_opening and not opened
+            current.broadcast = self._encode(Kind.BROADCAST, current.transfer, current.plan.round)
+        return current.broadcast
 
     @property
-    def has_opening(self) -> bool:
-        """Whether a client is sent an opening payload before its first broadcast."""
+    def has_initial_payload(self) -> bool:
+        """Whether a client is sent an initial payload before its first broadcast."""
         return self.method.keeps_client_state or bool(self.schema.frozen())
 
-    def opening(self, client: int) -> Iterator[bytes]:
-        """Encode the opening payload of a client and note that it was sent.
+    def needs_initial_payload(self, client: int) -> bool:
+        """Whether a client of the round must be sent the initial payload before the broadcast."""
+        current = self._member_of(client)
+        had = client in self._progress.initialized or client in current.initialized
+        return self.has_initial_payload and not had
 
+    def initial_payload(self, client: int) -> EncodedPayload:
+        """Return the initial payload, and note that a client is sent it.
+
+        It holds frozen parameters, and the whole model for a method whose clients keep a state.
         Its bytes are the same for all clients of the round.
-
-        Yields:
-            Chunks: frozen parameters, and the whole model for a method whose clients keep a state.
         """
-        current = self._current()
-        self._check_member(client)
-        payload = self._opening(current)
-        current.opened.add(client)
-        yield payload
+        current = self._member_of(client)
+        current.initialized.add(client)
+        return self._initial(current)
 
-    def reopen(self, client: int) -> Iterator[bytes]:
-        """Encode the opening payload again, for a client that has lost what it was given.
+    def resend_initial_payload(self, client: int) -> EncodedPayload | None:
+        """Return the initial payload again, for a client that has lost what it was given.
 
-        The record names the client, and counts opening and broadcast once more.
-
-        Yields:
-            Chunks; none where the method's clients are not sent an opening.
+        The record names the client, and counts initial payload and broadcast once more. There is
+        none where the method's clients are not sent one.
         """
-        current = self._current()
-        self._check_member(client)
-        current.reopened.append(client)
-        if self.has_opening:
-            yield self._opening(current)
+        current = self._member_of(client)
+        current.resent.append(client)
+        return self._initial(current) if self.has_initial_payload else None
 
-    def _opening(self, current: _OpenRound) -> bytes:
-        kept = all_blocks(self.schema) if self.method.keeps_client_state else ()
-        if current.opening_payload is None:
-            shipment = Shipment(kept=kept, lossless=self.method.lossless)
-            chunks = self._encode(Kind.OPENING, shipment, current.plan.round)
-            current.opening_payload = b"".join(chunks)
-            current.opening = Payload.parse(current.opening_payload, self.schema).num_bytes
-        return current.opening_payload
+    def _initial(self, current: OpenRound) -> EncodedPayload:
+        if current.initial is None:
+            block_ids = all_blocks(self.schema) if self.method.keeps_client_state else ()
+            transfer = TransferSpec(block_ids=block_ids, lossless=self.method.lossless)
+            current.initial = self._encode(Kind.INITIAL, transfer, current.plan.round)
+        return current.initial
 
-    def delivery(self) -> Iterator[bytes]:
-        """Encode the trained model's delivery to one client.
+    def delivery(self) -> EncodedPayload:
+        """Return the trained model's delivery to one client.
 
-        It holds all blocks, coded as the method's broadcasts are.
-
-        Yields:
-            Chunks. No method's traffic counts them; they are recorded apart.
+        It holds all blocks, coded as the method's broadcasts are. No method's traffic counts it;
+        it is recorded apart.
         """
-        shipment = self.method.downlink(self._progress.memory, self.schema)
-        whole = dataclasses.replace(shipment, kept=all_blocks(self.schema))
-        yield from map(bytes, self._encode(Kind.DELIVERY, whole, self._progress.rounds))
+        transfer = self.method.downlink(self._progress.memory, self.schema)
+        whole = dataclasses.replace(transfer, block_ids=all_blocks(self.schema))
+        return self._encode(Kind.DELIVERY, whole, self._progress.rounds)
 
-    def _encode(self, kind: Kind, shipment: Shipment, number: int) -> Iterator[Bytes]:
+    def _encode(self, kind: Kind, transfer: TransferSpec, number: int) -> EncodedPayload:
         schema, state = self.schema, self._state
         header = Header(
             kind=kind,
             method=self.method.wire_id,
             round=number,
             stage=self._stages[min(self._progress.stage, len(self._stages) - 1)].number,
-            kept=shipment.kept,
-            is_lossless=shipment.lossless,
+            block_ids=transfer.block_ids,
+            is_lossless=transfer.lossless,
             start=self._start_of(kind, number),
         )
-        return encode_payload(
+        payload = encode_payload(
             schema,
             header,
             lambda segment: segment_of(state, schema.tensors[segment.tensor], segment),
-            shipment.quantizer,
+            transfer.quantizer,
             generator=make_generator(self.seed, "downlink", number),
             frozen=lambda spec: state[spec.name],
             executor=self._executor,
         )
+        return payload.copied()  # it outlives the round, whose end changes the values
 
     def _start_of(self, kind: Kind, number: int) -> bytes | None:
         """Return the initial model's fingerprint where a payload stands for that model."""
         start = self._progress.start
-        stands = kind is Kind.OPENING or (kind is Kind.BROADCAST and number == 1)
+        stands = kind is Kind.INITIAL or (kind is Kind.BROADCAST and number == 1)
         return bytes.fromhex(start) if start is not None and stands else None
 
     def receive(self, client: int, upload: Bytes) -> UploadRecord:
@@ -329,12 +297,12 @@ class ServerSession:
                 round goes on.
             UsageError: no round is open.
         """
-        return self._current().intake.receive(client, upload)
+        return self._current().aggregator.receive(client, upload)
 
     @property
-    def intake(self) -> Intake:
+    def aggregator(self) -> Aggregator:
         """What takes in the uploads of the open round."""
-        return self._current().intake
+        return self._current().aggregator
 
     def report_missing(self, client: int, reason: str, message: str) -> None:
         """Record why a client of the round has sent no upload.
@@ -344,18 +312,17 @@ class ServerSession:
             reason: one word for programs, such as `"late"` or `"failed"`.
             message: what happened, for people.
         """
-        self._check_member(client)
-        self._current().intake.note(
+        self._member_of(client).aggregator.note(
             Refusal(client=client, reason=reason, message=message, uplink_bytes=0)
         )
 
     def abort_round(self) -> None:
         """Forget the open round, as if it had not begun.
 
-        Its clients' openings count as not sent; only the bytes that it took are added to those of
-        the round that is ended next.
+        Its clients' initial payloads count as not sent; only the bytes that it took are added to
+        those of the round that is ended next.
         """
-        up, down = _traffic(self._current())
+        up, down = self._current().traffic()
         self._progress.aborted_uplink += up
         self._progress.aborted_downlink += down
         self._open = None
@@ -368,23 +335,24 @@ class ServerSession:
                 aborted.
         """
         current = self._current()
-        intake = current.intake
-        if not intake.uploads:
-            refused = "; ".join(f"client {r.client}: {r.message}" for r in intake.refusals)
+        aggregator = current.aggregator
+        if not aggregator.uploads:
+            refused = "; ".join(f"client {r.client}: {r.message}" for r in aggregator.refusals)
             raise EmptyRoundError(
                 f"round {current.plan.round}: no upload was accepted from "
                 f"{len(current.plan.cohort)} clients" + (f" ({refused})" if refused else "")
             )
-        record = self._record(current)
-        self._state = intake.finish()
+        aborted = self._progress.aborted_uplink, self._progress.aborted_downlink
+        record = current.record(len(self.schema.blocks), aborted)
+        self._state = aggregator.finish()
         progress = self._progress
         progress.memory = self.method.end(dict(progress.memory), record)
-        progress.opened |= current.opened
+        progress.initialized |= current.initialized
         progress.rounds += 1
         progress.stage_rounds += 1
         if current.plan.stage == 1:
             for upload in record.uploads:
-                for number in upload.blocks_kept:
+                for number in upload.block_ids:
                     progress.uploads_by_block[number] += 1
         progress.aborted_uplink = progress.aborted_downlink = 0
         self._open = None
@@ -414,45 +382,6 @@ class ServerSession:
             progress.stage_rounds = 0
             progress.watch = StopWatch()
 
-    def _record(self, current: _OpenRound) -> RoundRecord:
-        taken = current.intake.uploads
-        uploads = tuple(taken[client] for client in sorted(taken))
-        if current.broadcast is None:
-            raise UsageError(f"round {current.plan.round} was ended before its broadcast was made")
-        broadcasts = len(current.plan.cohort) + len(current.reopened)
-        opening = current.opening or ByteCount()
-        openings = len(current.opened) + len(current.reopened)
-        uplink_bytes, downlink_bytes = _traffic(current)
-        train_loss = weighted_mean(
-            [u.train_loss for u in uploads], [u.num_examples for u in uploads]
-        )
-        assert train_loss is not None
-        validation = [u.num_validation_examples for u in uploads]
-        return RoundRecord(
-            round=current.plan.round,
-            stage=current.plan.stage,
-            cohort=current.plan.cohort,
-            uploads=uploads,
-            refusals=tuple(sorted(current.intake.refusals, key=lambda r: (r.client, r.message))),
-            train_loss=train_loss,
-            validation_loss=weighted_mean([u.validation_loss for u in uploads], validation),
-            validation_metric=weighted_mean([u.validation_metric for u in uploads], validation),
-            uplink_bytes=uplink_bytes + self._progress.aborted_uplink,
-            downlink_bytes=downlink_bytes + self._progress.aborted_downlink,
-            uplink_nominal_bits=sum(u.uplink.nominal_bits for u in uploads),
-            downlink_nominal_bits=current.broadcast.nominal_bits * broadcasts
-            + opening.nominal_bits * openings,
-            uplink_blocks=_by_block(uploads, len(self.schema.blocks)),
-            broadcast=current.broadcast,
-            broadcast_blocks=tuple(
-                current.broadcast_blocks.get(number, BlockTraffic())
-                for number in range(len(self.schema.blocks))
-            ),
-            opening_bytes=opening.total * openings,
-            opened=tuple(sorted(current.opened)),
-            reopened=tuple(sorted(current.reopened)),
-        )
-
     def never_uploaded(self) -> tuple[int, ...]:
         """Return the blocks with parameters that no client has uploaded in stage 1 so far."""
         return tuple(
@@ -472,7 +401,7 @@ class ServerSession:
                 f"round {self._open.plan.round} is open; a session is saved between rounds"
             )
         values = dataclasses.asdict(self._progress)
-        values["opened"] = sorted(self._progress.opened)
+        values["opened"] = sorted(values.pop("initialized"))  # its name in checkpoints
         return SavedSession(dict(self._state), values)
 
     def restore(self, saved: SavedSession) -> None:
@@ -486,40 +415,21 @@ class ServerSession:
         self._state = master_state(self.schema, saved.tensors)
         values = copy.deepcopy(saved.values)
         values["watch"] = StopWatch(**values["watch"])
-        values["opened"] = set(values["opened"])
+        values["initialized"] = set(values.pop("opened"))
         self._progress = Progress(**values)
         self._open = None
 
-    def _current(self) -> _OpenRound:
+    def _current(self) -> OpenRound:
         if self._open is None:
             raise UsageError("no round is open; call begin_round first")
         return self._open
 
-    def _check_member(self, client: int) -> None:
-        if client not in self._current().plan.cohort:
-            raise UsageError(
-                f"client {client} takes no part in round {self._current().plan.round}"
-            )
-
-
-def _traffic(current: _OpenRound) -> tuple[int, int]:
-    """Return the bytes that went up and down in an open round."""
-    uploads = sum(upload.uplink.total for upload in current.intake.uploads.values())
-    refused = sum(refusal.uplink_bytes for refusal in current.intake.refusals)
-    broadcast = current.broadcast.total if current.broadcast else 0
-    opening = current.opening.total if current.opening else 0
-    again = len(current.reopened)
-    down = broadcast * (len(current.plan.cohort) + again) + opening * (len(current.opened) + again)
-    return uploads + refused, down
-
-
-def _by_block(uploads: Sequence[UploadRecord], num_blocks: int) -> tuple[BlockTraffic, ...]:
-    """Return what each block took in all uploads."""
-    found: list[list[BlockTraffic]] = [[] for _ in range(num_blocks)]
-    for upload in uploads:
-        for number, traffic in zip(upload.blocks_kept, upload.uplink_blocks, strict=True):
-            found[number].append(traffic)
-    return tuple(map(add_traffic, found))
+    def _member_of(self, client: int) -> OpenRound:
+        """Return the open round, in which a client takes part."""
+        current = self._current()
+        if client not in current.plan.cohort:
+            raise UsageError(f"client {client} takes no part in round {current.plan.round}")
+        return current
 
 
 def _check_unit(method: Method, schema: ModelSchema) -> None:

@@ -89,7 +89,7 @@ class ClientTask:
         plan: the round's plan.
         client: the client's number.
         broadcast: the round's broadcast, or the file that holds it.
-        opening: the client's opening payload, if it is sent one, or its file.
+        opening: the client's initial payload, if it is sent one, or its file.
         state: what the client kept from its last round.
     """
 
@@ -130,7 +130,7 @@ class LocalClient:
     """
 
     def __init__(
-        self, setup: ClientSetup, join: Callable[[list[Bytes]], Bytes] = b"".join
+        self, setup: ClientSetup, join: Callable[[Sequence[Bytes]], Bytes] = b"".join
     ) -> None:
         self._setup = setup
         self._join = join
@@ -174,15 +174,20 @@ class LocalClient:
         trained, results = self._train(starts, data, plan, seeds)
         clock.lap("train")
         reports = list(map(_report, results, validations))
-        uploads: list[list[Bytes]] = [[] for _ in tasks]
-        for place, chunk in encode_uploads(sessions, trained, reports):
-            uploads[place].append(chunk)
+        uploads = encode_uploads(
+            setup.method,
+            setup.schema,
+            [session.received for session in sessions],
+            trained,
+            reports,
+            seed=setup.seed,
+        )
         clock.lap("encode")
         together = {phase: spent / len(tasks) for phase, spent in clock.seconds.items()}
-        for task, session, chunks in zip(tasks, sessions, uploads, strict=True):
+        for task, session, upload in zip(tasks, sessions, uploads, strict=True):
             yield ClientResult(
                 client=task.client,
-                upload=self._join(chunks),
+                upload=self._join(upload.chunks),
                 state={n: v for n, v in session.state.items() if n not in self._frozen},
                 seconds=together,
             )
@@ -198,7 +203,7 @@ class LocalClient:
             start=setup.start,
         )
         if task.opening is not None:
-            session.open(self._decode(Kind.OPENING, task.opening))
+            session.initialize(self._decode(Kind.INITIAL, task.opening))
         return session
 
     def _validate(self, start: ModelState, data: ClientData) -> Evaluation | None:

@@ -136,11 +136,11 @@ def _play(
 ) -> None:
     see = watcher.on_payload or (lambda *_: None)
     with _timed(seconds, "broadcast"):
-        broadcast = b"".join(server.broadcast())
+        broadcast = server.broadcast().data
         openings = {
-            client: b"".join(server.opening(client))
+            client: server.initial_payload(client).data
             for client in plan.cohort
-            if server.needs_opening(client)
+            if server.needs_initial_payload(client)
         }
     see(plan.round, "broadcast", broadcast)
     for client, opening in openings.items():
@@ -158,7 +158,8 @@ def _play(
     # Uploads that are to be seen must come here; so must those of clients with states, since the
     # tasks of workers that take uploads in are kept, to be played again if a worker dies.
     must_come = watcher.on_payload is not None or server.method.keeps_client_state
-    for done, result in enumerate(pool.run(tasks, None if must_come else server.intake), start=1):
+    results = pool.run(tasks, None if must_come else server.aggregator)
+    for done, result in enumerate(results, start=1):
         for phase, spent in result.seconds.items():
             seconds[phase] += spent
         if result.state:  # it has received the broadcast, whatever becomes of its upload

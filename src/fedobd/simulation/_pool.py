@@ -22,7 +22,7 @@ from typing import Protocol, Self
 import torch
 
 from fedobd._errors import FedOBDError, UsageError
-from fedobd.sessions import Intake
+from fedobd.sessions import Aggregator
 from fedobd.simulation._client import ClientResult, ClientSetup, ClientTask, LocalClient
 from fedobd.simulation._files import write_over
 from fedobd.simulation._process import prepare_process
@@ -47,14 +47,14 @@ class ClientPool(Protocol):
     """Plays the clients of a round; a context manager that holds its processes."""
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
         """Yield the results in whatever order they come.
 
         Args:
             tasks: of one round.
-            intake: the server's. With it a pool may take uploads in where they are made; it has
-                them once the last result was yielded, and those results come without.
+            aggregator: the server's. With it a pool may take uploads in where they are made; it
+                has them once the last result was yielded, and those results come without.
         """
         ...
 
@@ -117,7 +117,7 @@ class SequentialPool(_SingleThread):
         self._client = LocalClient(setup)
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
         """See `ClientPool.run`; uploads come with the results."""
         self._client.begin()
@@ -149,7 +149,7 @@ class ProcessPool(_SingleThread):
         self._names = (Path(self._folder.name) / str(number) for number in count())
 
     def run(
-        self, tasks: Iterable[ClientTask], intake: Intake | None = None
+        self, tasks: Iterable[ClientTask], aggregator: Aggregator | None = None
     ) -> Iterator[ClientResult]:
         """See `ClientPool.run`.
 
@@ -159,8 +159,8 @@ class ProcessPool(_SingleThread):
         self._round += 1
         files = self._round_files()
         share = None
-        if intake is not None:
-            share = ShareTerms.write(intake, next(files))
+        if aggregator is not None:
+            share = ShareTerms.write(aggregator, next(files))
         coming = _groups(_with_files(tasks, files), self._setup.stack)
         played: set[int] = set()
         waiting = deque(islice(coming, 1))
@@ -187,8 +187,8 @@ class ProcessPool(_SingleThread):
                     new = [result for result in results if result.client not in played]
                     played.update(result.client for result in new)
                     for result in new:
-                        if intake is not None and result.outcome is not None:
-                            intake.note(result.outcome)
+                        if aggregator is not None and result.outcome is not None:
+                            aggregator.note(result.outcome)
                         yield result
                     continue
                 lost, exit_code = list(worker.groups), worker.exit_status()
@@ -210,11 +210,11 @@ class ProcessPool(_SingleThread):
                 waiting.extendleft(reversed([*lost, *worker.taken]))
                 replacement = Worker(self._setup_file, next(self._names))
                 self._workers[self._workers.index(worker)] = replacement
-        if intake is not None:
-            num_sums = Intake.num_sums(intake.method, intake.schema)
+        if aggregator is not None:
+            num_sums = Aggregator.num_sums(aggregator.method, aggregator.schema)
             for worker in self._workers:
                 if worker.num_examples:
-                    intake.merge(worker.sums(num_sums), worker.num_examples)
+                    aggregator.merge(worker.sums(num_sums), worker.num_examples)
 
     def _dismiss_busy(self) -> None:
         """End the workers that still have clients of a round that was broken off."""

@@ -1,6 +1,6 @@
 """Share: the part of a round's uploads that one worker takes in itself.
 
-The worker folds what it has encoded into sums in memory that the main process sees too, and sends
+The worker adds what it has encoded to sums in memory that the main process sees too, and sends
 back records. So uploads are neither carried nor decoded by one process for all, which with many
 workers, or tiny models, would be what a round waits for.
 """
@@ -17,7 +17,7 @@ import torch
 
 from fedobd.blocks import ModelSchema, ModelState, Role, TensorSpec
 from fedobd.payload import Bytes
-from fedobd.sessions import Intake, IntakeTerms, Method, Sums
+from fedobd.sessions import Aggregator, Method, Sums, UploadRules
 from fedobd.simulation._files import write_over
 
 _ALIGNMENT = 64  # bytes
@@ -25,30 +25,30 @@ _ALIGNMENT = 64  # bytes
 
 @dataclass(frozen=True, slots=True)
 class ShareTerms:
-    """What an intake in another process needs to do as the server's.
+    """What an aggregator in another process needs to do as the server's.
 
     Args:
-        terms: those of the server's intake.
+        rules: those of the server's aggregator.
         reference: the file with the server's values.
     """
 
-    terms: IntakeTerms
+    rules: UploadRules
     reference: Path
 
     @classmethod
-    def write(cls, intake: Intake, file: Path) -> ShareTerms:
+    def write(cls, aggregator: Aggregator, file: Path) -> ShareTerms:
         """Write the server's values to a file, over what was there."""
         chunks: list[Bytes] = []
         end = 0
-        for spec, _, start in _places(intake.schema):
-            values = intake.reference[spec.name].contiguous().reshape(-1).numpy()
+        for spec, _, start in _places(aggregator.schema):
+            values = aggregator.reference[spec.name].contiguous().reshape(-1).numpy()
             chunks += bytes(start - end), values.view(np.uint8).data
             end = start + values.nbytes
         write_over(file, chunks)
-        return cls(intake.terms, file)
+        return cls(aggregator.rules, file)
 
-    def open(self, method: Method, schema: ModelSchema, memory: Sums) -> Intake:
-        """Return an intake whose sums lie in some memory, which is set to 0."""
+    def open(self, method: Method, schema: ModelSchema, memory: Sums) -> Aggregator:
+        """Return an aggregator whose sums lie in some memory, which is set to 0."""
         memory.fill(0)
         with self.reference.open("rb") as stream:
             whole = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -59,7 +59,7 @@ class ShareTerms:
             if count:
                 values = torch.frombuffer(whole, dtype=dtype, count=count, offset=start)
             reference[spec.name] = values.reshape(spec.shape)
-        return Intake(method, schema, self.terms, reference, memory=memory)
+        return Aggregator(method, schema, self.rules, reference, memory=memory)
 
 
 def _places(schema: ModelSchema) -> Iterator[tuple[TensorSpec, torch.dtype, int]]:

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,7 +30,7 @@ import torch
 
 from fedobd._errors import DecodeError, FedOBDError
 from fedobd.payload import Bytes
-from fedobd.sessions import Intake, Refusal, Sums, UploadRecord
+from fedobd.sessions import Aggregator, Refusal, Sums, UploadRecord
 from fedobd.simulation._client import ClientResult, ClientSetup, ClientTask, LocalClient
 from fedobd.simulation._files import map_file, map_sums
 from fedobd.simulation._process import prepare_process
@@ -97,7 +98,7 @@ class Worker:
         results = answer.results(self._file)
         for result in results:
             if isinstance(result.outcome, UploadRecord):
-                self.num_examples += result.outcome.num_examples
+                self.num_examples += result.outcome.report.num_examples
         if answer.is_last:
             group = self.groups.popleft()
             if results[-1].outcome is not None:
@@ -204,7 +205,7 @@ class _Outbox:
         self._setup = setup
         self._file = file
         self._share: ShareTerms | None = None
-        self._intake: Intake | None = None
+        self._intake: Aggregator | None = None
         self._number = 0
         self._bare: list[ClientResult] = []
         self._lengths: list[int] = []
@@ -214,15 +215,15 @@ class _Outbox:
         """In this round take uploads in on these terms; on none they are left in files."""
         self._share, self._intake = share, None
 
-    def _open(self, share: ShareTerms) -> Intake:
-        """Return the round's intake, made when the first client has been trained."""
+    def _open(self, share: ShareTerms) -> Aggregator:
+        """Return the round's aggregator, made when the first client has been trained."""
         if self._intake is None:
             method, schema = self._setup.method, self._setup.schema
-            memory = map_sums(_sums_of(self._file), Intake.num_sums(method, schema))
+            memory = map_sums(_sums_of(self._file), Aggregator.num_sums(method, schema))
             self._intake = share.open(method, schema, memory)
         return self._intake
 
-    def join(self, chunks: list[Bytes]) -> bytes:
+    def join(self, chunks: Sequence[Bytes]) -> bytes:
         """Return an upload of its chunks, or write it and return what stands for it."""
         if self._share is not None:
             return b"".join(chunks)
@@ -249,15 +250,15 @@ class _Outbox:
         self._bare, self._lengths, self._stream = [], [], None
 
 
-def _taken(intake: Intake, result: ClientResult) -> ClientResult:
+def _taken(aggregator: Aggregator, result: ClientResult) -> ClientResult:
     """Return a result with what came of its upload in place of that."""
     assert result.upload is not None
     began = time.perf_counter()
     outcome: UploadRecord | Refusal
     try:
-        outcome = intake.receive(result.client, result.upload)
+        outcome = aggregator.receive(result.client, result.upload)
     except DecodeError:
-        outcome = intake.refusals[-1]
+        outcome = aggregator.refusals[-1]
     seconds = {**result.seconds, "fold": time.perf_counter() - began}
     return dataclasses.replace(result, upload=None, seconds=seconds, outcome=outcome)
 

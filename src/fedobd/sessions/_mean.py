@@ -1,4 +1,4 @@
-"""Aggregation: the weighted mean of uploads, the same bits in whatever order they arrive.
+"""The weighted mean of uploads, the same bits in whatever order they arrive.
 
 Each contribution `difference · n_k` is rounded once to a 64-bit integer in units of 2^-p; integers
 add in any order to the same sum, in one place or in several whose sums are added at the end, and
@@ -33,7 +33,7 @@ _FLOOR_EXPONENT = {Role.PARAMETER: -4, Role.BUFFER: 0}
 _NO_BASE, _NO_MASK = np.empty(0, np.float32), np.empty(0, np.bool_)
 
 Sums = NDArray[np.int64]
-"""What was folded: sums and weights of the averaged tensors, the largest of integer ones."""
+"""What was added up: sums and weights of the averaged tensors, the largest of integer ones."""
 
 
 def num_sums(schema: ModelSchema, *, per_element: bool) -> int:
@@ -55,8 +55,8 @@ def _is_counted(spec: TensorSpec, per_element: bool) -> bool:
     return per_element and spec.role is Role.PARAMETER and spec.is_floating
 
 
-class RunningMean:
-    """Streaming weighted mean of what clients upload, relative to the server's values.
+class WeightedMean:
+    """Weighted mean of what clients upload, relative to the server's values.
 
     Args:
         schema: the model's schema.
@@ -103,7 +103,7 @@ class RunningMean:
             self._base.append(base)
 
     def _split(self, memory: Sums | None) -> Iterator[Sums]:
-        """Yield each tensor's part of some memory, or memory that is its own."""
+        """Yield each tensor's part of some memory, or new memory where none is given."""
         end = 0
         for spec in self._schema.tensors:
             count = _numbers_of(spec, self._per_element)
@@ -119,7 +119,7 @@ class RunningMean:
         self._memory = [*parts]
 
     def merge(self, memory: Sums, num_examples: int) -> None:
-        """Add what another mean of the same round has folded.
+        """Add what another mean of the same round has added up.
 
         Args:
             memory: its sums; may be kept and changed.
@@ -131,16 +131,17 @@ class RunningMean:
             for number, theirs in enumerate(self._split(memory)):
                 averaged = _is_averaged(self._schema.tensors[number])
                 merge = np.add if averaged else np.maximum
-                merge(self._own(number), theirs, out=self._own(number))
+                mine = self._sums_of(number)
+                merge(mine, theirs, out=mine)
         self._num_examples += num_examples
 
-    def _own(self, number: int) -> Sums:
+    def _sums_of(self, number: int) -> Sums:
         """Return a tensor's part of the memory, unless it was given up."""
-        own = self._memory[number]
-        assert own is not None
-        return own
+        sums = self._memory[number]
+        assert sums is not None
+        return sums
 
-    def fold(
+    def accumulate(
         self,
         blocks: Callable[[], Iterable[Block]],
         num_examples: int,
@@ -175,7 +176,7 @@ class RunningMean:
             self._take_back(blocks, added, num_examples, differences)
             raise
         for segment, values in integers:
-            largest = self._own(segment.tensor)[segment.start : segment.stop]
+            largest = self._sums_of(segment.tensor)[segment.start : segment.stop]
             np.maximum(largest, values.numpy(), out=largest)
         self._num_examples += num_examples
 
@@ -209,8 +210,8 @@ class RunningMean:
         segment = one.segment
         spec = self._schema.tensors[segment.tensor]
         where = slice(segment.start, segment.stop)
-        base, own = self._base[segment.tensor], self._own(segment.tensor)
-        sums, weights = own[: spec.num_elements], own[spec.num_elements :]
+        base, numbers = self._base[segment.tensor], self._sums_of(segment.tensor)
+        sums, weights = numbers[: spec.num_elements], numbers[spec.num_elements :]
         assert base is not None
         values = one.values
         if isinstance(values, torch.Tensor):
@@ -243,8 +244,8 @@ class RunningMean:
         them.
 
         Raises:
-            EmptyRoundError: nothing was folded, so that the mean can still be used; or it has been
-                finished already.
+            EmptyRoundError: nothing was accumulated, so that the mean can still be used; or it has
+                been finished already.
         """
         import fedobd.codec.kernels as kernels  # when first needed: importing numba takes its time
 
@@ -253,21 +254,21 @@ class RunningMean:
         state: ModelState = {}
         for number, spec in enumerate(self._schema.tensors):
             before = self._reference[spec.name]
-            own = self._own(number)
+            sums = self._sums_of(number)
             if spec.role is Role.FROZEN:
                 state[spec.name] = before
                 continue
             if not spec.is_floating:
-                largest = torch.from_numpy(own).to(before.dtype, copy=True)
+                largest = torch.from_numpy(sums).to(before.dtype, copy=True)
                 state[spec.name] = largest.reshape(before.shape)
                 continue
             after = torch.empty(before.shape, dtype=torch.float32)
             kernels.finish_mean(
                 before.reshape(-1).numpy(),
-                own[: spec.num_elements],
+                sums[: spec.num_elements],
                 1 / self._scales[number],
                 float(self._num_examples),
-                own[spec.num_elements :],
+                sums[spec.num_elements :],
                 after.reshape(-1).numpy(),
             )
             state[spec.name] = after

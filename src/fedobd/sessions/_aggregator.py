@@ -1,7 +1,7 @@
-"""Intake: takes in the uploads of one round, each wholly or not at all.
+"""Aggregator: takes in the uploads of one round, each wholly or not at all.
 
-One intake does for a round. Several, in processes of their own, can share its uploads out: their
-sums are integers and are merged to the same bits; see `_aggregation`.
+One aggregator does for a round. Several, in processes of their own, can share its uploads out:
+their sums are integers and are merged to the same bits; see `_mean`.
 """
 
 from __future__ import annotations
@@ -12,45 +12,45 @@ from dataclasses import dataclass
 from fedobd._errors import DecodeError, DecodeReason
 from fedobd.blocks import ModelSchema, ModelState
 from fedobd.payload import Bytes, Header, Kind, Limits, Payload
-from fedobd.sessions._aggregation import RunningMean, Sums, num_sums
+from fedobd.sessions._mean import Sums, WeightedMean, num_sums
 from fedobd.sessions._method import Method
 from fedobd.sessions._rounds import Refusal, RoundPlan, UploadRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IntakeTerms:
+class UploadRules:
     """What decides which uploads of a round are taken, apart from the server's values.
 
     Args:
         plan: the round's plan.
-        sent: the blocks that its broadcast holds.
+        block_ids: numbers of the blocks that its broadcast holds.
         max_examples: the largest number of examples that an upload may claim.
         limits: what an upload may take at most.
     """
 
     plan: RoundPlan
-    sent: tuple[int, ...]
+    block_ids: tuple[int, ...]
     max_examples: int
     limits: Limits
 
 
-class Intake:
+class Aggregator:
     """Takes in the uploads of a round.
 
     Args:
         method: the run's method.
         schema: the model's schema.
-        terms: which uploads are taken.
+        rules: which uploads are taken.
         reference: the server's values W, floating tensors in float32; read, never changed.
         executor: spreads the work on large blocks.
-        memory: see `RunningMean`.
+        memory: see `WeightedMean`.
     """
 
     def __init__(
         self,
         method: Method,
         schema: ModelSchema,
-        terms: IntakeTerms,
+        rules: UploadRules,
         reference: ModelState,
         *,
         executor: Executor | None = None,
@@ -58,7 +58,7 @@ class Intake:
     ) -> None:
         self.method = method
         self.schema = schema
-        self.terms = terms
+        self.rules = rules
         self.reference = reference
         self.uploads: dict[int, UploadRecord] = {}
         """Those taken, by client."""
@@ -66,11 +66,11 @@ class Intake:
         """Those refused, and those that never came."""
         self._executor = executor
         self._memory = memory
-        self._made: RunningMean | None = None
+        self._running_mean: WeightedMean | None = None
 
     @staticmethod
     def num_sums(method: Method, schema: ModelSchema) -> int:
-        """Return how many numbers the memory of an intake holds."""
+        """Return how many numbers the memory of an aggregator holds."""
         return num_sums(schema, per_element=method.per_element_mean)
 
     def receive(self, client: int, upload: Bytes) -> UploadRecord:
@@ -89,33 +89,29 @@ class Intake:
             raise
 
     def _accept(self, client: int, upload: Bytes) -> UploadRecord:
-        if client not in self.terms.plan.cohort:
+        if client not in self.rules.plan.cohort:
             raise DecodeError(
                 DecodeReason.CLIENT,
-                f"client {client} takes no part in round {self.terms.plan.round}",
+                f"client {client} takes no part in round {self.rules.plan.round}",
             )
         if client in self.uploads:
             raise DecodeError(
                 DecodeReason.DUPLICATE,
-                f"client {client} has uploaded in round {self.terms.plan.round} already",
+                f"client {client} has uploaded in round {self.rules.plan.round} already",
             )
-        payload = Payload.parse(upload, self.schema, self.terms.limits)
+        payload = Payload.parse(upload, self.schema, self.rules.limits)
         header, report = payload.header, payload.header.report
         self._check(client, header)
         assert report is not None
-        self._mean().fold(
+        self._mean().accumulate(
             lambda: payload.views(self._executor),
             report.num_examples,
             differences=header.is_difference,
         )
         record = UploadRecord(
             client=client,
-            num_examples=report.num_examples,
-            train_loss=report.train_loss,
-            num_validation_examples=report.num_validation_examples,
-            validation_loss=report.validation_loss,
-            validation_metric=report.validation_metric,
-            blocks_kept=header.kept,
+            report=report,
+            block_ids=header.block_ids,
             block_differences=header.block_differences,
             uplink=payload.num_bytes,
             uplink_blocks=tuple(payload.block_traffic().values()),
@@ -125,7 +121,7 @@ class Intake:
 
     def _check(self, client: int, header: Header) -> None:
         """Raise DecodeError for an upload of another client or round, or an illegal report."""
-        plan, most, report = self.terms.plan, self.terms.max_examples, header.report
+        plan, most, report = self.rules.plan, self.rules.max_examples, header.report
         check_addressed(header, Kind.UPLOAD, self.method, plan.round, plan.stage)
         assert report is not None
         if header.client != client:
@@ -149,23 +145,23 @@ class Intake:
                 f"the upload holds {'differences' if header.is_difference else 'values'}; "
                 f"{self.method.name} sends the other",
             )
-        self.method.check_upload(header, self.schema, self.terms.sent)
+        self.method.check_upload(header, self.schema, self.rules.block_ids)
 
-    def _mean(self) -> RunningMean:
+    def _mean(self) -> WeightedMean:
         """Return the mean; it is made while clients train rather than before they may."""
-        if self._made is None:
-            self._made = RunningMean(
+        if self._running_mean is None:
+            self._running_mean = WeightedMean(
                 self.schema,
                 self.reference,
-                cohort_size=len(self.terms.plan.cohort),
-                max_examples=self.terms.max_examples,
+                cohort_size=len(self.rules.plan.cohort),
+                max_examples=self.rules.max_examples,
                 per_element=self.method.per_element_mean,
                 memory=self._memory,
             )
-        return self._made
+        return self._running_mean
 
     def note(self, outcome: UploadRecord | Refusal) -> None:
-        """Record what another intake made of an upload; its sums are yet to be merged."""
+        """Record what another aggregator made of an upload; its sums are yet to be merged."""
         if isinstance(outcome, UploadRecord):
             self._mean()
             self.uploads[outcome.client] = outcome
@@ -173,11 +169,11 @@ class Intake:
             self.refusals.append(outcome)
 
     def merge(self, memory: Sums, num_examples: int) -> None:
-        """Add the sums of another intake of the round; see `RunningMean.merge`."""
+        """Add the sums of another aggregator of the round; see `WeightedMean.merge`."""
         self._mean().merge(memory, num_examples)
 
     def finish(self) -> ModelState:
-        """Return the server's new values; see `RunningMean.finish`."""
+        """Return the server's new values; see `WeightedMean.finish`."""
         return self._mean().finish()
 
 

@@ -212,8 +212,9 @@ def test_gradients_keep_their_channels_last() -> None:
         Watched.layouts.clear()
         torch.manual_seed(1)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), Watch(), nn.Flatten())
-        model.append(nn.Linear(36, 2)).to(memory_format=memory_format)  # type: ignore[call-overload]
-        inputs = torch.randn(12, 3, 8, 8).to(memory_format=memory_format)
+        # float64, in which another order of additions does not move a maximum
+        model.append(nn.Linear(36, 2)).double().to(memory_format=memory_format)  # type: ignore[call-overload]
+        inputs = torch.randn(12, 3, 8, 8).double().to(memory_format=memory_format)
         own = Examples(inputs, torch.arange(12) % 2)
         train_locally(model, ClientData(own, own), PLAN, 3, options=TrainingOptions())
         assert not any(module._forward_pre_hooks for module in model.modules())

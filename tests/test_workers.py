@@ -34,8 +34,7 @@ from fedobd import (
 )
 from fedobd.blocks import ModelState
 from fedobd.data import ClientData
-from fedobd.experiments import run
-from fedobd.experiments._build import Experiment, build_experiment
+from fedobd.experiments import Experiment, build_experiment, run
 from fedobd.sessions import Aggregator
 from fedobd.simulation import (
     ClientPool,

@@ -26,12 +26,14 @@ test-all: $(VENV)/.installed-dev test-processors
 		apt-get install -qq -y chromium chromium-driver; } || true
 	$(BIN)/python -m pytest -m deployment -v
 
-# The tests as x86 processors without AVX2 and without AVX-512 compute: sums in another order round otherwise, and
+# The tests as x86 processors without AVX2 and without AVX-512 compute (elsewhere none): sums in another order round otherwise, and
 # no test may fail for it. PyTorch's own loops, oneDNN, MKL and Numba are each told which instructions to use.
 GENERIC := MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=$(CURDIR)/$(VENV)/.numba-generic
 test-processors: $(VENV)/.installed-dev
+ifeq ($(shell uname -m),x86_64)
 	$(GENERIC) ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n auto
 	$(GENERIC) ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n auto
+endif
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet
 
-.PHONY: demo demo-deployment test test-all check docs bench-digits bench-codec bench-deployment bench-simulation \
+.PHONY: demo demo-deployment test test-all test-processors check docs bench-digits bench-codec bench-deployment bench-simulation \
 	bench-report bench-estimates bench-presets results fuzz build clean
 
 demo: $(VENV)/.installed
@@ -17,14 +17,23 @@ demo-deployment: $(VENV)/.installed-flower
 test: $(VENV)/.installed-dev check
 	$(BIN)/python -m pytest -n auto
 
-# What is slow: real deployments, Flower's simulation, the oldest and newest versions of Flower, MLflow, and
-# the report in a browser, which is installed where apt can.
+# What is slow: the tests in the arithmetic of other processors, real deployments, Flower's simulation, the oldest
+# and newest versions of Flower, MLflow, and the report in a browser, which is installed where apt can.
 FLOWER_VERSIONS := 1.24.0 1.36.0 newest
-test-all: $(VENV)/.installed-dev
+test-all: $(VENV)/.installed-dev test-processors
 	$(BIN)/python tests/flower_versions.py $(FLOWER_VERSIONS)
 	command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 		apt-get install -qq -y chromium chromium-driver; } || true
 	$(BIN)/python -m pytest -m deployment -v
+
+# The tests as x86 processors without AVX2 and without AVX-512 compute (elsewhere none): sums in another order round otherwise, and
+# no test may fail for it. PyTorch's own loops, oneDNN, MKL and Numba are each told which instructions to use.
+GENERIC := MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=$(CURDIR)/$(VENV)/.numba-generic
+test-processors: $(VENV)/.installed-dev
+ifeq ($(shell uname -m),x86_64)
+	$(GENERIC) ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n auto
+	$(GENERIC) ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n auto
+endif
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ class Page:
         """Run JavaScript and return what it returns."""
         return self.driver.execute_script(script)
 
-    def wait(self, condition: str, limit_s: float = 60) -> None:
+    def wait(self, condition: str, limit_s: float = 240) -> None:
         """Wait until an expression of JavaScript is true."""
         end = time.monotonic() + limit_s
         while not self.run(f"return Boolean({condition})"):

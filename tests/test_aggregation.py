@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError
+from fedobd import DecodeError, DecodeReason, EmptyRoundError
 from fedobd.blocks import ModelSchema, ModelState, Role, master_state
 from fedobd.codec import NNADQ, Mask, Quantizer, Unquantized
 from fedobd.payload import DecodedSegment, Kind, Payload

@@ -15,7 +15,7 @@ import time
 import tomllib
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -830,11 +830,26 @@ def marked(mark: str) -> dict[int, str]:
     return found
 
 
-def all_gone(mark: str, seconds: float = 10.0) -> dict[int, str]:
-    """Return what is left of the processes with a mark when their time is over."""
-    deadline = time.monotonic() + seconds
-    while marked(mark) and time.monotonic() < deadline:
-        time.sleep(0.2)
+HANGS_S = 240
+"""After so long a test that waits for processes fails; no other time matters."""
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for an event, or until something must hang."""
+    deadline = time.monotonic() + HANGS_S
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def ignores_ctrl_c(process: subprocess.Popen[str]) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+    (ignored,) = re.findall(r"SigIgn:\s*([0-9a-f]+)", status)
+    return bool(int(ignored, 16) & 1 << signal.SIGINT - 1)
+
+
+def all_gone(mark: str) -> dict[int, str]:
+    """Return what is left of the processes with a mark, if they do not end."""
+    wait_until(lambda: not marked(mark))
     left = marked(mark)
     for number in left:
         os.kill(number, signal.SIGKILL)
@@ -863,7 +878,8 @@ def test_engine_flower_gives_the_bytes_of_the_local_engine_and_leaves_no_process
     environment = {**os.environ, mark: "1"}
     done = subprocess.run(
         [*command, "--engine", "flower", "--output", str(tmp_path / "flower")],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=240,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        timeout=HANGS_S,
     )  # fmt: skip
     left = all_gone(mark)
     assert done.returncode == 0, done.stderr
@@ -904,21 +920,24 @@ def test_an_interrupted_simulation_leaves_no_process(
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if moment == "while Flower starts" and len(marked(mark)) > 2:
-                break
-            if (folder / "rounds.jsonl").exists() and rows(folder):
-                break
-            time.sleep(0.1)
+
+        def has_come() -> bool:
+            if process.poll() is not None:
+                return True
+            if moment == "while Flower starts":
+                return len(marked(mark)) > 2
+            return (folder / "rounds.jsonl").exists() and bool(rows(folder))
+
+        wait_until(has_come)
         if way == "kill":
             process.terminate()
         else:  # a terminal sends it to all processes of its foreground group
             os.killpg(process.pid, signal.SIGINT)
         if way == "ctrl-c twice":
-            time.sleep(0.5)
+            # the second comes while the first is seen to: it is ignored by then
+            wait_until(lambda: process.poll() is not None or ignores_ctrl_c(process))
             os.killpg(process.pid, signal.SIGINT)
-        ended = process.wait(timeout=60)
+        ended = process.wait(timeout=HANGS_S)
     finally:
         left = all_gone(mark)
         assert process.stdout is not None

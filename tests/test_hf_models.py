@@ -130,7 +130,7 @@ def test_images(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", [*TEXTS, *DECODERS])
 def test_more_padding_changes_nothing(name: str) -> None:
-    model = HuggingFaceText(config=(TEXTS | DECODERS)[name]).eval()
+    model = HuggingFaceText(config=(TEXTS | DECODERS)[name]).double().eval()
     tokens = torch.randint(1, 40, (4, 6))
     padded = torch.cat([tokens, torch.zeros(4, 5, dtype=torch.int64)], dim=1)
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_same_seed_gives_the_same_model_and_dropout() -> None:
 )
 @pytest.mark.parametrize("name", TEXTS)
 def test_functional_call_and_vmap(name: str) -> None:
-    models = [HuggingFaceText(config=TEXTS[name]).eval() for _ in range(2)]
+    models = [HuggingFaceText(config=TEXTS[name]).double().eval() for _ in range(2)]
     states = [get_state(model) for model in models]
     stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
     tokens = torch.stack([TOKENS, TOKENS.flip(0)])

@@ -155,7 +155,7 @@ def test_padding_alone_gives_the_bias(training: bool, tracked: bool) -> None:
 
 
 def test_more_padding_changes_nothing() -> None:
-    model = small_transformer().eval()
+    model = small_transformer().double().eval()
     tokens = torch.randint(1, 30, (4, 6))
     padded = torch.cat([tokens, torch.zeros(4, 5, dtype=torch.int64)], dim=1)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_more_padding_changes_nothing() -> None:
 
 
 def test_fast_and_slow_path_agree() -> None:
-    model = small_transformer().eval()
+    model = small_transformer().double().eval()
     tokens = torch.tensor([[3, 4, 5, 0], [0, 0, 0, 0], [7, 0, 9, 2]])
     slow = model(tokens)
     with torch.no_grad():

@@ -34,7 +34,6 @@ from tests.session_helpers import SEED, Engine, RoundLog, make_report, record_of
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-Arrays = dict[str, Float64]
 
 ROUNDS = pytest.mark.parametrize("rounds_before", [0, 2])
 

@@ -9,11 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedobd._errors import UsageError
+from fedobd import UsageError
 from fedobd.blocks import ModelSchema, Segment
 from fedobd.codec import NNADQ, Stochastic, Unquantized
-from fedobd.methods import Codec
-from fedobd.methods._codec import QuantizerName, SelectionName
+from fedobd.methods import Codec, QuantizerName, SelectionName
 from fedobd.sessions import fill_budget, order_by_difference, parameter_budget, random_order
 from fedobd.sessions._selection import mean_block_differences, squared_norm, subtract
 from tests.helpers import buffer, law, make_schema, parameter, source_of

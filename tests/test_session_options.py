@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from fedobd import Broadcast, ClientSession, Payload
-from fedobd._errors import DecodeError
+from fedobd import Broadcast, ClientSession, DecodeError, Payload
 from fedobd.payload import Kind
 from tests.session_helpers import SHORT_METHODS, bits, every_method, make_schema, set_up
 

@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from fedobd import SMAFD, Broadcast, Payload, SavedSession, ServerSession
-from fedobd._errors import DecodeError, DecodeReason, UsageError
+from fedobd import (
+    SMAFD,
+    Broadcast,
+    DecodeError,
+    DecodeReason,
+    Payload,
+    SavedSession,
+    ServerSession,
+    UsageError,
+)
 from fedobd.blocks import state_fingerprint
 from fedobd.experiments import run
 from tests.session_helpers import (

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -65,26 +67,22 @@ ROUNDS: dict[str, dict[str, int]] = {
 LARGE = {"options": {"width": 3000}}  # 1.9 MB
 
 
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    """Fail, rather than wait for ever, where two processes wait for each other."""
+HANGS_S = 600
+"""Where two processes wait for each other, a test fails after so long; no other time matters."""
 
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
     def late(*_: Any) -> None:
-        raise TimeoutError(f"not done after {seconds} s")
+        raise TimeoutError(f"not done after {HANGS_S} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    signal.alarm(HANGS_S)
     try:
         yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture(autouse=True)
-def _no_process_is_left() -> Iterator[None]:
-    with at_most(120):
-        yield
     assert multiprocessing.active_children() == []
 
 
@@ -496,8 +494,7 @@ def test_uploads_and_states_of_megabytes_and_no_files_left(method: str) -> None:
         counts.append(len(list(folder.iterdir())))
         contents.append(sum(file.stat().st_size for file in folder.iterdir()))
 
-    with at_most(90):
-        two = play(experiment, pool, after_round=look)
+    two = play(experiment, pool, after_round=look)
     assert len(counts) == 3
     # The round's broadcast and, in the first, one opening; uploads are gone once they were read.
     assert max(counts) <= 2, counts
@@ -510,7 +507,7 @@ def test_uploads_and_states_of_megabytes_and_no_files_left(method: str) -> None:
 def test_a_message_that_fills_a_pipe_is_no_deadlock() -> None:
     """Tasks name the round's whole cohort: here 2 MB each, sent ahead to a worker at work."""
     experiment = build_experiment(config("fedavg", model=LARGE))
-    with at_most(60), ProcessPool(experiment.setup, 1) as pool:
+    with ProcessPool(experiment.setup, 1) as pool:
         results = list(pool.run(tasks_of(experiment, [0, 1, 2, 3], tuple(range(500_000)))))
     assert [result.client for result in results] == [0, 1, 2, 3]
 
@@ -557,23 +554,25 @@ def test_closing_a_pool_in_mid_round_ends_its_workers(tmp_path: Path) -> None:
     pool = ProcessPool(replace(experiment.setup, train=partial(never_finish, folder=tmp_path)), 2)
     folder = Path(pool._folder.name)
 
-    def look(*_: Any) -> None:
-        if len(list(tmp_path.iterdir())) == 2:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            raise KeyboardInterrupt
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupt_when_both_train() -> None:
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+        os.kill(os.getpid(), signal.SIGUSR1)
 
     with pool:
-        before = signal.signal(signal.SIGALRM, look)
-        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        # not SIGINT, which a job that a shell starts in the background ignores
+        before = signal.signal(signal.SIGUSR1, interrupt)
+        watch = threading.Thread(target=interrupt_when_both_train)
+        watch.start()
         try:
             with pytest.raises(KeyboardInterrupt):
                 next(pool.run(tasks_of(experiment, [0, 1, 2, 3])))
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            watch.join()
+            signal.signal(signal.SIGUSR1, before)
         assert len(multiprocessing.active_children()) == 2
-        began = time.monotonic()
-    assert time.monotonic() - began < 2
     assert multiprocessing.active_children() == []
     assert not folder.exists()
 
@@ -592,11 +591,11 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + HANGS_S
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
 def group_is_empty(group: int) -> bool:
@@ -607,15 +606,49 @@ def group_is_empty(group: int) -> bool:
     return False
 
 
-LONG = config("fedobd", methods={"fedobd": {**ROUNDS["fedobd"], "stage_one_rounds": 24}})
+GATED = config(
+    "fedobd",
+    methods={"fedobd": {**ROUNDS["fedobd"], "stage_one_rounds": 4}},
+    training={"function": "tests.toy:train_at_gate"},
+)
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a run that was not interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run(LONG, folder)
+    run(GATED, folder)
     return folder
+
+
+def start(
+    words: Sequence[str | Path], gate: Path | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """Start `fedobd run`, in a process group of its own, with two workers."""
+    environment = {**os.environ, **({"TOY_GATE": str(gate)} if gate else {})}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedobd", "run", *words, "--workers", "2"],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, **options,
+    )  # fmt: skip
+
+
+@contextmanager
+def gated_run(folder: Path, gate: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Start a run that stands still in round 3 until the gate's file is gone; wait for that."""
+    file = gate.with_name("config.toml")
+    file.write_text(GATED.to_toml(), encoding="utf-8")
+    gate.touch()
+    process = start([file, "-o", folder], gate, **options)
+    try:
+        wait_for(lambda: len(records(folder)) == 2 or process.poll() is not None)
+        assert process.poll() is None, process.communicate()
+        yield process
+    finally:
+        gate.unlink(missing_ok=True)
+        if not group_is_empty(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def test_a_worker_that_dies_after_some_results_of_its_group() -> None:
@@ -634,26 +667,19 @@ def test_a_worker_that_dies_after_some_results_of_its_group() -> None:
 
 
 def test_ctrl_c_while_workers_start(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedobd", "run", "digits", "--workers", "2", "-o", str(tmp_path)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=heed_ctrl_c,
-    )  # fmt: skip
+    process = start(["digits", "-o", tmp_path], preexec_fn=heed_ctrl_c)
+    main = psutil.Process(process.pid)
     try:
-        # The pool's folder is made just before its workers are started.
-        folders = f"fedobd-pool-{process.pid}-*"
-        wait_for(
-            lambda: any(Path(tempfile.gettempdir()).glob(folders)) or process.poll() is not None
-        )
+        wait_for(lambda: process.poll() is not None or bool(main.children(recursive=True)))
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=HANGS_S)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     assert process.returncode == 130, said
     assert "interrupted; the same command with --output" in said
-    wait_for(lambda: group_is_empty(process.pid), 5)
+    wait_for(lambda: group_is_empty(process.pid))
 
 
 def test_ctrl_c_inside_an_exec_of_text_ends_with_the_usual_status(tmp_path: Path) -> None:
@@ -680,56 +706,35 @@ typer.run(command)
 def test_ctrl_c_ends_all_workers_and_leaves_a_run_that_resumes(
     whom: str, whole_run: Path, tmp_path: Path
 ) -> None:
-    """A terminal sends SIGINT to the process group, workers included; `kill` to one process."""
-    file = tmp_path / "config.toml"
-    file.write_text(LONG.to_toml(), encoding="utf-8")
+    """A terminal sends SIGINT to the process group, workers included; `kill` to one process.
+
+    The gate stays shut, so that nothing but the interruption can end workers and run.
+    """
     folder = tmp_path / "a"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedobd", "run", str(file), "--workers", "2", "-o", str(folder)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=heed_ctrl_c,
-    )  # fmt: skip
-    try:
-        wait_for(lambda: len(records(folder)) >= 2 or process.poll() is not None)
-        assert process.poll() is None, process.communicate()
-        began = time.monotonic()
+    with gated_run(folder, tmp_path / "gate", preexec_fn=heed_ctrl_c) as process:
         if whom == "main process":
             process.send_signal(signal.SIGINT)
         else:
             os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=30)
-        assert time.monotonic() - began < 5
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        _, said = process.communicate(timeout=HANGS_S)
+        wait_for(lambda: group_is_empty(process.pid))
     assert process.returncode == 130, said
     assert "interrupted; the same command with --output" in said
     assert "Traceback" not in said
-    wait_for(lambda: group_is_empty(process.pid), 5)
-    done = len(records(folder))
-    assert 2 <= done < 25
-    run(LONG, folder, resume=True)
+    assert len(records(folder)) == 2
+    run(GATED, folder, resume=True)
     assert records(folder) == records(whole_run)
     model = [(at / "model.safetensors").read_bytes() for at in (folder, whole_run)]
     assert model[0] == model[1]
 
 
 def test_workers_end_in_silence_when_the_main_process_is_killed(tmp_path: Path) -> None:
-    file = tmp_path / "config.toml"
-    file.write_text(LONG.to_toml(), encoding="utf-8")
-    folder = tmp_path / "a"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedobd", "run", str(file), "--workers", "2", "-o", str(folder)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        wait_for(lambda: len(records(folder)) >= 1 or process.poll() is not None)
+    """They are done with their clients, and find nobody to tell."""
+    gate = tmp_path / "gate"
+    with gated_run(tmp_path / "a", gate) as process:
         process.kill()
-        _, said = process.communicate(timeout=30)
-        wait_for(lambda: group_is_empty(process.pid), 10)
-    finally:
-        if not group_is_empty(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        gate.unlink()
+        _, said = process.communicate(timeout=HANGS_S)
+        wait_for(lambda: group_is_empty(process.pid))
     assert "Traceback" not in said

@@ -151,8 +151,7 @@ class FedOBDStrategy(Strategy):
             timeout: takes the place of `round_timeout`, if given.
             train_config: entries to add to the config of train messages.
             evaluate_config: entries to add to that of evaluate messages.
-            evaluate_fn: evaluates the server's model; called before the first round and after
-                each with the round's number.
+            evaluate_fn: evaluates the server's model before the first round and after each.
 
         Returns:
             The trained arrays; per round the mean of the clients' train metrics with

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fedobd._errors import DecodeError, DecodeReason
-from fedobd.blocks import BlockStyle, ModelSchema
+from fedobd._errors import DecodeError, DecodeReason, UsageError
+from fedobd.blocks import BlockStyle, ModelSchema, Role
 from fedobd.codec import Mask, Quantizer, Unquantized
 from fedobd.payload import Header
 from fedobd.sessions._rounds import EarlyStop, RoundRecord, Stage
@@ -130,3 +130,14 @@ class Method(ABC):
 def all_blocks(schema: ModelSchema) -> tuple[int, ...]:
     """Return the numbers of all blocks."""
     return tuple(range(len(schema.blocks)))
+
+
+def check_unit(method: Method, schema: ModelSchema) -> None:
+    """Raise UsageError where a method on tensors is given larger blocks."""
+    for block in schema.blocks if method.unit == "tensor" else ():
+        tensors = [schema.tensors[segment.tensor].role for segment in block.segments]
+        if tensors.count(Role.PARAMETER) > 1:
+            raise UsageError(
+                f"{method.name} drops parameter tensors, and block {block.name!r} holds several; "
+                "wanted decompose(model, BlockRules(style='tensor'))"
+            )

@@ -24,7 +24,6 @@ from fedobd._seeds import derive_seed, make_generator
 from fedobd.blocks import (
     ModelSchema,
     ModelState,
-    Role,
     cast_state,
     master_state,
     segment_of,
@@ -40,7 +39,7 @@ from fedobd.payload import (
     encode_payload,
 )
 from fedobd.sessions._aggregator import Aggregator, UploadRules
-from fedobd.sessions._method import Method, TransferSpec, all_blocks
+from fedobd.sessions._method import Method, TransferSpec, all_blocks, check_unit
 from fedobd.sessions._open_round import OpenRound
 from fedobd.sessions._rounds import (
     Progress,
@@ -103,7 +102,7 @@ class ServerSession:
         self.schema = schema
         self.num_clients = num_clients
         self.seed = seed
-        _check_unit(method, schema)
+        check_unit(method, schema)
         self._stages = method.stages()
         for stage in self._stages:
             sample_cohort(stage.cohort, num_clients, seed, 0)
@@ -442,14 +441,3 @@ class ServerSession:
         if client not in current.plan.cohort:
             raise UsageError(f"client {client} takes no part in round {current.plan.round}")
         return current
-
-
-def _check_unit(method: Method, schema: ModelSchema) -> None:
-    """Raise UsageError where a method on tensors is given larger blocks."""
-    for block in schema.blocks if method.unit == "tensor" else ():
-        tensors = [schema.tensors[segment.tensor].role for segment in block.segments]
-        if tensors.count(Role.PARAMETER) > 1:
-            raise UsageError(
-                f"{method.name} drops parameter tensors, and block {block.name!r} holds several; "
-                "wanted decompose(model, BlockRules(style='tensor'))"
-            )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,34 @@ def test_the_core_imports_only_torch_numpy_numba_and_zstandard() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, fedobd.__version__), done.stderr
+
+
+def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    """Yield the functions of a module and the methods of its classes that are not private."""
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
+    for place in (tree, *classes):
+        for node in place.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                yield node
+
+
+def test_functions_that_take_tensors_say_their_shapes_and_types() -> None:
+    checked, silent = 0, []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        if file.parent.name == "report":  # whose arrays are points of curves
+            continue
+        for function in public_functions(ast.parse(file.read_text(encoding="utf-8"))):
+            taken = [*function.args.args, *function.args.kwonlyargs]
+            annotations = " ".join(ast.unparse(a.annotation) for a in taken if a.annotation)
+            text = ast.get_docstring(function) or ""
+            if re.search(r"\bTensor\b|NDArray|Float32", annotations) and text[:4] != "See ":
+                checked += 1
+                if not (
+                    re.search("shape|1-D|scalar", text) and re.search("float|int|bool|type", text)
+                ):
+                    silent.append(f"{file.relative_to(PACKAGE)}: {function.name}")
+    assert checked > 40
+    assert silent == []
 
 
 def test_public_names_are_sorted_and_there() -> None:

@@ -123,7 +123,7 @@ def master_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> Mode
 
 
 def check_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise UsageError where a state does not hold every tensor of the schema in its shape."""
+    """Raise UsageError unless a state holds each tensor of the schema in its shape; any type."""
     for spec in schema.tensors:
         if spec.name not in state:
             raise UsageError(f"the state holds no value for tensor {spec.name!r}")
@@ -135,7 +135,7 @@ def check_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def cast_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> ModelState:
-    """Return copies of a state's tensors in the model's own element types."""
+    """Return copies of a state's tensors, in their shapes, in the model's own element types."""
     return {spec.name: state[spec.name].to(spec.dtype, copy=True) for spec in schema.tensors}
 
 
@@ -160,5 +160,5 @@ def state_fingerprint(schema: ModelSchema, state: Mapping[str, torch.Tensor]) ->
 def segment_of(
     state: Mapping[str, torch.Tensor], spec: TensorSpec, segment: Segment
 ) -> torch.Tensor:
-    """Return a segment's elements as a 1-D view of the tensor where it is contiguous."""
+    """Return a segment's elements, 1-D, in the tensor's type; a view where it is contiguous."""
     return state[spec.name].detach().reshape(-1)[segment.start : segment.stop]

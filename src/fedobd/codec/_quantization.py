@@ -384,7 +384,7 @@ class Unquantized(Quantizer):
         generator: Callable[[int], torch.Generator | None],
         executor: Executor | None = None,
     ) -> list[Levels]:
-        """Never called by the codec, since no segment is coded in levels.
+        """Refuse values of any shape and type: no segment is coded in levels.
 
         Raises:
             UsageError: always.

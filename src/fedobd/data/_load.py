@@ -116,7 +116,7 @@ def load_data(
 
 
 def to_token_ids(tokens: torch.Tensor) -> torch.Tensor:
-    """Return stored tokens as what models take: int64."""
+    """Return stored tokens, of any integer type, as what models take: int64, the same shape."""
     return tokens.to(torch.int64)
 
 

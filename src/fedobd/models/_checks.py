@@ -15,7 +15,7 @@ def check_counts(model: str, **counts: int) -> None:
 
 
 def check_tokens(model: str, tokens: torch.Tensor, max_length: int | None) -> None:
-    """Raise UsageError where token ids have no shape (n, length), 1 <= length <= max_length."""
+    """Raise UsageError unless integer tokens have shape (n, length), 1 <= length <= max_length."""
     if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= (max_length or tokens.shape[1]):
         limit = "" if max_length is None else f" <= max_length = {max_length}"
         raise UsageError(

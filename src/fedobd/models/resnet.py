@@ -42,9 +42,10 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Add the residual to the shortcut: (n, in_channels, h, w) to (n, out_channels, h', w').
+        """Add the residual to the shortcut.
 
-        A side becomes ceil(side / stride).
+        A float tensor of shape (n, in_channels, h, w) becomes (n, out_channels, h', w'), where a
+        side is ceil(side / stride).
         """
         residual = F.relu(self.norm1(self.conv1(features)))
         residual = self.norm2(self.conv2(residual))

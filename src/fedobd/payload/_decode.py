@@ -145,7 +145,7 @@ def _decode_plain(
 
 
 def refuse_not_finite(spec: TensorSpec, values: torch.Tensor) -> None:
-    """Raise DecodeError where what came for a tensor holds NaN or an infinity."""
+    """Raise DecodeError where values, of any shape and floating type, are NaN or infinite."""
     try:
         check_finite(spec.name, values)
     except UsageError as error:

@@ -130,7 +130,8 @@ def encode_payloads(
     Args:
         schema: the model's schema.
         headers: what each says; all of one kind and method.
-        source: as in `encode_payload`, for all clients, shape (clients, elements).
+        source: as in `encode_payload`, for all clients: any floating type, shape
+            (clients, elements).
         quantizers: how each one's parameters are coded.
         generator: draws of a stochastic quantizer for a client, by its place among the headers.
         frozen: as in `encode_payload`.

@@ -82,7 +82,7 @@ class ClientStack:
         )
 
     def put(self, clients: torch.Tensor, part: ClientStack) -> None:
-        """Put such copies back."""
+        """Put such copies back at their clients, int64 of shape (clients,)."""
         pairs = [(self.trained, part.trained), (self.buffers, part.buffers)]
         pairs += [(self.moments[kind], part.moments[kind]) for kind in self.moments]
         for whole, some in pairs:

@@ -51,6 +51,13 @@ def make_data(num_clients: int, seed: int) -> FederatedData:
     return FederatedData((ClientData(examples, examples),) * num_clients, examples)
 
 
+def make_ordered_data(num_clients: int, seed: int) -> FederatedData:
+    """A test set whose first half is of example 0, which is never right, the rest of example 1."""
+    data = make_data(num_clients, seed)
+    inputs = torch.eye(8)[torch.tensor([0, 1]).repeat_interleave(100)]
+    return FederatedData(data.clients, Examples(inputs, torch.ones(200)))
+
+
 def walk(model: nn.Module, data: ClientData, plan: RoundPlan, seed: int) -> LocalResult:
     """Move every client by the round's step; differences and their mean are exact."""
     with torch.no_grad():
@@ -109,6 +116,16 @@ def test_between_rounds_a_part_is_tested_and_in_the_end_all_examples(tmp_path: P
     assert (summary.final_metric, summary.broadcast_metric) == (4 / 8, 1 / 8)
     for record in records(tmp_path / "run"):
         assert 3 * record["test_metric"] == pytest.approx(round(3 * record["test_metric"]))
+
+
+def test_the_part_that_is_tested_is_drawn_from_all_of_the_test_set(tmp_path: Path) -> None:
+    data = {"name": f"{__name__}:make_ordered_data"}
+    run(walking(data=data, output={"evaluate_examples": 100}), tmp_path / "run")
+    metrics = {record["test_metric"] for record in records(tmp_path / "run")}
+    (metric,) = metrics  # the same part in each round
+    assert metric == pytest.approx(0.5, abs=0.2)  # 5 standard deviations
+    run(walking(data=data, output={"evaluate_examples": 200}), tmp_path / "whole")
+    assert {record["test_metric"] for record in records(tmp_path / "whole")} == {0.5}
 
 
 def test_rounds_are_tested_every_so_often_and_the_last_model_always(tmp_path: Path) -> None:

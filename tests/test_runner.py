@@ -413,6 +413,14 @@ def test_seeds_must_be_given_once(seeds: list[int], tmp_path: Path) -> None:
         ({"training": {"metric": "accurracy"}}, r"did you mean 'accuracy'"),
         ({"training": {"device": "gpu"}}, r"training.device is 'gpu'"),
         ({"model": {"options": {"depth": 3}}}, r"depth"),
+        (
+            {
+                "data": {"name": "digits"},
+                "model": {"name": "digits-cnn", "options": {"num_classes": 1}},
+                "training": {"loss": "binary-cross-entropy"},
+            },
+            r"tells 2 classes apart; data 'digits' has 10 classes",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused_before_a_folder_is_made(

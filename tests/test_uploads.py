@@ -576,6 +576,13 @@ def test_a_client_without_examples_cannot_upload() -> None:
         Report(num_examples=1, train_loss=math.nan)
 
 
+def test_an_upload_may_claim_as_many_examples_as_are_allowed() -> None:
+    scene = Scene(FedAvg(cohort=3))
+    most = forge(scene.upload, num_examples=MAX_EXAMPLES, num_validation_examples=MAX_EXAMPLES)
+    record = scene.server.receive(scene.villain, most)
+    assert (record.num_examples, record.num_validation_examples) == (MAX_EXAMPLES,) * 2
+
+
 def test_a_loss_beyond_float32_is_the_callers_fault_not_a_crash() -> None:
     """It travels as a float32; 1e300 is finite in float64 only."""
     scene = Scene(FedAvg(cohort=3))

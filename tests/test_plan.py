@@ -14,7 +14,7 @@ import pytest
 import torch
 import typer
 
-from fedobd import METHODS, FedAvg, RoundPlan, UsageError, decompose, get_state
+from fedobd import METHODS, FedAvg, FedOBD, RoundPlan, UsageError, decompose, get_state
 from fedobd.experiments import (
     RunConfig,
     Summary,
@@ -182,6 +182,48 @@ def test_played_rounds_stand_for_every_round_once(rounds: int, first_apart: bool
         assert numbers == sorted(set(numbers))
         assert 0 <= numbers[0] <= numbers[-1] < rounds
         assert not first_apart or played[0] == (0, 1)
+
+
+def test_the_middle_round_of_each_run_is_played() -> None:
+    assert list(_sampled(10, 2, first_apart=False)) == [(2, 5), (7, 5)]
+    assert list(_sampled(11, 2, first_apart=True)) == [(0, 1), (3, 5), (8, 5)]
+    assert list(_sampled(5, 3, first_apart=False)) == [(0, 1), (1, 2), (3, 2)]
+
+
+def test_bytes_of_many_rounds_are_those_of_each_round() -> None:
+    """All broadcasts and uploads of FedAvg are as large, but the fingerprint of a shared start."""
+    model = toy.make_model()
+    schema, state = decompose(model), get_state(model)
+
+    def stage(rounds: int, shared_start: bool) -> StagePlan:
+        (found,) = plan_method(
+            FedAvg(rounds=rounds, epochs=1, cohort=2),
+            schema,
+            state,
+            Federation(num_clients=4, shared_start=shared_start),
+            UpdateModel(),
+        ).stages
+        return found
+
+    first, many = stage(1, shared_start=True), stage(23, shared_start=True)
+    whole = stage(2, shared_start=False).downlink_bytes
+    assert first.downlink_bytes < 100 < whole
+    assert 23 * many.downlink_bytes == pytest.approx(first.downlink_bytes + 22 * whole)
+    assert many.uplink_bytes == pytest.approx(first.uplink_bytes)
+
+
+def test_only_the_first_broadcast_of_a_run_is_a_fingerprint() -> None:
+    model = toy.make_model()
+    schema, state = decompose(model), get_state(model)
+    method = FedOBD(stage_one_rounds=3, stage_one_epochs=1, stage_two_epochs=2)
+    later = [
+        plan_method(
+            method, schema, state, Federation(num_clients=4, shared_start=shared), UpdateModel()
+        ).stages[1]
+        for shared in (False, True)
+    ]
+    assert later[1].downlink_bytes == pytest.approx(later[0].downlink_bytes, rel=0.02)
+    assert later[1].uplink_bytes == pytest.approx(later[0].uplink_bytes, rel=0.02)
 
 
 def test_updates_follow_a_laplace_distribution_of_the_wanted_size() -> None:

@@ -57,8 +57,10 @@ def make_model() -> nn.Module:
 
 
 def make_data(num_clients: int, seed: int) -> FederatedData:
+    """Clients train on all examples, and validate on 0, 1, 2 and 7."""
     examples = Examples(torch.eye(8), torch.ones(8))
-    return FederatedData((ClientData(examples, examples),) * num_clients, examples)
+    validation = Examples(torch.eye(8)[[0, 1, 2, 7]], torch.ones(4))
+    return FederatedData((ClientData(examples, validation),) * num_clients, examples)
 
 
 def make_ordered_data(num_clients: int, seed: int) -> FederatedData:
@@ -126,7 +128,11 @@ def test_the_test_metric_of_a_round_is_of_w_after_it(folder: Path) -> None:
 
 
 def test_clients_validate_what_they_received_before_they_train_on_it(folder: Path) -> None:
-    assert [record["validation_metric"] for record in records(folder)] == [1 / 8, 2 / 8, 2 / 8]
+    """Of their four examples W has 1, 3 and 3 right before the rounds, Ŵ 1, 2 and 2."""
+    played = records(folder)
+    assert [record["validation_metric"] for record in played] == [1 / 4, 2 / 4, 2 / 4]
+    for client in played[0]["clients"]:
+        assert (client["num_examples"], client["num_validation_examples"]) == (8, 4)
 
 
 def test_the_model_of_the_folder_is_w(folder: Path) -> None:

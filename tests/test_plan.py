@@ -15,6 +15,7 @@ import torch
 import typer
 
 from fedobd import METHODS, FedAvg, FedOBD, RoundPlan, UsageError, decompose, get_state
+from fedobd._seeds import derive_seed
 from fedobd.experiments import (
     RunConfig,
     Summary,
@@ -148,6 +149,15 @@ def test_a_model_starts_from_the_values_that_a_run_starts_from() -> None:
     found = get_state(initial_model(config))
     wanted = build_experiment(config).initial
     assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("seed", [1, 7])
+def test_the_values_that_a_run_starts_from_follow_from_its_seed(seed: int) -> None:
+    found = get_state(initial_model(toy.config("fedobd").for_method("fedobd", seed)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "model"))
+        wanted = get_state(toy.make_model())
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 

@@ -251,6 +251,23 @@ def test_cohorts_are_even_over_clients_and_pairs() -> None:
         assert all(abs(n - rounds * share) < allowed for n in counts.values())
 
 
+def test_a_cohort_is_drawn_whole_from_the_clients_that_can_be_reached() -> None:
+    """Those of the usual cohort that can be reached are in it; others take the missing ones' place.
+
+    A cohort that is a share is one of all clients, not of those that can be reached.
+    """
+    reached = {1, 4, 5, 6, 7, 9}
+    for number in range(1, 30):
+        usual = set(sample_cohort(4, 10, 0, number))
+        cohort = sample_cohort(4, 10, 0, number, reached)
+        assert list(cohort) == sorted(cohort)
+        assert len(cohort) == 4
+        assert usual & reached <= set(cohort) <= reached
+        assert sample_cohort(0.4, 10, 0, number, reached) == cohort
+        assert sample_cohort(4, 10, 0, number, range(10)) == tuple(sorted(usual))
+        assert sample_cohort(4, 10, 0, number, [8, 2]) == (2, 8)
+
+
 def test_the_session_samples_as_the_rule_says() -> None:
     server, engine = set_up(FedAvg(rounds=4, cohort=0.5), MODELS["tied"](), num_clients=7)
     for number in range(1, 5):

@@ -252,7 +252,7 @@ def test_cohorts_are_even_over_clients_and_pairs() -> None:
 
 
 def test_a_cohort_is_drawn_whole_from_the_clients_that_can_be_reached() -> None:
-    """Those of the usual cohort that can be reached are in it; others take the missing ones' place.
+    """Those of the usual cohort that can be reached are in it; others take the place of the rest.
 
     A cohort that is a share is one of all clients, not of those that can be reached.
     """

@@ -197,11 +197,12 @@ def test_a_client_of_the_cohort_gets_its_share_of_a_rounds_bytes() -> None:
     """A round of 4,000 bytes and 4 clients takes 8,000 bits on each link, and 2 s of training."""
     assert round_seconds(played(1), 1000.0) == 8 + 2
     long = a_run("fedavg", results(0.5, 1), rounds=(played(1),) * 3)
-    short = a_run("fedavg", results(0.5, 1), seed=1, rounds=(played(1, uplink_bytes=5000),))
+    slow = played(1, uplink_bytes=5000, train_s=4.0)
+    short = a_run("fedavg", results(0.5, 1), seed=1, rounds=(slow,))
     table = link_table(section([long, short], [a_run("smafd", results(0.5, 1))]))
     texts = [cell.text for cell in table.rows[0]]
-    assert texts[1:3] == ["2.01 s", "4.02 s"]  # (2.008 + 2.016) / 2, (3 · 2.008 + 2.016) / 2
-    assert texts[-3:] == ["2.00 s", "750 B", "750 B"]  # up: 250 and 1,250 bytes a client
+    assert texts[1:3] == ["3.01 s", "5.02 s"]  # (2.008 + 4.016) / 2, (3 · 2.008 + 4.016) / 2
+    assert texts[-3:] == ["3.00 s", "750 B", "750 B"]  # up: 250 and 1,250 bytes a client
     two = section([long], [short])
     assert best(link_table(two), f"1{NB}Mbit/s\nthe run") == [False, True]
 

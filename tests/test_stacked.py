@@ -807,6 +807,27 @@ def play(
 
 
 @pytest.mark.parametrize("method", ["fedobd", "smafd"])
+def pixels() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+
+
+def test_a_configured_augmentation_is_made_in_a_stack_too() -> None:
+    model = {"name": f"{__name__}:pixels"}
+    image = {"flip": True, "crop_padding": 2}
+    trained = []
+    for data in ({}, {"image": image}):
+        experiment = build_experiment(config("fedavg", model=model, data=data))
+        setup, start = experiment.setup, experiment.initial
+        assert setup.train_together is not None
+        alone = setup.make_model()
+        load_state(alone, start)
+        setup.train(alone, setup.data(0), PLAN, 5)
+        (one,), _ = setup.train_together(alone, [start], [setup.data(0)], PLAN, [5])
+        check_close(one["1.weight"], get_state(alone)["1.weight"], Within(1e-4, 1e-5))
+        trained.append(one["1.weight"])
+    assert float((trained[0] - trained[1]).abs().max()) > 1e-3
+
+
 def test_a_stack_changes_a_run_by_no_more_than_rounding(method: str) -> None:
     """Accuracy moves by at most 11 of 359 test images: rounding, then other quantized levels."""
     accuracies = []

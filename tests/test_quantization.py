@@ -309,6 +309,14 @@ def test_stochastic_keeps_levels_and_rounds_others_up_at_a_draw_of_zero(
     assert stochastic_levels(values, 4, 9).tolist() == [-4, -3, -2, 0, 1, 2, 4]
 
 
+def test_symbols_of_more_than_16_bits_come_back() -> None:
+    """Level 32,768 of as many is symbol 65,536."""
+    values = np.array([-1.0, 0.0, 1.0], np.float32)
+    for num_levels in (32_767, 32_768):
+        found = stochastic_levels(values, num_levels, 1).tolist()
+        assert found == [-num_levels, 0, num_levels]
+
+
 def test_stochastic_without_generator_is_refused() -> None:
     values = np.ones(3, np.float32)
     code = Stochastic(3).measure(values, 32)

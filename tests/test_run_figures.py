@@ -209,6 +209,8 @@ def test_refused_uploads_are_counted_and_their_broadcasts_too(tmp_path: Path) ->
     played = records(tmp_path / "run")
     assert [len(record["clients"]) for record in played] == [2, 3, 4]
     assert summary.refusals == 3
+    for record in played:
+        assert record["downlink_nominal_bits"] == 4 * record["broadcast"]["nominal_bits"]
     sizes = [record["broadcast"] for record in played]
     assert sizes[0]["levels"] == 0 < sizes[1]["levels"]
     for part, share in summary.shares["downlink"].items():

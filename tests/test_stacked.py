@@ -24,7 +24,7 @@ from torch import nn
 from fedobd import Payload, RoundPlan, ServerSession, UsageError
 from fedobd._intake import Intake
 from fedobd._state import ModelState, get_state, load_state
-from fedobd.data import ClientData, Examples, gather
+from fedobd.data import ClientData, Examples, gather, select
 from fedobd.experiments import _tune, load_config, run
 from fedobd.experiments._build import Experiment, build_experiment
 from fedobd.experiments._tune import measure_stack
@@ -819,12 +819,16 @@ def test_a_configured_augmentation_is_made_in_a_stack_too() -> None:
         experiment = build_experiment(config("fedavg", model=model, data=data))
         setup, start = experiment.setup, experiment.initial
         assert setup.train_together is not None
-        alone = setup.make_model()
-        load_state(alone, start)
-        setup.train(alone, setup.data(0), PLAN, 5)
-        (one,), _ = setup.train_together(alone, [start], [setup.data(0)], PLAN, [5])
-        check_close(one["1.weight"], get_state(alone)["1.weight"], Within(1e-4, 1e-5))
-        trained.append(one["1.weight"])
+        clients = [setup.data(number) for number in range(3)]
+        clients[0] = replace(clients[0], train=select(clients[0].train, torch.arange(5)))
+        model_of_one = setup.make_model()
+        states, _ = setup.train_together(model_of_one, [start] * 3, clients, PLAN, [5, 6, 7])
+        for state, own, seed in zip(states, clients, (5, 6, 7), strict=True):
+            load_state(model_of_one, start)
+            setup.train(model_of_one, own, PLAN, seed)
+            wanted = get_state(model_of_one)["1.weight"]
+            check_close(state["1.weight"], wanted, Within(1e-4, 1e-5))
+        trained.append(states[1]["1.weight"])
     assert float((trained[0] - trained[1]).abs().max()) > 1e-3
 
 

@@ -576,6 +576,28 @@ def test_a_client_without_examples_cannot_upload() -> None:
         Report(num_examples=1, train_loss=math.nan)
 
 
+def test_the_bytes_of_every_aborted_attempt_count_once() -> None:
+    server, engine = set_up(FedAvg(rounds=2, cohort=3), MODELS["tied"]())
+    up = down = 0
+    for attempt in (1, 2, 3):
+        plan = server.begin_round()
+        assert plan is not None
+        log = engine.ask(server, plan)
+        down += len(plan.cohort) * len(log.broadcast)
+        for client in plan.cohort[:attempt]:
+            server.receive(client, log.uploads[client])
+            up += len(log.uploads[client])
+        if attempt < 3:
+            server.abort_round()
+    record = server.end_round()
+    assert (record.uplink_bytes, record.downlink_bytes) == (up, down)
+    last = engine.play(server)
+    assert last is not None
+    record = record_of(last)
+    assert record.uplink_bytes == sum(map(len, last.uploads.values()))
+    assert record.downlink_bytes == 3 * len(last.broadcast)
+
+
 def test_an_upload_may_claim_as_many_examples_as_are_allowed() -> None:
     scene = Scene(FedAvg(cohort=3))
     most = forge(scene.upload, num_examples=MAX_EXAMPLES, num_validation_examples=MAX_EXAMPLES)

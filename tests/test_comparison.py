@@ -16,7 +16,7 @@ import figures
 import page
 import records
 from page import collect, table
-from plan import COARSE, SMALL, equal_participation, plan
+from plan import COARSE, SMALL, SWEPT, equal_participation, plan
 from records import read_record
 
 
@@ -178,11 +178,10 @@ def test_baselines_are_shown_after_the_published_rounds_and_after_all(
 
 
 def test_a_sweep_holds_the_base_run_and_counts_no_dropout_as_zero() -> None:
-    swept = page.SWEPT
     found = {
-        (swept, "fedobd"): [whole_record(3, 0.9)],
-        (swept, "dropout-0.5"): [whole_record(1, 0.7, dropout_rate=0.5)],
-        (swept, "no-dropout"): [whole_record(2, 0.8, selection="none")],
+        (SWEPT, "fedobd"): [whole_record(3, 0.9)],
+        (SWEPT, "dropout-0.5"): [whole_record(1, 0.7, dropout_rate=0.5)],
+        (SWEPT, "no-dropout"): [whole_record(2, 0.8, selection="none")],
     }
     title, sweep = page._sweeps(found)
     assert title.startswith("## Sweep over λ")

@@ -220,6 +220,7 @@ def test_bytes_of_many_rounds_are_those_of_each_round() -> None:
     assert first.downlink_bytes < 100 < whole
     assert 23 * many.downlink_bytes == pytest.approx(first.downlink_bytes + 22 * whole)
     assert many.uplink_bytes == pytest.approx(first.uplink_bytes)
+    assert (many.rounds, many.cohort) == (23, 2)
 
 
 def test_only_the_first_broadcast_of_a_run_is_a_fingerprint() -> None:
@@ -261,6 +262,16 @@ def test_vectors_and_what_starts_at_zero_change_as_much_as_the_middle_matrix() -
     }
     assert "4.weight" not in scales  # frozen
     assert "1.num_batches_tracked" not in scales
+
+
+def test_the_middle_of_the_matrices_is_their_median() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    state = get_state(model)
+    for number, rms in enumerate((9.0, 1.0, 2.0)):
+        state[f"{number}.weight"] = torch.full((4, 4), rms)
+    scales = UpdateModel(size=0.5).scales(decompose(model), state)
+    assert [scales[f"{number}.weight"] for number in range(3)] == [4.5, 0.5, 1.0]
+    assert {scales[f"{number}.bias"] for number in range(3)} == {1.0}
 
 
 def test_the_learning_time_of_a_round_follows_the_schedule() -> None:

@@ -32,6 +32,7 @@ from fedobd import (
     ServerSession,
     UploadRecord,
 )
+from fedobd._rounds import sample_cohort
 from fedobd._seeds import derive_seed
 from fedobd.data import ClientData, Examples, FederatedData
 from fedobd.experiments import Experiment, RunConfig, Summary, make_record, run
@@ -133,6 +134,12 @@ def test_clients_validate_what_they_received_before_they_train_on_it(folder: Pat
     assert [record["validation_metric"] for record in played] == [1 / 4, 2 / 4, 2 / 4]
     for client in played[0]["clients"]:
         assert (client["num_examples"], client["num_validation_examples"]) == (8, 4)
+
+
+def test_the_cohorts_are_those_of_the_runs_seed(folder: Path) -> None:
+    cohorts = [tuple(record["cohort"]) for record in records(folder)]
+    assert cohorts == [sample_cohort(2, 4, 1, number) for number in (1, 2, 3)]
+    assert cohorts != [sample_cohort(2, 4, 0, number) for number in (1, 2, 3)]
 
 
 def test_the_model_of_the_folder_is_w(folder: Path) -> None:

@@ -585,6 +585,13 @@ def test_a_block_larger_than_the_budget_is_reported() -> None:
     assert server.never_uploaded() == (0,), "stage 2 does not count"
 
 
+def test_a_block_of_buffers_alone_is_not_said_to_stay_behind() -> None:
+    server, engine = set_up(SHORT_METHODS["smafd"], MODELS["batch_norm"]())
+    blocks = engine.schema.blocks
+    assert blocks[-1].num_parameters == 0
+    assert server.never_uploaded() == tuple(range(len(blocks) - 1))
+
+
 def test_the_remedy_for_a_large_block_is_to_split_it() -> None:
     model = big_embedding()
     schema = decompose(model, BlockRules(max_block_fraction=0.25))

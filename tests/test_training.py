@@ -221,6 +221,9 @@ def test_a_last_batch_of_one_is_left_out_only_with_batch_norm() -> None:
         seen.clear()
         train_locally(Watch(norm), data, plan, 0, options=TrainingOptions(batch_size=4))
         assert seen == wanted
+    seen.clear()
+    train_locally(Watch(True), data, plan, 0, options=TrainingOptions(batch_size=7))
+    assert seen == [7, 2]
     single = ClientData(examples.take(torch.tensor([0])), examples)
     with pytest.raises(UsageError, match="a single training example"):
         train_locally(Watch(True), single, plan, 0, options=TrainingOptions())
@@ -287,12 +290,14 @@ def test_evaluate_weights_batches_and_joins_a_last_single_example() -> None:
 
 def test_evaluation_drops_nothing_and_moves_no_statistics() -> None:
     """With the running statistics of a new model, 0 and 1, normalization changes nothing."""
-    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(2))
+    norm = nn.BatchNorm1d(2)
+    model = nn.Sequential(nn.Dropout(0.9), norm)
     inputs = torch.tensor([[4.0, 1.0], [3.0, 9.0], [7.0, 2.0], [1.0, 5.0]])
     examples = Examples(inputs, torch.tensor([0, 1, 0, 0]))
     model.train()
     assert evaluate(model, examples).metric == 3 / 4
-    assert model[1].running_mean.tolist() == [0.0, 0.0]
+    assert norm.running_mean is not None
+    assert norm.running_mean.tolist() == [0.0, 0.0]
 
 
 def test_one_logit_is_a_binary_answer() -> None:

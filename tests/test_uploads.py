@@ -576,6 +576,18 @@ def test_a_client_without_examples_cannot_upload() -> None:
         Report(num_examples=1, train_loss=math.nan)
 
 
+def test_nominal_bits_of_broadcasts_and_openings_are_32_a_value() -> None:
+    """45 frozen values come in an opening, 84 trained ones in each broadcast; no buffers."""
+    server, engine = set_up(FedAvg(rounds=3, cohort=3), MODELS["frozen"]())
+    opened: set[int] = set()
+    for log in engine.run(server):
+        new = set(log.plan.cohort) - opened
+        opened |= new
+        record = record_of(log)
+        assert record.downlink_nominal_bits == 32 * (3 * 84 + len(new) * 45)
+        assert record.uplink_nominal_bits == 32 * 3 * 84
+
+
 def test_the_bytes_of_every_aborted_attempt_count_once() -> None:
     server, engine = set_up(FedAvg(rounds=2, cohort=3), MODELS["tied"]())
     up = down = 0

@@ -191,12 +191,19 @@ CN, NC, C, N, L = "Conv2d+BatchNorm2d", "BatchNorm2d+Conv2d", "Conv2d", "BatchNo
         ("lnac", [L, NC]),
         ("acnacn", [CN, CN]),
         ("cnanac", [CN, NC]),
+        ("caaaana", [CN]),
     ],
 )
 def test_patterns(letters: str, kinds: list[str]) -> None:
     model = chain(letters)
     assert [row[0] for row in table(model)] == kinds
     check_laws(model, decompose(model))
+
+
+def test_an_activation_that_several_runs_share_ends_none_of_them() -> None:
+    shared = nn.ReLU()
+    runs = [nn.Sequential(nn.Conv2d(2, 2, 1), shared, nn.BatchNorm2d(2)) for _ in range(2)]
+    assert [row[0] for row in table(nn.Sequential(*runs))] == [CN, CN]
 
 
 @pytest.mark.parametrize(

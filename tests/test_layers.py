@@ -141,8 +141,8 @@ def test_the_core_imports_only_torch_numpy_numba_and_zstandard() -> None:
 def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
     """Yield the functions of a module and the methods of its classes that are not private."""
     classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
-    for place in (tree, *classes):
-        for node in place.body:
+    for body in (tree.body, *(node.body for node in classes)):
+        for node in body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 yield node
 

@@ -29,6 +29,7 @@ from fedobd import (
     Payload,
     SavedSession,
     ServerSession,
+    Stochastic,
     UsageError,
 )
 from fedobd.codec import Coding
@@ -134,6 +135,7 @@ def test_the_published_rounds_are_the_defaults(name: str) -> None:
         [(1, 100, 5), (2, 10, 1)] if name == "fedobd" else [(1, 100, 5)]
     )
     assert stages[0].cohort == (1.0 if name == "fedavg" else 0.5)
+    assert FedPAQ().levels == Stochastic().num_levels == 255
 
 
 # --- whole runs ----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from fedobd import (
     decompose,
     get_state,
 )
+from fedobd._seeds import derive_seed
 from fedobd.cli._plan import plan_command
 from fedobd.experiments import (
     RunConfig,
@@ -152,6 +153,15 @@ def test_a_model_starts_from_the_values_that_a_run_starts_from() -> None:
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
+@pytest.mark.parametrize("seed", [1, 7])
+def test_the_values_that_a_run_starts_from_follow_from_its_seed(seed: int) -> None:
+    found = get_state(initial_model(toy.config("fedobd").for_method("fedobd", seed)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "model"))
+        wanted = get_state(toy.make_model())
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
 def test_millions_of_rounds_are_planned_at_once() -> None:
     many = FedAvg(rounds=2_000_000, cohort=0.5)
     opened = _newcomers(many, Federation(num_clients=10))
@@ -201,6 +211,49 @@ def test_a_session_skips_to_a_round_that_there_is_and_to_no_other() -> None:
             server.skip_to(stage, stage_rounds)
 
 
+def test_the_middle_round_of_each_run_is_played() -> None:
+    assert list(_sampled(10, 2, first_apart=False)) == [(2, 5), (7, 5)]
+    assert list(_sampled(11, 2, first_apart=True)) == [(0, 1), (3, 5), (8, 5)]
+    assert list(_sampled(5, 3, first_apart=False)) == [(0, 1), (1, 2), (3, 2)]
+
+
+def test_bytes_of_many_rounds_are_those_of_each_round() -> None:
+    """All broadcasts and uploads of FedAvg are as large, but the fingerprint of a shared start."""
+    model = toy.make_model()
+    schema, state = decompose(model), get_state(model)
+
+    def stage(rounds: int, shared_start: bool) -> StagePlan:
+        (found,) = plan_method(
+            FedAvg(rounds=rounds, epochs=1, cohort=2),
+            schema,
+            state,
+            Federation(num_clients=4, shared_start=shared_start),
+            UpdateModel(),
+        ).stages
+        return found
+
+    first, many = stage(1, shared_start=True), stage(23, shared_start=True)
+    whole = stage(2, shared_start=False).downlink_bytes
+    assert first.downlink_bytes < 100 < whole
+    assert 23 * many.downlink_bytes == pytest.approx(first.downlink_bytes + 22 * whole)
+    assert many.uplink_bytes == pytest.approx(first.uplink_bytes)
+    assert (many.rounds, many.cohort) == (23, 2)
+
+
+def test_only_the_first_broadcast_of_a_run_is_a_fingerprint() -> None:
+    model = toy.make_model()
+    schema, state = decompose(model), get_state(model)
+    method = FedOBD(stage_one_rounds=3, stage_one_epochs=1, stage_two_epochs=2)
+    later = [
+        plan_method(
+            method, schema, state, Federation(num_clients=4, shared_start=shared), UpdateModel()
+        ).stages[1]
+        for shared in (False, True)
+    ]
+    assert later[1].downlink_bytes == pytest.approx(later[0].downlink_bytes, rel=0.02)
+    assert later[1].uplink_bytes == pytest.approx(later[0].uplink_bytes, rel=0.02)
+
+
 def test_updates_follow_a_laplace_distribution_of_the_wanted_size() -> None:
     start = {"w": torch.zeros(300, 1000), "n": torch.tensor(3), "b": torch.ones(1500, 1000)}
     made = UpdateModel().train(start, {"w": 0.02, "b": 0.5}, torch.Generator().manual_seed(1))
@@ -226,6 +279,16 @@ def test_vectors_and_what_starts_at_zero_change_as_much_as_the_middle_matrix() -
     }
     assert "4.weight" not in scales  # frozen
     assert "1.num_batches_tracked" not in scales
+
+
+def test_the_middle_of_the_matrices_is_their_median() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    state = get_state(model)
+    for number, rms in enumerate((9.0, 1.0, 2.0)):
+        state[f"{number}.weight"] = torch.full((4, 4), rms)
+    scales = UpdateModel(size=0.5).scales(decompose(model), state)
+    assert [scales[f"{number}.weight"] for number in range(3)] == [4.5, 0.5, 1.0]
+    assert {scales[f"{number}.bias"] for number in range(3)} == {1.0}
 
 
 def test_the_learning_time_of_a_round_follows_the_schedule() -> None:

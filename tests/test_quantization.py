@@ -194,6 +194,8 @@ def test_range_too_large_to_decode_travels_raw() -> None:
     assert quantizer.measure(np.array([largest, largest / 1.5], np.float32), 32).coding is (
         Coding.RAW
     )
+    below = np.array([-largest, -largest / 1.5], np.float32)
+    assert quantizer.measure(below, 32).coding is Coding.RAW
     just = np.array([-MAX_RANGE, MAX_RANGE], np.float32)
     assert quantizer.measure(just, 32).coding is Coding.LEVELS
 
@@ -296,6 +298,23 @@ def test_stochastic_draws_differ_with_the_generator() -> None:
 def test_stochastic_keeps_values_that_are_levels() -> None:
     values = np.array([-1.0, -0.5, 0.0, 0.25, 1.0], np.float32)
     assert stochastic_levels(values, 4, 9).tolist() == [-4, -2, 0, 1, 4]
+
+
+def test_stochastic_keeps_levels_and_rounds_others_up_at_a_draw_of_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A draw is below y - ⌊y⌋ with that probability: 0 is below every share but 0."""
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.zeros(size))
+    values = np.array([-1.0, -0.6, -0.5, 0.0, 0.25, 0.26, 1.0], np.float32)
+    assert stochastic_levels(values, 4, 9).tolist() == [-4, -3, -2, 0, 1, 2, 4]
+
+
+def test_symbols_of_more_than_16_bits_come_back() -> None:
+    """Level 32,768 of as many is symbol 65,536."""
+    values = np.array([-1.0, 0.0, 1.0], np.float32)
+    for num_levels in (32_767, 32_768):
+        found = stochastic_levels(values, num_levels, 1).tolist()
+        assert found == [-num_levels, 0, num_levels]
 
 
 def test_stochastic_without_generator_is_refused() -> None:

@@ -8,6 +8,7 @@ where the arithmetic is part of the method (NNADQ, differences) does it compute 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from fedobd import (
     SMAFD,
+    BlockRules,
     Codec,
     FedAvg,
     FedDropoutAvg,
@@ -28,6 +30,7 @@ from fedobd import (
     ModelState,
     Payload,
     Report,
+    decompose,
 )
 from fedobd._seeds import derive_seed, make_generator
 from tests.session_helpers import SEED, Engine, RoundLog, make_report, record_of, set_up, train
@@ -556,6 +559,45 @@ def test_smafd_stops_when_the_size_is_reached_exactly() -> None:
         header = Payload.parse(server.broadcast().data, server.schema).header
         held.add(sum(server.schema.blocks[n].num_parameters for n in header.block_ids))
     assert held == {3, 4}
+
+
+def test_each_client_has_a_mask_of_its_own_in_each_round() -> None:
+    server, engine = set_up(FedDropoutAvg(rounds=3, cohort=1.0), _model())
+    for log in engine.run(server):
+        for client, upload in log.uploads.items():
+            mask = Payload.parse(upload, server.schema).header.mask
+            assert mask is not None
+            assert mask.seed == derive_seed(SEED, "uplink", log.plan.round, client)
+
+
+def test_smafd_draws_scored_tensors_with_their_scores_as_weights() -> None:
+    """Of three tensors of like size one is drawn: the first three times as often as the second."""
+    model = nn.Module()
+    for index in range(3):
+        model.register_parameter(f"p{index}", nn.Parameter(torch.zeros(4)))
+    method = SMAFD(dropout_rate=0.9)
+    schema = decompose(model, BlockRules(style="tensor"))
+    drawn: Counter[int] = Counter()
+    for seed in range(400):
+        memory = method.begin({"scores": [0.75, 0.25, 0.0]}, schema, seed)
+        drawn.update(memory["submodel"])
+    assert drawn[0] + drawn[1] == 400
+    assert abs(drawn[0] - 300) < 5 * math.sqrt(400 * 0.75 * 0.25)
+
+
+def test_smafd_scores_are_positive_where_losses_are_negative() -> None:
+    """From -1 to -3 a loss falls by twice its size, from 0 by 2 of nothing, which counts as 1."""
+    for before, score in ((-1.0, 2.0), (0.0, 2.0), (4.0, 0.5)):
+        server, engine = set_up(SMAFD(rounds=2, cohort=2, dropout_rate=0.3), _model())
+        engine.report = lambda client, number, first=before: Report(  # type: ignore[misc]
+            num_examples=10, train_loss=first - 2.0 * (number - 1)
+        )
+        engine.play(server)
+        log = engine.play(server)
+        assert log is not None
+        kept = Payload.parse(log.broadcast, server.schema).header.block_ids
+        scores = server.save().values["memory"]["scores"]
+        assert [scores[number] for number in kept] == [score] * len(kept)
 
 
 def test_smafd_prefers_tensors_with_a_score() -> None:

@@ -48,6 +48,7 @@ from fedobd.report._summary_tables import (
     run_table,
     summary_table,
 )
+from fedobd.report._traffic import PARTS
 from fedobd.report._uploads import drops_blocks, upload_map, upload_shares, warning
 from tests.toy import CONFIG
 
@@ -298,6 +299,52 @@ def test_a_run_that_has_not_finished_is_shown_as_far_as_it_is(runs: Path) -> Non
     assert results.final_metric == records[-1]["test_metric"]
     assert section.variants[0].shown.seed == 1  # it has more rounds
     assert charts_of(section, read_deliveries(section), 1)
+
+
+def test_the_figures_of_a_run_that_goes_on_are_those_of_its_rounds(runs: Path) -> None:
+    folder = runs / "fedavg-seed0"
+    (folder / "summary.json").unlink()
+    metrics = iter([0.25, 0.75, 0.5])
+    refusal = {"client": 0, "reason": "late", "message": "late", "uplink_bytes": 0}
+
+    def change(record: dict[str, Any]) -> None:
+        record["test_metric"] = next(metrics)
+        record["seconds"]["round"] = float(record["round"])
+        record["refusals"] = [refusal] * record["round"]
+
+    change_records(folder, change)
+    (run,) = only(gather([folder])).runs
+    assert (run.results.final_metric, run.results.best_metric) == (0.5, 0.75)
+    assert (run.results.round_s, run.results.refusals) == (1 + 2 + 3, 1 + 2 + 3)
+
+
+def test_the_figures_of_a_run_that_has_ended_are_those_of_its_summary(runs: Path) -> None:
+    file = runs / "fedobd-seed0" / "summary.json"
+    values = json.loads(file.read_text())
+    values |= {"final_metric": 0.5, "best_metric": 0.75, "broadcast_metric": 0.25, "refusals": 9}
+    file.write_text(json.dumps(values))
+    results = only(gather([file.parent])).runs[0].results
+    assert (results.final_metric, results.best_metric, results.refusals) == (0.5, 0.75, 9)
+
+
+def test_broadcasts_go_to_the_whole_cohort_and_again_to_those_that_lost_them(runs: Path) -> None:
+    """One of four clients was refused with 7 bytes, another was sent its broadcast twice."""
+    folder = runs / "fedavg-seed0"
+
+    def change(record: dict[str, Any]) -> None:
+        refused = record["clients"].pop()
+        record["uplink_bytes"] += 7 - refused["uplink_bytes"]
+        record["reopened"] = [record["cohort"][0]]
+        record["downlink_bytes"] += sum(record["broadcast"][part] for part in PARTS[:4])
+
+    change_records(folder, change)
+    played = only(gather([folder])).runs[0].rounds[0]
+    record = json.loads((folder / "rounds.jsonl").read_text().splitlines()[0])
+    assert (played.cohort, played.clients, played.broadcasts) == (4, 3, 5)
+    assert played.uplink_parts["refused or repeated"] == 7
+    assert played.downlink_parts["refused or repeated"] == 0
+    for part in PARTS[:4]:
+        assert played.downlink_parts[part] == 5 * record["broadcast"][part]
 
 
 def test_a_run_without_a_round_is_left_out(runs: Path) -> None:

@@ -251,6 +251,7 @@ def test_the_trap_of_blocks_that_never_fit_is_reported(tmp_path: Path) -> None:
     assert block["block"] == "4"
     assert block["parameters"] == 16 * 8 * 8 + 8
     assert block["share"] > 0.7
+    assert summary.rarely_uploaded == ()  # each other block is in one of six uploads at least
     split = run(
         config(
             model={"options": {"width": 8}, "blocks": {"max_block_fraction": 0.25}},
@@ -415,6 +416,14 @@ def test_seeds_must_be_given_once(seeds: list[int], tmp_path: Path) -> None:
         ({"training": {"metric": "accurracy"}}, r"did you mean 'accuracy'"),
         ({"training": {"device": "gpu"}}, r"training.device is 'gpu'"),
         ({"model": {"options": {"depth": 3}}}, r"depth"),
+        (
+            {
+                "data": {"name": "digits"},
+                "model": {"name": "digits-cnn", "options": {"num_classes": 1}},
+                "training": {"loss": "binary-cross-entropy"},
+            },
+            r"tells 2 classes apart; data 'digits' has 10 classes",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused_before_a_folder_is_made(

@@ -13,7 +13,13 @@ from fedobd import UsageError
 from fedobd.blocks import ModelSchema, Segment
 from fedobd.codec import NNADQ, Stochastic, Unquantized
 from fedobd.methods import Codec, QuantizerName, SelectionName
-from fedobd.sessions import fill_budget, order_by_difference, parameter_budget, random_order
+from fedobd.sessions import (
+    fill_budget,
+    order_by_difference,
+    oversized_blocks,
+    parameter_budget,
+    random_order,
+)
 from fedobd.sessions._selection import mean_block_differences, squared_norm, subtract
 from tests.helpers import buffer, law, make_schema, parameter, source_of
 
@@ -139,6 +145,14 @@ def schema_of_sizes(sizes: list[int]) -> ModelSchema:
     return make_schema(
         [parameter(f"p{i}", n) if n else buffer(f"m{i}", 3) for i, n in enumerate(sizes)]
     )
+
+
+def test_only_a_block_above_the_budget_is_too_large_for_any_upload() -> None:
+    schema = schema_of_sizes([8, 0, 2])
+    assert oversized_blocks(schema, 0.2) == ()  # 8 of 10 may be kept
+    assert fill_budget(schema, [0, 1, 2], 8) == (0, 1)
+    assert oversized_blocks(schema, 0.3) == (0,)
+    assert oversized_blocks(schema, 0.9) == (0, 2)
 
 
 def test_block_that_does_not_fit_is_skipped_and_the_scan_goes_on() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections import Counter
@@ -30,13 +31,18 @@ from fedobd import (
     Role,
     RoundPlan,
     ServerSession,
+    Stochastic,
     UsageError,
     decompose,
+    get_state,
 )
+from fedobd._seeds import make_generator
+from fedobd.codec import dequantize
 from fedobd.payload import Kind
 from fedobd.sessions import cohort_size, sample_cohort
 from tests.session_helpers import (
     MODELS,
+    NUM_CLIENTS,
     SEED,
     SHORT_METHODS,
     Engine,
@@ -255,6 +261,31 @@ def test_cohorts_are_even_over_clients_and_pairs() -> None:
         assert all(abs(n - rounds * share) < allowed for n in counts.values())
 
 
+def test_a_cohort_is_drawn_whole_from_the_clients_that_can_be_reached() -> None:
+    """Those of the usual cohort that can be reached are in it; others take the place of the rest.
+
+    A cohort that is a share is one of all clients, not of those that can be reached.
+    """
+    reached = {1, 4, 5, 6, 7, 9}
+    for number in range(1, 30):
+        usual = set(sample_cohort(4, 10, 0, number))
+        cohort = sample_cohort(4, 10, 0, number, reached)
+        assert list(cohort) == sorted(cohort)
+        assert len(cohort) == 4
+        assert usual & reached <= set(cohort) <= reached
+        assert sample_cohort(0.4, 10, 0, number, reached) == cohort
+        assert sample_cohort(4, 10, 0, number, range(10)) == tuple(sorted(usual))
+        assert sample_cohort(4, 10, 0, number, [8, 2]) == (2, 8)
+
+
+def test_a_cohort_is_the_first_of_a_random_order_that_seed_and_round_decide() -> None:
+    for number in range(1, 6):
+        digest = hashlib.blake2b(f"3/cohort/{number}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        order = torch.randperm(9, generator=generator).tolist()
+        assert sample_cohort(4, 9, 3, number) == tuple(sorted(order[:4]))
+
+
 def test_the_session_samples_as_the_rule_says() -> None:
     server, engine = set_up(FedAvg(rounds=4, cohort=0.5), MODELS["tied"](), num_clients=7)
     for number in range(1, 5):
@@ -372,6 +403,13 @@ def test_the_patience_is_five_rounds_without_a_rise_of_a_thousandth() -> None:
     assert len(run_with_metrics(method, flat)) == 6
     assert len(run_with_metrics(method, flat | {6: 0.5009})) == 6
     assert len(run_with_metrics(method, flat | {6: 0.5011})) == 11
+
+
+def test_a_rise_by_the_least_gain_counts() -> None:
+    stop = EarlyStop(source="test", min_gain=0.25, patience=1)
+    method = FedOBD(stage_one_rounds=20, stage_two_epochs=0, cohort=1.0, stop=stop)
+    rising = {1: 0.25, 2: 0.5, 3: 0.75, 4: 0.9375}
+    assert len(run_with_metrics(method, rising, test_set=True)) == 4
 
 
 def test_an_early_stop_without_a_least_gain_wants_a_rise_all_the_same() -> None:
@@ -551,6 +589,13 @@ def test_a_block_larger_than_the_budget_is_reported() -> None:
     assert server.never_uploaded() == (0,), "stage 2 does not count"
 
 
+def test_a_block_of_buffers_alone_is_not_said_to_stay_behind() -> None:
+    server, engine = set_up(SHORT_METHODS["smafd"], MODELS["batch_norm"]())
+    blocks = engine.schema.blocks
+    assert blocks[-1].num_parameters == 0
+    assert server.never_uploaded() == tuple(range(len(blocks) - 1))
+
+
 def test_the_remedy_for_a_large_block_is_to_split_it() -> None:
     model = big_embedding()
     schema = decompose(model, BlockRules(max_block_fraction=0.25))
@@ -626,6 +671,47 @@ def test_a_delivery_of_fedobd_is_quantized_like_its_broadcasts() -> None:
 
 
 # --- what a client keeps -------------------------------------------------------------------------
+
+
+def test_stochastic_broadcasts_of_the_same_values_are_drawn_anew_in_each_round() -> None:
+    codec = Codec(
+        uplink_quantizer="none",
+        downlink_quantizer="stochastic",
+        stochastic_levels=3,
+        selection="none",
+    )
+    method = FedOBD(codec=codec, stage_one_rounds=4, stage_two_epochs=0, cohort=2)
+    server, engine = set_up(method, nn.Linear(8, 1, bias=False))
+    engine.train = lambda schema, start, client, number: dict(start)  # so that W stays
+    values = server.state["weight"].reshape(-1).numpy()
+    code = Stochastic(3).measure(values, 32)
+    seen = set()
+    for log in engine.run(server):
+        generator = make_generator(SEED, "downlink", log.plan.round)
+        wanted = dequantize(Stochastic(3).quantize(values, code, generator).signed(), code)
+        found = decode_broadcast(log, method, engine.schema)["weight"]
+        assert found.reshape(-1).tolist() == wanted.tolist()
+        seen.add(log.broadcast)
+        assert torch.equal(server.state["weight"].reshape(-1), torch.from_numpy(values))
+    assert len(seen) == 4
+
+
+def test_the_largest_legal_uploads_of_a_whole_cohort_do_not_overflow() -> None:
+    """Tensors that start at 0 may change by less than 64 in a round."""
+    method = FedAvg(rounds=1, cohort=NUM_CLIENTS)
+    model = nn.Linear(3, 2)
+    schema = decompose(model)
+    initial = {name: torch.zeros_like(value) for name, value in get_state(model).items()}
+    most = 10_000_000  # by default
+    server = ServerSession(method, schema, initial, num_clients=NUM_CLIENTS, seed=SEED)
+    engine = Engine(method, schema)
+    engine.train = lambda schema, start, client, number: {
+        name: torch.full_like(value, 63.0) for name, value in start.items()
+    }
+    engine.report = lambda client, number: Report(num_examples=most, train_loss=1.0)
+    engine.play(server)
+    for value in server.state.values():
+        assert torch.equal(value, torch.full_like(value, 63.0))
 
 
 def test_only_smafd_keeps_what_a_client_received() -> None:

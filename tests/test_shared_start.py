@@ -49,6 +49,17 @@ def header_bytes(engine: Engine) -> int:
 
 
 @every_method
+def test_a_client_keeps_no_more_of_the_initial_model_than_without_it(name: str) -> None:
+    server, engine = shared(name, "frozen")
+    plan = server.begin_round()
+    assert plan is not None
+    client = engine.session(plan.cohort[0])
+    client.initialize(server.initial_payload(plan.cohort[0]).data)
+    names = {spec.name for spec in engine.schema.tensors}
+    assert set(client.state) == (names if name == "smafd" else {"0.weight"})
+
+
+@every_method
 @every_model
 def test_the_first_broadcast_and_openings_are_a_fingerprint(name: str, kind: str) -> None:
     server, engine = shared(name, kind)

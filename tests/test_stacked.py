@@ -825,6 +825,35 @@ def play(
     return rounds, keeper.kept, server.state
 
 
+def pixels() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+
+
+def test_a_configured_augmentation_is_made_in_a_stack_too() -> None:
+    model = {"name": f"{__name__}:pixels"}
+    image = {"flip": True, "crop_padding": 2}
+    trained = []
+    for data in ({}, {"image": image}):
+        experiment = build_experiment(config("fedavg", model=model, data=data))
+        setup, start = experiment.setup, experiment.initial
+        assert setup.train_together is not None
+        clients = [setup.data(number) for number in range(3)]
+        clients[0] = replace(clients[0], train=select(clients[0].train, torch.arange(5)))
+        model_of_one = setup.make_model()
+        starts = [
+            ClientStart(start, data_of_one, seed)
+            for data_of_one, seed in zip(clients, (5, 6, 7), strict=True)
+        ]
+        states, _ = setup.train_together(model_of_one, starts, PLAN)
+        for state, one in zip(states, starts, strict=True):
+            load_state(model_of_one, start)
+            setup.train(model_of_one, one.data, PLAN, one.seed)
+            wanted = get_state(model_of_one)["1.weight"]
+            check_close(state["1.weight"], wanted, Within(1e-4, 1e-5))
+        trained.append(states[1]["1.weight"])
+    assert float((trained[0] - trained[1]).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("method", ["fedobd", "smafd"])
 def test_a_stack_makes_the_uploads_of_the_same_clients(method: str) -> None:
     """Rounding alone moves a quantized level, and then the rounds after it.

@@ -470,6 +470,12 @@ def test_blocks_starve_below_a_twentieth_of_the_uploads_of_stage_1() -> None:
     assert rare_blocks_warning(FedOBD(), {0: [], 1: []}) is None
 
 
+def test_a_block_in_a_twentieth_of_the_uploads_is_not_rare() -> None:
+    """Of 20 uploads, b is in one, and c and d in none."""
+    c, d = rare_blocks([uploads(1, [0, 1], *[[0]] * 19)], SCHEMA)
+    assert (c.block, d.block) == ("c", "d")
+
+
 def test_advice_suits_the_method_and_long_lists_are_cut() -> None:
     (found,) = rare_blocks([uploads(1, [0, 1, 2])], SCHEMA)
     text = rare_blocks_warning(SMAFD(), {0: [found] * 10})

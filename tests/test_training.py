@@ -117,6 +117,7 @@ def test_sgd_equals_a_loop_written_out() -> None:
         ("cosine", PLAN, 0.0, 1.0, 1.0),
         ("cosine", PLAN, 1.0, 1.0, 0.5),
         ("cosine", PLAN, 1.5, 0.5, (1 + math.cos(0.75 * math.pi)) / 2),
+        ("cosine-run", PLAN, 0.0, 1.0, (1 + math.cos(0.4 * math.pi)) / 2),
         ("cosine-run", PLAN, 1.0, 1.0, 0.5),
         # stage 2 of five epochs: the schedule goes on from epoch to epoch
         ("cosine", replace(PLAN, schedule_start=0, schedule_epochs=5), 0.0, 1.0, 1.0),
@@ -141,6 +142,46 @@ def test_warm_up_rises_linearly_and_then_the_schedule_begins() -> None:
     assert by_batch == [pytest.approx((i + 1) / 8) for i in range(8)]
     with pytest.raises(UsageError, match=r"warmup_epochs is 2; the schedule has only 2 epochs"):
         rate_factor(options, PLAN, 0.0, 1.0)
+
+
+def mean_output(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient is the mean input, whatever the weights are."""
+    return outputs.mean()
+
+
+def test_a_schedule_by_batch_moves_after_each_batch() -> None:
+    """Three batches of an epoch: the cosine is at 0, 1/3 and 2/3 of its way, 1, 0.75 and 0.25."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    examples = Examples(torch.ones(6, 1), torch.zeros(6))
+    options = TrainingOptions(learning_rate=0.5, momentum=0.0, batch_size=2, schedule_step="batch")
+    plan = replace(PLAN, epochs=1, schedule_epochs=1)
+    train_locally(
+        model, ClientData(examples, examples), plan, 0, options=options, loss=mean_output
+    )
+    assert float(model.weight.detach()) == pytest.approx(-0.5 * (1 + 0.75 + 0.25))
+
+
+def test_the_loss_is_the_mean_over_the_examples_of_the_last_epoch() -> None:
+    """Each example's loss is its input; a rate near 0 leaves the model as it is.
+
+    Of 5 examples in batches of 2 the last has one, so that a mean over batches would be another.
+    """
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    examples = Examples(torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]]), torch.zeros(5))
+    options = TrainingOptions(learning_rate=1e-12, batch_size=2)
+    result = train_locally(
+        model, ClientData(examples, examples), PLAN, 3, options=options, loss=mean_output
+    )
+    assert result.loss == pytest.approx(31 / 5)
+    assert result.num_examples == 5
+    falling = TrainingOptions(learning_rate=0.01, momentum=0.0, batch_size=5, schedule="constant")
+    result = train_locally(
+        model, ClientData(examples, examples), PLAN, 3, options=falling, loss=mean_output
+    )
+    # the second epoch's loss is that of a weight of 1 - 0.01 · 31 / 5
+    assert result.loss == pytest.approx(31 / 5 * (1 - 0.01 * 31 / 5), rel=1e-5)
 
 
 def test_every_option_changes_what_is_trained() -> None:
@@ -180,6 +221,9 @@ def test_a_last_batch_of_one_is_left_out_only_with_batch_norm() -> None:
         seen.clear()
         train_locally(Watch(norm), data, plan, 0, options=TrainingOptions(batch_size=4))
         assert seen == wanted
+    seen.clear()
+    train_locally(Watch(True), data, plan, 0, options=TrainingOptions(batch_size=7))
+    assert seen == [7, 2]
     single = ClientData(examples.take(torch.tensor([0])), examples)
     with pytest.raises(UsageError, match="a single training example"):
         train_locally(Watch(True), single, plan, 0, options=TrainingOptions())
@@ -203,10 +247,24 @@ def test_evaluate_weights_batches_and_joins_a_last_single_example() -> None:
         evaluate(model, examples.take(torch.tensor([], dtype=torch.int64)))
 
 
+def test_evaluation_drops_nothing_and_moves_no_statistics() -> None:
+    """With the running statistics of a new model, 0 and 1, normalization changes nothing."""
+    norm = nn.BatchNorm1d(2)
+    model = nn.Sequential(nn.Dropout(0.9), norm)
+    inputs = torch.tensor([[4.0, 1.0], [3.0, 9.0], [7.0, 2.0], [1.0, 5.0]])
+    examples = Examples(inputs, torch.tensor([0, 1, 0, 0]))
+    model.train()
+    assert evaluate(model, examples).metric == 3 / 4
+    assert norm.running_mean is not None
+    assert norm.running_mean.tolist() == [0.0, 0.0]
+
+
 def test_one_logit_is_a_binary_answer() -> None:
     outputs = torch.tensor([[2.0], [-1.0], [0.5]])
     targets = torch.tensor([1, 0, 0])
     assert float(accuracy(outputs, targets)) == pytest.approx(2 / 3)
+    assert float(accuracy(torch.zeros(2), torch.tensor([1, 0]))) == 0.5
+    assert float(accuracy(torch.zeros(2, 1), torch.tensor([0, 0]))) == 1  # 0 is not above 0
     wanted = (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log1p(math.exp(0.5))) / 3
     assert float(binary_cross_entropy(outputs, targets)) == pytest.approx(wanted)
 

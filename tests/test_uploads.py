@@ -576,6 +576,48 @@ def test_a_client_without_examples_cannot_upload() -> None:
         Report(num_examples=1, train_loss=math.nan)
 
 
+def test_nominal_bits_of_broadcasts_and_openings_are_32_a_value() -> None:
+    """45 frozen values come in an opening, 84 trained ones in each broadcast; no buffers."""
+    server, engine = set_up(FedAvg(rounds=3, cohort=3), MODELS["frozen"]())
+    opened: set[int] = set()
+    for log in engine.run(server):
+        new = set(log.plan.cohort) - opened
+        opened |= new
+        record = record_of(log)
+        assert record.downlink_nominal_bits == 32 * (3 * 84 + len(new) * 45)
+        assert record.uplink_nominal_bits == 32 * 3 * 84
+
+
+def test_the_bytes_of_every_aborted_attempt_count_once() -> None:
+    server, engine = set_up(FedAvg(rounds=2, cohort=3), MODELS["tied"]())
+    up = down = 0
+    for attempt in (1, 2, 3):
+        plan = server.begin_round()
+        assert plan is not None
+        log = engine.ask(server, plan)
+        down += len(plan.cohort) * len(log.broadcast)
+        for client in plan.cohort[:attempt]:
+            server.receive(client, log.uploads[client])
+            up += len(log.uploads[client])
+        if attempt < 3:
+            server.abort_round()
+    record = server.end_round()
+    assert (record.uplink_bytes, record.downlink_bytes) == (up, down)
+    last = engine.play(server)
+    assert last is not None
+    record = record_of(last)
+    assert record.uplink_bytes == sum(map(len, last.uploads.values()))
+    assert record.downlink_bytes == 3 * len(last.broadcast)
+
+
+def test_an_upload_may_claim_as_many_examples_as_are_allowed() -> None:
+    scene = Scene(FedAvg(cohort=3))
+    most = forge(scene.upload, num_examples=MAX_EXAMPLES, num_validation_examples=MAX_EXAMPLES)
+    record = scene.server.receive(scene.villain, most)
+    claimed = record.report
+    assert (claimed.num_examples, claimed.num_validation_examples) == (MAX_EXAMPLES,) * 2
+
+
 def test_a_loss_beyond_float32_is_the_callers_fault_not_a_crash() -> None:
     """It travels as a float32; 1e300 is finite in float64 only."""
     scene = Scene(FedAvg(cohort=3))

@@ -24,7 +24,7 @@ from torch import nn
 
 from fedobd import Payload, Report, RoundPlan, ServerSession, UsageError
 from fedobd.blocks import ModelState, get_state, load_state
-from fedobd.data import ClientData, Examples, gather
+from fedobd.data import ClientData, Examples, gather, select
 from fedobd.experiments import Experiment, RunConfig, _tune, build_experiment, load_config, run
 from fedobd.experiments._tune import measure_stack
 from fedobd.models import (

@@ -36,6 +36,7 @@ def summary(method: str, seed: int = 0, **changes: Any) -> Summary:
         },
         "delivery_bytes": 11,
         "never_uploaded": (),
+        "rarely_uploaded": (),
         "refusals": 2,
         "stops_on_test": False,
         "seconds": {"round": 20.0, "train": 15.0},

@@ -19,7 +19,17 @@ from fedobd.blocks import (
 )
 from fedobd.codec import NNADQ, Stochastic, Unquantized
 from fedobd.methods import METHODS, SMAFD, Codec, FedAvg, FedDropoutAvg, FedOBD, FedPAQ
-from fedobd.payload import BlockTraffic, ByteCount, Header, Limits, Payload, PayloadStream, Report
+from fedobd.payload import (
+    BlockTraffic,
+    ByteCount,
+    EncodedPayload,
+    Header,
+    Limits,
+    Payload,
+    PayloadStream,
+    PayloadTraffic,
+    Report,
+)
 from fedobd.sessions import (
     Broadcast,
     ClientSession,
@@ -53,6 +63,7 @@ __all__ = [
     "DecodeReason",
     "EarlyStop",
     "EmptyRoundError",
+    "EncodedPayload",
     "FedAvg",
     "FedDropoutAvg",
     "FedOBD",
@@ -65,6 +76,7 @@ __all__ = [
     "ModelState",
     "Payload",
     "PayloadStream",
+    "PayloadTraffic",
     "Refusal",
     "Report",
     "Role",

@@ -40,10 +40,19 @@ from fedobd.simulation import Callback
 from fedobd.tracking import TRACKING_KEYS
 
 CONFIG_FILE = "config.toml"
+"""What was run, complete: it runs again."""
+
 SCHEMA_FILE = "schema.json"
+"""The model's tensors and blocks."""
+
 SUMMARY_FILE = "summary.json"
+"""The figures of a run that has ended."""
+
 ROUNDS_FILE = "rounds.jsonl"
+"""A record a round."""
+
 MODEL_FILE = "model.safetensors"
+"""The trained model."""
 
 
 def write_atomically(path: Path, data: Bytes) -> None:

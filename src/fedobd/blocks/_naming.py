@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 
 from fedobd._errors import UsageError
-from fedobd.blocks._decompose import BlockRules, ModuleGroup, build_schema, check_rules, is_named
+from fedobd.blocks._decompose import BlockRules, ModuleGroup, build_schema, check_rules
 from fedobd.blocks._schema import ModelSchema, Role, TensorSpec
 
 # Buffers of torch's normalizations, and the position numbers of Hugging Face's embeddings.
@@ -100,7 +100,7 @@ def _block_name(module: str, rules: BlockRules) -> str:
     paths = _paths(module)
     # Up to the last number: the first may count stages (`layers.0.blocks.1`) or whole models.
     numbered = [path for path in paths if path.rpartition(".")[2].isdigit()]
-    return next((path for path in paths if is_named(path, rules)), [module, *numbered][-1])
+    return next((path for path in paths if rules.names_unit(path)), [module, *numbered][-1])
 
 
 def _paths(module: str) -> list[str]:

@@ -54,10 +54,7 @@ class StateStack(Sequence[ModelState]):
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Role]]:
-    """Yield the parameters and persistent buffers of a module.
-
-    Each object comes once, under its first name.
-    """
+    """Yield the parameters and persistent buffers of a module, each once under its first name."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -106,9 +103,7 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def master_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> ModelState:
-    """Return the server's copy of a state.
-
-    Floating tensors that are trained or averaged are in float32.
+    """Return the server's copy of a state, with what is trained or averaged in float32.
 
     Raises:
         UsageError: a tensor of the schema is missing, or has another shape.

@@ -82,15 +82,9 @@ def quantize(
 
 @compiled
 def keep(start: Any, seed: Any, threshold: Any, kept: Any) -> Any:
-    """Write whether SplitMix64's outputs number `start` and on are at least a threshold.
+    """Write whether SplitMix64's outputs number `start` and on are at least a threshold (uint64).
 
     `_masks` has the source of the constants.
-
-    Args:
-        start: uint64.
-        seed: uint64.
-        threshold: uint64.
-        kept: bool, shape (n,); written.
     """
     # Counter-based: output i needs none before it, so parts of a mask can be made apart.
     for i in range(kept.size):

@@ -320,7 +320,7 @@ def test_the_bytes_of_a_round_are_told_apart_by_block(name: str) -> None:
         record = server.end_round()
         uploads = [Payload.parse(log.uploads[n], server.schema) for n in plan.cohort]
         for number, traffic in enumerate(record.uplink_blocks):
-            holding = [u.block_traffic()[number] for u in uploads if number in u.header.block_ids]
+            holding = [u.traffic.blocks[number] for u in uploads if number in u.header.block_ids]
             assert traffic.payloads == len(holding)
             assert traffic.num_bytes == sum(held.num_bytes for held in holding)
             levels = [

@@ -180,7 +180,7 @@ def payload_tables(payload: Payload) -> list[Table]:
     blocks = plain_table("blocks")
     for name in ("#", "block", "parameters", "coding", "levels", "bytes", "bits/param"):
         blocks.add_column(name, justify="left" if name in ("block", "coding") else "right")
-    traffic = payload.block_traffic()
+    traffic = payload.traffic.blocks
     codings: dict[int, list[Coding]] = {}
     levels: dict[int, list[int]] = {}
     for number, segment, code in payload.codes():

@@ -96,12 +96,7 @@ class _Table:
 
 
 def encode_levels(segments: Sequence[Levels], executor: Executor | None = None) -> bytes:
-    """Compress the levels of a block.
-
-    Args:
-        segments: the levels of each segment, none empty.
-        executor: spreads chunks; the bytes are the same with and without.
-    """
+    """Compress the levels of a block's segments, none empty; an executor spreads chunks."""
     tables: list[_Table] = []
     bits = np.zeros(sum(_table_room(levels.counts.size) for levels in segments), np.uint8)
     position = cost = 0
@@ -185,15 +180,10 @@ def decode_levels(
     segments: Sequence[tuple[int, SegmentCode]],
     executor: Executor | None = None,
 ) -> list[Float32]:
-    """Recover the values of a block's levels.
+    """Return the dequantized values of a block's segments, float32, shape (n,) each.
 
-    Args:
-        stream: what `encode_levels` returned.
-        segments: for each segment its number of elements, at least 1, and its code.
-        executor: spreads chunks.
-
-    Returns:
-        The dequantized values of each segment, float32, shape (n,).
+    Takes what `encode_levels` returned, and each segment's number of elements, at least 1, and
+    code; an executor spreads chunks.
 
     Raises:
         DecodeError: the stream is not one that an encoder makes for these segments.

@@ -42,7 +42,7 @@ from fedobd.payload._frames import (
     plain_dtype,
 )
 from fedobd.payload._header import Header
-from fedobd.payload._traffic import BlockTraffic, ByteCount, PayloadTraffic
+from fedobd.payload._traffic import PayloadTraffic
 from fedobd.payload._wire import CHECKSUM, pack_header
 
 Source = Callable[[Segment], torch.Tensor]
@@ -157,18 +157,13 @@ def encode_payloads(
 
 
 class _Writer:
-    """Puts a payload together, and counts what it takes.
-
-    Args:
-        header: the bytes of its header.
-    """
+    """Puts a payload together after the bytes of its header, and counts what it takes."""
 
     def __init__(self, header: bytes) -> None:
         self._chunks: list[Bytes] = []
         self._num_bytes = 0
         self._checksum = 0
-        self._count = ByteCount()
-        self._blocks: dict[int, BlockTraffic] = {}
+        self._traffic = PayloadTraffic()
         self._add(header)
 
     def _add(self, chunk: Bytes) -> None:
@@ -184,41 +179,24 @@ class _Writer:
             self._add(piece)
         return length
 
-    def add_frozen(self, pieces: Sequence[Bytes], nominal_bits: int) -> None:
+    def add_frozen(self, pieces: Sequence[Bytes], parts: Sequence[PlainPart]) -> None:
         """Add the frame of the frozen tensors."""
-        self._count.raw += self._add_frame(pieces)
-        self._count.nominal_bits += nominal_bits
+        self._traffic.add_frozen(self._add_frame(pieces), parts)
 
     def add_block(
-        self,
-        number: int,
-        layout: BlockLayout,
-        levels: Sequence[Bytes],
-        raw: Sequence[Bytes],
-        buffers: Sequence[Bytes],
+        self, number: int, layout: BlockLayout, frames: Sequence[Sequence[Bytes]]
     ) -> None:
-        """Add the frames of a block; those that its layout lacks are left out."""
+        """Add a block's frames of levels, values, buffers; those that its layout lacks are not."""
         start = self._num_bytes
-        if layout.levels:
-            self._count.levels += self._add_frame(levels)
-        if layout.raw:
-            self._count.raw += self._add_frame(raw)
-        if layout.buffers:
-            self._count.buffers += self._add_frame(buffers)
-        self._count.nominal_bits += layout.nominal_bits
-        self._blocks[number] = BlockTraffic(
-            payloads=1,
-            num_bytes=self._num_bytes - start,
-            nominal_bits=layout.nominal_bits,
-            levels=layout.mean_levels,
-        )
+        wanted = layout.levels, layout.raw, layout.buffers
+        sizes = [self._add_frame(f) if of else 0 for f, of in zip(frames, wanted, strict=True)]
+        self._traffic.add_block(number, layout, sizes, self._num_bytes - start)
 
     def finish(self) -> EncodedPayload:
         """Return the payload, its checksum added."""
         self._add(CHECKSUM.pack(self._checksum))
-        count = self._count
-        count.header = self._num_bytes - count.levels - count.raw - count.buffers
-        return EncodedPayload(tuple(self._chunks), PayloadTraffic(count, self._blocks))
+        self._traffic.close(self._num_bytes)
+        return EncodedPayload(tuple(self._chunks), self._traffic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +276,7 @@ class _Encoding:
                 stream = encode_levels(levels[row], self.executor) if layout.levels else b""
                 raw = self._plain(layout.raw, words, places, row)
                 buffers = self._plain(layout.buffers, words, places, row)
-                writers[place].add_block(number, layout, [stream], raw, buffers)
+                writers[place].add_block(number, layout, ([stream], raw, buffers))
 
     def _plain(
         self,
@@ -370,8 +348,7 @@ def _write_frozen(
         values = frozen(spec).reshape(-1)
         check_finite(spec.name, values)
         words.append(to_words(values, part.dtype))
-    nominal_bits = 8 * sum(part.num_bytes for part in parts)
-    writer.add_frozen(_plain_frame(header, parts, words), nominal_bits)
+    writer.add_frozen(_plain_frame(header, parts, words), parts)
 
 
 def _extremes(values: torch.Tensor) -> Float32:

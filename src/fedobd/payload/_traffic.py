@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from fedobd.payload._frames import BlockLayout, PlainPart
 
 
 @dataclass(slots=True)
@@ -74,5 +76,30 @@ class PayloadTraffic:
         blocks: what each held block takes, by block number.
     """
 
-    total: ByteCount
-    blocks: dict[int, BlockTraffic]
+    total: ByteCount = field(default_factory=ByteCount)
+    blocks: dict[int, BlockTraffic] = field(default_factory=dict)
+
+    def add_frozen(self, num_bytes: int, parts: Sequence[PlainPart]) -> None:
+        """Count the frame of the frozen tensors."""
+        self.total.raw += num_bytes
+        self.total.nominal_bits += 8 * sum(part.num_bytes for part in parts)
+
+    def add_block(
+        self, number: int, layout: BlockLayout, sizes: Sequence[int], num_bytes: int
+    ) -> None:
+        """Count a block: its frames of levels, values and buffers; all with their lengths."""
+        total = self.total
+        for name, size in zip(("levels", "raw", "buffers"), sizes, strict=True):
+            setattr(total, name, getattr(total, name) + size)
+        total.nominal_bits += layout.nominal_bits
+        self.blocks[number] = BlockTraffic(
+            payloads=1,
+            num_bytes=num_bytes,
+            nominal_bits=layout.nominal_bits,
+            levels=layout.mean_levels,
+        )
+
+    def close(self, num_bytes: int) -> None:
+        """Count as header what is in no frame: header, codes, lengths and checksum."""
+        total = self.total
+        total.header = num_bytes - total.levels - total.raw - total.buffers

@@ -132,10 +132,7 @@ class ClientSession:
 
     @property
     def state(self) -> ModelState:
-        """What the client must keep for its next round.
-
-        These are the frozen tensors, and for some methods all it last received.
-        """
+        """What the client must keep: frozen tensors; for some methods all it last received."""
         return dict(self._kept)
 
     def initialize(self, payload: Bytes | Iterable[Bytes] | Broadcast) -> None:
@@ -144,11 +141,7 @@ class ClientSession:
         Raises:
             DecodeError: it is cut, altered, or not for this run's model and method.
         """
-        initial = (
-            payload
-            if isinstance(payload, Broadcast)
-            else Broadcast.decode(payload, self.method, self.schema, Kind.INITIAL, self._executor)
-        )
+        initial = self._decoded(payload, Kind.INITIAL)
         if initial.header.start is None:
             self._kept.update(initial.values)
         else:
@@ -156,6 +149,11 @@ class ClientSession:
             names = (self.schema.tensors[number].name for number in self.schema.frozen())
             whole = self.method.keeps_client_state
             self._kept.update(kept if whole else {name: kept[name] for name in names})
+
+    def _decoded(self, payload: Bytes | Iterable[Bytes] | Broadcast, kind: Kind) -> Broadcast:
+        if isinstance(payload, Broadcast):
+            return payload
+        return Broadcast.decode(payload, self.method, self.schema, kind, self._executor)
 
     def _held_start(self, fingerprint: bytes) -> ModelState:
         """Return the initial model that this client holds, once it is the run's."""
@@ -187,11 +185,7 @@ class ClientSession:
             DecodeError: it is cut, altered, or not for this run's model and method.
             UsageError: it holds only a part of the model, and the client has not kept the rest.
         """
-        broadcast = (
-            payload
-            if isinstance(payload, Broadcast)
-            else Broadcast.decode(payload, self.method, self.schema, executor=self._executor)
-        )
+        broadcast = self._decoded(payload, Kind.BROADCAST)
         header = broadcast.header
         held = set(header.block_ids)
         if header.start is not None:
@@ -214,18 +208,14 @@ class ClientSession:
         if spec.name not in self._kept:
             raise UsageError(
                 f"client {self.client} has not kept tensor {spec.name!r}, which this broadcast "
-                f"does not hold; "
-                "it needs an initial payload"
+                "does not hold; it needs an initial payload"
             )
         kept = self._kept[spec.name]
         if segment is None or segment.num_elements == spec.num_elements:
             start[spec.name] = kept
         else:
-            mixed = start.get(spec.name, kept).clone()
-            segment_of(mixed_state := {spec.name: mixed}, spec, segment).copy_(
-                segment_of(self._kept, spec, segment)
-            )
-            start.update(mixed_state)
+            start[spec.name] = start.get(spec.name, kept).clone()
+            segment_of(start, spec, segment).copy_(segment_of(self._kept, spec, segment))
 
     @property
     def received(self) -> Received:

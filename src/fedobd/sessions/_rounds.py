@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -62,15 +62,8 @@ def sample_cohort(
     """Return the clients of a round, ascending.
 
     They are a uniform sample without replacement that depends on seed, round and `available`
-    alone: the first of one random order of all clients that are available.
-
-    Args:
-        cohort: count, or fraction of all clients.
-        num_clients: all clients.
-        seed: the run's seed.
-        round_number: the round.
-        available: the clients that can be reached; None for all. Where they are fewer than the
-            cohort wants, all of them take part.
+    (the clients that can be reached; None for all) alone: the first of one random order. Where
+    fewer are available than the cohort (a count, or a fraction of all) wants, all take part.
     """
     size = cohort_size(cohort, num_clients)
     generator = make_generator(seed, "cohort", round_number)
@@ -237,12 +230,8 @@ class RoundRecord:
 
         The names are those of the file format, which are older than the attributes'.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = asdict(replace(self, uploads=()))
         del values["uploads"]
-        values["refusals"] = [asdict(refusal) for refusal in self.refusals]
-        values["uplink_blocks"] = [asdict(traffic) for traffic in self.uplink_blocks]
-        values["broadcast"] = asdict(self.broadcast)
-        values["broadcast_blocks"] = [asdict(traffic) for traffic in self.broadcast_blocks]
         values["opening_bytes"] = values.pop("initial_bytes")
         values["opened"] = values.pop("initialized")
         values["reopened"] = values.pop("reinitialized")
@@ -322,17 +311,9 @@ class StopWatch:
 class Progress:
     """Where a run stands between two rounds.
 
-    Args:
-        rounds: rounds that were ended.
-        stage: index of the current stage.
-        stage_rounds: rounds ended in it.
-        watch: the early stop's state in it.
-        initialized: clients that have had their initial payload.
-        uploads_by_block: accepted uploads of each block in stage 1.
-        memory: what the method keeps between rounds.
-        start: fingerprint of the initial model in hexadecimal, where clients hold it already.
-        aborted_uplink: bytes of uploads in rounds that were aborted since the last one that ended.
-        aborted_downlink: the same of what went down.
+    `stage` is an index; uploads by block are the accepted ones of stage 1; `start` is the initial
+    model's fingerprint in hexadecimal, where clients hold it already; aborted bytes are those
+    since the last round that ended.
     """
 
     rounds: int = 0

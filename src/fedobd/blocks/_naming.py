@@ -1,10 +1,9 @@
 """Blocks of a model of which only the names, shapes and element types of its tensors are known.
 
-A server that holds arrays and no module goes by one rule: the module of a tensor is its name
-without the last component, and a block is a module, or all that is below the last number of its
-name. `encoder.layer.3.attention.query.weight` is thus of block `encoder.layer.3`, and `fc.weight`
-of block `fc`. Names do not tell what a module is: which layers act as one, which parameters are
-frozen. Whoever has the model, or can build it, calls `decompose` and gets that too.
+The module of a tensor is its name without the last component, and a block is a module, or all that
+is below the last number of its name: `encoder.layer.3.attention.query.weight` is of block
+`encoder.layer.3`, `fc.weight` of `fc`. Names do not tell which layers act as one, nor which
+parameters are frozen; `decompose`, which wants the model, does.
 """
 
 from __future__ import annotations
@@ -25,17 +24,11 @@ _BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked", "position
 def guess_roles(
     names: Sequence[str], shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]
 ) -> tuple[TensorSpec, ...]:
-    """Describe tensors, telling buffers from parameters by name and element type.
+    """Describe tensors, named as in a `state_dict`: parameters and buffers by name and type.
 
-    Args:
-        names: names as in a module's `state_dict`.
-        shapes: the shape of each.
-        dtypes: the element type of each.
-
-    Returns:
-        A spec for each: a buffer where the elements are not floating-point numbers, or the name
-        ends in `running_mean` or another of a few; else a parameter. Other floating buffers, and
-        frozen parameters, cannot be told from trainable ones.
+    A buffer is what holds no floating-point numbers, or has a name that ends in `running_mean` or
+    another of a few. Other floating buffers, and frozen parameters, cannot be told from trainable
+    ones.
 
     Raises:
         UsageError: the lengths differ, or an element type is not supported.

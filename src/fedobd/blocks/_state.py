@@ -23,11 +23,7 @@ ModelState = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class StateStack(Sequence[ModelState]):
-    """The states of several clients as one: each tensor has the clients first.
-
-    Args:
-        values: tensors by name, shape (clients, *shape of the tensor).
-    """
+    """The states of several clients as one: tensors by name, shape (clients, *shape)."""
 
     values: ModelState
 
@@ -137,9 +133,7 @@ def cast_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> ModelS
 def state_fingerprint(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> bytes:
     """Return 16 bytes that two states share only if names, shapes, types and all values are equal.
 
-    Args:
-        schema: the model's schema.
-        state: values by name, in the model's element types.
+    Values count in the model's element types.
 
     Raises:
         UsageError: a tensor is missing or has another shape.

@@ -131,12 +131,8 @@ def subtract(now: Any, before: Any, start: Any, differences: Any, norms: Any) ->
     Eight float64 sums run over every eighth difference; what is left over goes to the first, and
     they are added in pairs.
 
-    Args:
-        now: float32, shape (rows, m).
-        before: float32, shape (rows, m); or (1, m), the same for all rows.
-        start: where the part begins.
-        differences: float32, shape (rows, n); written: now - before.
-        norms: float64, shape (rows,); written.
+    now: float32, shape (rows, m); before: the same, or (1, m), alike for all rows. Written:
+    differences, float32, shape (rows, n); norms, float64, shape (rows,).
     """
     part = slice(start, start + differences.shape[1])
     for row in range(differences.shape[0]):
@@ -241,13 +237,8 @@ def add_differences(values: Any, base: Any, mask: Any, limit: Any, scale: Any, s
 def finish_mean(before: Any, sums: Any, unit: Any, total: Any, weights: Any, after: Any) -> Any:
     """Write before + sum · unit / total, worked out in float64.
 
-    Args:
-        before: float32, shape (n,).
-        sums: int64, shape (n,).
-        unit: float64, what one unit of a sum is worth.
-        total: the weight of all uploads; not used where there are weights.
-        weights: int64, shape (n,), the weight of each element, 0 counted as 1; or shape (0,).
-        after: float32, shape (n,); written.
+    before, after (written): float32, shape (n,); sums: int64, in units of `unit`. The weight of
+    each element is total, or weights: int64, shape (n,), 0 counted as 1; or shape (0,).
     """
     for i in range(before.size):
         weight = total if weights.size == 0 else max(weights[i], 1)

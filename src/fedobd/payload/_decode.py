@@ -54,12 +54,9 @@ class DecodedSegment:
 
 @dataclass(frozen=True, slots=True)
 class SegmentView:
-    """One segment of float32 values as they lie in a payload: of any bits, NaN among them.
+    """A segment of float32 values, shape (n,), as they lie in a payload: of any bits, NaN too.
 
-    Args:
-        segment: which elements.
-        values: float32, shape (n,), read-only, at any address; with a mask only the kept ones.
-        mask: as in `DecodedSegment`.
+    They are read-only, at any address; else it is as `DecodedSegment`.
     """
 
     segment: Segment
@@ -334,11 +331,7 @@ class _ChunkCursor(Cursor):
         )
 
     def close(self) -> None:
-        """Check that the checksum, and nothing else, is left.
-
-        Raises:
-            DecodeError: it is not.
-        """
+        """Raise DecodeError unless the checksum, and nothing else, is left."""
         came = self.checksum
         check_checksum(came, self.take(CHECKSUM.size, "the checksum"))
         for rest in chain([self._buffer], self._chunks):

@@ -127,17 +127,9 @@ def encode_payloads(
 ) -> list[EncodedPayload]:
     """Encode one payload a client, block by block for all of them.
 
-    Args:
-        schema: the model's schema.
-        headers: what each says; all of one kind and method.
-        source: as in `encode_payload`, for all clients, shape (clients, elements).
-        quantizers: how each one's parameters are coded.
-        generator: draws of a stochastic quantizer for a client, by its place among the headers.
-        frozen: as in `encode_payload`.
-        executor: likewise.
-
-    Returns:
-        A payload for each header, whose chunks may be views of what the source gave.
+    All is as in `encode_payload`, but headers and quantizers are one a client, all headers of one
+    kind and method; the source gives shape (clients, elements); and the generator gives a client's
+    draws, by its place among the headers.
 
     Raises:
         UsageError: a value is NaN or infinite; the message names the tensor.

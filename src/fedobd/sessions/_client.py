@@ -42,10 +42,7 @@ from fedobd.sessions._upload import Received, encode_uploads
 class Broadcast:
     """A decoded broadcast, which all clients of a round that share a process can share.
 
-    Args:
-        header: what it says.
-        values: tensors by name, in the model's element types; only the segments of held blocks
-            have meaning.
+    Values are tensors by name, in the model's element types; only held blocks' have meaning.
     """
 
     header: Header

@@ -48,13 +48,8 @@ class TransferSpec:
 class UplinkContext:
     """What a client knows when it decides what to upload.
 
-    Args:
-        schema: the model's schema.
-        round: the round's number.
-        stage: its stage.
-        received: the blocks that the broadcast held.
-        seed: the seed of this client's choices in this round.
-        block_differences: computes the mean block difference of every block.
+    `received` are the blocks that the broadcast held; `seed` is for this client's choices in this
+    round; `block_differences` computes the mean block difference of every block.
     """
 
     schema: ModelSchema

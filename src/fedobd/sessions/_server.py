@@ -55,12 +55,7 @@ from fedobd.sessions._rounds import (
 
 @dataclass(frozen=True, slots=True)
 class SavedSession:
-    """A server session between two rounds, as plain data.
-
-    Args:
-        tensors: the server's values by name.
-        values: everything else, as JSON values.
-    """
+    """A server session between two rounds: its values by name, and all else as JSON values."""
 
     tensors: ModelState
     values: dict[str, Any]
@@ -173,16 +168,11 @@ class ServerSession:
         memory = self.method.begin(dict(progress.memory), self.schema, seed)
         progress.memory = memory
         transfer = self.method.downlink(memory, self.schema)
-        rules = UploadRules(
-            plan=plan,
-            block_ids=transfer.block_ids,
-            limits=self._limits,
+        rules = UploadRules(plan=plan, block_ids=transfer.block_ids, limits=self._limits)
+        aggregator = Aggregator(
+            self.method, self.schema, rules, self._state, executor=self.executor
         )
-        self._open = OpenRound(
-            plan,
-            transfer,
-            Aggregator(self.method, self.schema, rules, self._state, executor=self.executor),
-        )
+        self._open = OpenRound(plan, transfer, aggregator)
         return plan
 
     def broadcast(self) -> EncodedPayload:
@@ -245,7 +235,8 @@ class ServerSession:
         return self._encode(Kind.DELIVERY, whole, self._progress.rounds)
 
     def _encode(self, kind: Kind, transfer: TransferSpec, number: int) -> EncodedPayload:
-        schema, state = self.schema, self._state
+        schema, state, start = self.schema, self._state, self._progress.start
+        is_start = kind is Kind.INITIAL or (kind is Kind.BROADCAST and number == 1)
         header = Header(
             kind=kind,
             method=self.method.wire_id,
@@ -253,7 +244,8 @@ class ServerSession:
             stage=self._stages[min(self._progress.stage, len(self._stages) - 1)].number,
             block_ids=transfer.block_ids,
             is_lossless=transfer.lossless,
-            start=self._start_of(kind, number),
+            # What goes out before the first round is the initial model itself.
+            start=bytes.fromhex(start) if start is not None and is_start else None,
         )
         payload = encode_payload(
             schema,
@@ -266,21 +258,8 @@ class ServerSession:
         )
         return payload.copied()  # it outlives the round, whose end changes the values
 
-    def _start_of(self, kind: Kind, number: int) -> bytes | None:
-        """Return the initial model's fingerprint where a payload stands for that model."""
-        start = self._progress.start
-        stands = kind is Kind.INITIAL or (kind is Kind.BROADCAST and number == 1)
-        return bytes.fromhex(start) if start is not None and stands else None
-
     def receive(self, client: int, upload: Bytes) -> UploadRecord:
-        """Take in one upload, in any order of clients.
-
-        Args:
-            client: whose connection it came on.
-            upload: the payload.
-
-        Returns:
-            What it held.
+        """Take in one upload on a client's connection, in any order; return what it held.
 
         Raises:
             DecodeError: it is refused; nothing of it is used, the refusal is recorded, and the
@@ -297,10 +276,8 @@ class ServerSession:
     def report_missing(self, client: int, reason: str, message: str) -> None:
         """Record why a client of the round has sent no upload.
 
-        Args:
-            client: which one.
-            reason: one word for programs, such as `"late"` or `"failed"`.
-            message: what happened, for people.
+        The reason is one word for programs, such as `"late"` or `"failed"`; the message is what
+        happened, for people.
         """
         self._member_of(client).aggregator.note(
             Refusal(client=client, reason=reason, message=message, uplink_bytes=0)
@@ -346,16 +323,12 @@ class ServerSession:
                     progress.uploads_by_block[number] += 1
         progress.aborted_uplink = progress.aborted_downlink = 0
         self._open = None
-        rule = self.method.stop
-        metric = record.validation_metric if rule.source == "validation" else None
-        self._advance(metric)
+        on_validation = self.method.stop.source == "validation"
+        self._advance(record.validation_metric if on_validation else None)
         return record
 
     def observe_test_metric(self, metric: float) -> None:
-        """Take in the new state's metric on the test set.
-
-        It counts only for a method that stops on it.
-        """
+        """Take in the new state's test metric; it counts for a method that stops on it."""
         if self._open is not None:
             raise UsageError(
                 f"round {self._open.plan.round} is open; a test metric comes between rounds"
@@ -365,9 +338,8 @@ class ServerSession:
 
     def _advance(self, metric: float | None) -> None:
         progress = self._progress
-        stage = self._stages[progress.stage]
         stop = progress.watch.observe(metric, self.method.stop)
-        if stop or progress.stage_rounds >= stage.rounds:
+        if stop or progress.stage_rounds >= self._stages[progress.stage].rounds:
             progress.stage += 1
             progress.stage_rounds = 0
             progress.watch = StopWatch()
@@ -395,9 +367,7 @@ class ServerSession:
         return SavedSession(dict(self._state), values)
 
     def restore(self, saved: SavedSession) -> None:
-        """Put the session where a saved one was.
-
-        Method, schema, clients and seed must be the same.
+        """Put the session where one of the same method, schema, clients and seed was saved.
 
         Raises:
             UsageError: the saved state does not fit the schema.

@@ -106,11 +106,8 @@ def _decide(
 ) -> list[TransferSpec]:
     """Return how each client's state is to travel."""
     broadcast = received[0].header
-
-    @cache  # computed for all clients when the first is asked for; FedAvg asks for none
-    def means() -> list[tuple[float, ...]]:
-        return mean_block_differences(schema, changes.squared_norms)
-
+    # Computed for all clients when the first is asked for; FedAvg asks for none.
+    means = cache(lambda: mean_block_differences(schema, changes.squared_norms))
     return [
         method.uplink(
             UplinkContext(
@@ -160,10 +157,6 @@ class _Changes:
         """Return the trained values, shape (clients, elements)."""
         return self._now(segment.tensor)[:, segment.start : segment.stop]
 
-    def difference(self, segment: Segment) -> torch.Tensor:
-        """Return trained less received values, float32, shape (clients, elements)."""
-        return self._subtracted(segment)[0]
-
     def squared_norms(self, segment: Segment) -> torch.Tensor:
         """Return the sums of squares of differences, float64, shape (clients,)."""
         return self._subtracted(segment)[1]
@@ -179,9 +172,9 @@ class _Changes:
         return change
 
     def difference_or_value(self, segment: Segment) -> torch.Tensor:
-        """Return the difference of a parameter, the value of a buffer."""
+        """Return the difference of a parameter, float32, the value of a buffer."""
         is_parameter = self._schema.tensors[segment.tensor].role is Role.PARAMETER
-        return self.difference(segment) if is_parameter else self.value(segment)
+        return self._subtracted(segment)[0] if is_parameter else self.value(segment)
 
     def check_dropped(self, transfers: Sequence[TransferSpec]) -> None:
         """Refuse values that are not finite in blocks that stay; the encoder sees the others."""

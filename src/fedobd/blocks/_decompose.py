@@ -1,9 +1,9 @@
 """Semantic blocks: a module is cut into runs of consecutive layers that act as one unit.
 
-Walks the module tree from the top. A module whose class or name marks it as a unit (an embedding,
-a residual unit, a Transformer layer, a DenseNet layer) is one block with all that it holds. Among
-the remaining layers, a normalization and a convolution that follow each other, with activations
-around them, form a block; any other layer with parameters is a block of its own.
+A module whose class or name marks it as a unit (an embedding, a Transformer layer) is one block
+with all that it holds. Among the remaining layers, a normalization and a convolution that follow
+each other form a block, with activations around them; any other layer with parameters is a block
+of its own.
 
 References:
     Yuanyuan Chen, Zichen Chen, Pengcheng Wu, Han Yu. FedOBD: Opportunistic Block Dropout for
@@ -18,13 +18,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from fedobd._errors import UsageError
+from fedobd._errors import UsageError, check_choice
 from fedobd.blocks._schema import Block, ModelSchema, Role, Segment, TensorSpec
 from fedobd.blocks._state import named_tensors
 
@@ -78,10 +78,7 @@ class BlockRules:
     max_block_fraction: float | None = None
 
     def __post_init__(self) -> None:
-        if self.style not in ("semantic", "layer", "tensor"):
-            raise UsageError(
-                f"style is {self.style!r}; allowed are 'semantic', 'layer' and 'tensor'"
-            )
+        check_choice("style", self.style, get_args(BlockStyle))
         if self.max_block_fraction is not None and not 0 < self.max_block_fraction <= 1:
             raise UsageError(
                 f"max_block_fraction is {self.max_block_fraction}; allowed are 0 < fraction <= 1"
@@ -113,15 +110,10 @@ class ModuleGroup:
 
 
 def decompose(model: nn.Module, rules: BlockRules | None = None) -> ModelSchema:
-    """Cut a model into semantic blocks.
+    """Cut a model, which is not changed, into blocks: the paper's, unless rules say otherwise.
 
-    Args:
-        model: any module; it is not changed.
-        rules: how to cut; None for the paper's semantic blocks.
-
-    Returns:
-        The schema: every tensor once (tied parameters under their first name), and the blocks in
-        the order in which their first layers were registered.
+    The schema has every tensor once (tied parameters under their first name), and the blocks in
+    the order in which their first layers were registered.
 
     Raises:
         UsageError: the model has no trainable parameter, or parameters of a type that cannot be

@@ -55,14 +55,9 @@ def guess_roles(
 def decompose_names(tensors: Sequence[TensorSpec], rules: BlockRules | None = None) -> ModelSchema:
     """Cut a model into blocks by the names of its tensors, one block a module or numbered module.
 
-    Args:
-        tensors: every tensor of the model; `guess_roles` describes a list of arrays.
-        rules: how to cut; `max_block_fraction` splits large blocks, and `unit_classes` must be
-            empty, since classes are not known.
-
-    Returns:
-        The schema: the tensors in the given order, and the blocks in the order in which their
-        first modules appear. A tensor whose name has no dot counts as a module of its own.
+    `guess_roles` describes the tensors of a list of arrays. The schema has them in the given
+    order, and the blocks in the order in which their first modules appear. A tensor whose name
+    has no dot counts as a module of its own. Rules have no `unit_classes`: classes are not known.
 
     Raises:
         UsageError: there is no trainable parameter, or one of a type that cannot be averaged; two

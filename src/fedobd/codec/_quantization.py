@@ -359,12 +359,7 @@ class Unquantized(Quantizer):
 def dequantize(levels: Int32, code: SegmentCode) -> Float32:
     """Return `level * (range / num_levels) + offset`, the same on every machine.
 
-    Args:
-        levels: int32, shape (n,), from -s to s.
-        code: a code with levels.
-
-    Returns:
-        float32, shape (n,).
+    Levels from -s to s: int32, shape (n,); the result: float32, shape (n,).
     """
     values = levels.astype(np.float32)
     values *= np.float32(code.range) / np.float32(code.num_levels)

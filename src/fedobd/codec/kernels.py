@@ -57,16 +57,10 @@ def quantize(
 ) -> Any:
     """Turn values of several clients into symbols level + s, and count them without low bits.
 
-    Args:
-        values: float32, shape (clients, n).
-        start: the first column to quantize.
-        stop: the one after the last.
-        offsets: float32, shape (clients,).
-        spans: float32, shape (clients,), the ranges d.
-        num_levels: float32, shape (clients,), s.
-        shifts: int64, shape (clients,): how many low bits are not counted.
-        symbols: unsigned, shape (clients, n); written.
-        counts: int64, shape (clients, at least symbols without low bits); added to.
+    values: float32, and symbols (written): unsigned, shape (clients, n), of which the columns
+    start to stop. offsets, spans (d), num_levels (s): float32, and shifts, how many low bits are not counted:
+    int64, shape (clients,). counts: int64, shape (clients, at least symbols without low bits);
+    added to.
     """
     for row in range(values.shape[0]):
         _quantize_row(

@@ -232,12 +232,7 @@ class Payload(_Decoder):
 
     @classmethod
     def parse(cls, data: Bytes, schema: ModelSchema, limits: Limits = DEFAULT_LIMITS) -> Payload:
-        """Verify a payload and find its frames.
-
-        Args:
-            data: the whole payload.
-            schema: the schema of the model that it is to be for.
-            limits: what is taken at most.
+        """Verify a whole payload for a model's schema, and find its frames.
 
         Raises:
             DecodeError: it is cut, altered, of another version, for another model, or too large.
@@ -262,14 +257,9 @@ class Payload(_Decoder):
     def blocks(
         self, executor: Executor | None = None
     ) -> Iterator[tuple[int, list[DecodedSegment]]]:
-        """Decode block by block.
+        """Yield numbers and segments of the blocks; an executor spreads the work on large ones.
 
-        Args:
-            executor: spreads the work on large blocks.
-
-        Yields:
-            The block's number and its segments. Levels and constants give float32; plain values
-            the type in which they travelled.
+        Levels and constants give float32; plain values the type in which they travelled.
 
         Raises:
             DecodeError: a stream is damaged or a value is not finite.
@@ -342,10 +332,7 @@ class _ChunkCursor(Cursor):
 class PayloadStream(_Decoder):
     """A payload that is decoded while it comes in, with memory for its largest block alone.
 
-    Args:
-        chunks: the payload in pieces of any size.
-        schema: the schema of the model that it is to be for.
-        limits: what is taken at most.
+    It comes in pieces of any size, and is to be for the model of a schema.
 
     Raises:
         DecodeError: its header is not legal, or for another model.

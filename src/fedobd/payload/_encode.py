@@ -85,20 +85,12 @@ def encode_payload(
     frozen: Callable[[TensorSpec], torch.Tensor] | None = None,
     executor: Executor | None = None,
 ) -> EncodedPayload:
-    """Encode a payload, block by block.
+    """Encode a payload, block by block; its chunks may be views of what the source gave.
 
-    Args:
-        schema: the model's schema.
-        header: what it says.
-        source: gives the elements of a segment, 1-D, on any device: values, or for parameters of a
-            payload of differences the float32 differences.
-        quantizer: how parameters are coded.
-        generator: draws of a stochastic quantizer.
-        frozen: gives the values of frozen tensors; wanted in an initial payload, and only there.
-        executor: spreads the work on large blocks; the bytes are the same with and without.
-
-    Returns:
-        The payload, whose chunks may be views of what the source gave.
+    The source gives the elements of a segment, 1-D, on any device: values, or for parameters of a
+    payload of differences the float32 differences. `generator` is for draws of a stochastic
+    quantizer; `frozen` gives the values of frozen tensors, wanted in an initial payload alone. An
+    executor spreads the work on large blocks; the bytes are the same with and without.
 
     Raises:
         UsageError: a value is NaN or infinite; the message names the tensor.

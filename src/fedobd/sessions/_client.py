@@ -1,8 +1,7 @@
 """ClientSession: one client's side of a round, without any input or output.
 
 A broadcast goes in, the state to train from comes out; the trained state goes in, the upload comes
-out. What a client must keep between rounds is the plain state that `ClientSession.state` gives and
-the constructor takes.
+out.
 """
 
 from __future__ import annotations
@@ -57,15 +56,9 @@ class Broadcast:
         kind: Kind = Kind.BROADCAST,
         executor: Executor | None = None,
     ) -> Broadcast:
-        """Decode a broadcast, an initial payload or a delivery.
+        """Decode a broadcast, an initial payload or a delivery, whichever is wanted.
 
-        Args:
-            payload: the whole of it, or its chunks as they come in, of which no more is kept than
-                a block.
-            method: the run's method.
-            schema: the model's schema.
-            kind: what is wanted.
-            executor: spreads the work on large blocks.
+        It comes whole, or in chunks, of which no more is kept than a block.
 
         Raises:
             DecodeError: it is cut, altered, or of another kind, method or model.
@@ -169,14 +162,9 @@ class ClientSession:
         return {spec.name: self._initial[spec.name] for spec in self.schema.tensors}
 
     def receive(self, payload: Bytes | Iterable[Bytes] | Broadcast) -> ModelState:
-        """Take in the round's broadcast.
+        """Take in the round's broadcast; return the state Ŵ to train from.
 
-        Args:
-            payload: its bytes, chunks of them, or what `Broadcast.decode` made of them.
-
-        Returns:
-            The state Ŵ to train from, by name, in the model's element types. The tensors are the
-            session's own; train on copies.
+        Its tensors, by name, in the model's element types, are the session's own; train on copies.
 
         Raises:
             DecodeError: it is cut, altered, or not for this run's model and method.
@@ -228,15 +216,10 @@ class ClientSession:
         return self._received
 
     def upload(self, trained: Mapping[str, torch.Tensor], report: Report) -> EncodedPayload:
-        """Encode the trained state.
+        """Return the upload of the trained state, with bytes of its own.
 
-        Args:
-            trained: the values after local training, by name, in the model's shapes and any
-                floating type; on another device than the CPU they are quantized there.
-            report: examples, losses and validation figures.
-
-        Returns:
-            The upload, with bytes of its own.
+        Values are by name, in the model's shapes and any floating type; on another device than
+        the CPU they are quantized there.
 
         Raises:
             UsageError: nothing was received in this round, a tensor is missing or holds NaN, or no

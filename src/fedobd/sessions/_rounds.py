@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedobd._errors import UsageError
+from fedobd._errors import UsageError, check_choice
 from fedobd._seeds import make_generator
 from fedobd.payload import BlockTraffic, ByteCount, Report
 
@@ -21,10 +21,7 @@ from fedobd.payload import BlockTraffic, ByteCount, Report
 def cohort_size(cohort: int | float, num_clients: int) -> int:
     """Return how many of the clients take part in a round.
 
-    Args:
-        cohort: a count (int), or a fraction in (0, 1] (float) of the clients, rounded down, at
-            least 1.
-        num_clients: all clients.
+    A cohort is a count (int), or a fraction in (0, 1] (float) of them, rounded down, at least 1.
 
     Raises:
         UsageError: the count is above the number of clients.
@@ -132,13 +129,8 @@ class RoundPlan:
 class UploadRecord:
     """One accepted upload.
 
-    Args:
-        client: who sent it.
-        report: what it said of its training; `report.num_examples` is its weight.
-        block_ids: numbers of the blocks that it holds.
-        block_differences: mean block difference of every block, where the method sends it.
-        uplink: bytes by what they are for.
-        uplink_blocks: what each of those blocks took, in the order of block_ids.
+    `report.num_examples` is its weight. Mean block differences are of every block, where the
+    method sends them; `uplink_blocks` are what the held blocks took, in the order of block_ids.
     """
 
     client: int
@@ -182,11 +174,8 @@ class RoundRecord:
     """What happened in a round.
 
     Args:
-        round: its number.
-        stage: its stage.
-        cohort: the clients that were asked.
-        uploads: accepted uploads by client.
-        refusals: refused or missing ones in order of client.
+        round, stage, cohort: as in its plan.
+        uploads: accepted uploads by client; `refusals`: refused or missing ones, likewise.
         train_loss: mean over accepted uploads, weighted by examples.
         validation_loss: mean over accepted uploads of the received model's loss, weighted by
             validation examples; None without any.
@@ -278,10 +267,7 @@ class EarlyStop:
     patience: int = 5
 
     def __post_init__(self) -> None:
-        if self.source not in ("off", "validation", "test"):
-            raise UsageError(
-                f"early stop on {self.source!r}; allowed are 'off', 'validation' and 'test'"
-            )
+        check_choice("the early stop's source", self.source, ("off", "validation", "test"))
         if not is_count(self.patience):
             raise UsageError(f"patience is {self.patience}; allowed are numbers of rounds from 1")
         if not 0 <= self.min_gain < math.inf:

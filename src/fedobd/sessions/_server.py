@@ -1,9 +1,5 @@
 """ServerSession: the server's side of a run, without any input or output.
 
-Bytes of uploads go in, bytes of broadcasts come out; who carries them is the engine's business.
-Between two rounds the whole state can be saved and restored, and the run goes on with the same
-bytes.
-
 The server keeps its own values W in float32 and adds mean differences to them; what clients hold
 after a quantized broadcast, Ŵ, never enters W, so the broadcast's error does not pile up.
 """
@@ -65,12 +61,9 @@ class ServerSession:
     """The server's side of a run.
 
     Args:
-        method: the method with its options.
-        schema: the model's schema.
+        method, schema, seed: the run's.
         state: the initial values by name; copied.
-        num_clients: how many clients there are; they are known by the numbers 0 to
-            num_clients - 1.
-        seed: the run's seed.
+        num_clients: how many there are; they are known by the numbers 0 to num_clients - 1.
         shared_start: clients hold the initial model already (the same seed and factory, the same
             checkpoint): the first broadcast and initial payloads are then its fingerprint, not its
             values.
@@ -133,12 +126,8 @@ class ServerSession:
     def begin_round(self, available: Collection[int] | None = None) -> RoundPlan | None:
         """Begin the next round.
 
-        Args:
-            available: the clients that can be reached, from which the cohort is drawn; None for
-                all. With all of them the cohort is that of None.
-
-        Returns:
-            The plan, or None when the last stage is over.
+        The cohort is drawn from the clients that can be reached; None, or all of them, for all.
+        There is no plan when the last stage is over.
 
         Raises:
             UsageError: a round is open, or no client is available.

@@ -58,9 +58,9 @@ def quantize(
     """Turn values of several clients into symbols level + s, and count them without low bits.
 
     values: float32, and symbols (written): unsigned, shape (clients, n), of which the columns
-    start to stop. offsets, spans (d), num_levels (s): float32, and shifts, how many low bits are not counted:
-    int64, shape (clients,). counts: int64, shape (clients, at least symbols without low bits);
-    added to.
+    start to stop. offsets, spans (d), num_levels (s): float32, shape (clients,). shifts, how many
+    low bits are not counted: int64, shape (clients,). counts: int64, shape (clients, at least
+    symbols without low bits); added to.
     """
     for row in range(values.shape[0]):
         _quantize_row(

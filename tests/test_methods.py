@@ -480,7 +480,7 @@ WRONG_OPTIONS: list[tuple[Callable[[], object], str]] = [
     (lambda: FedOBD(stage_two_epochs=-1), "stage_two_epochs is -1; allowed are numbers from 0"),
     (
         lambda: EarlyStop(source="train"),
-        "early stop on 'train'; allowed are 'off', 'validation' and 'test'",
+        "the early stop's source is 'train'; allowed are 'off', 'validation' and 'test'",
     ),
     (lambda: EarlyStop(patience=0), "patience is 0; allowed are numbers of rounds from 1"),
 ]

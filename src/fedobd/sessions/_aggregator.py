@@ -117,10 +117,8 @@ class Aggregator:
         counts = report.num_examples, report.num_validation_examples
         for count, least, what in zip(counts, (1, 0), ("", "validation "), strict=True):
             if not least <= count <= most:
-                raise DecodeError(
-                    DecodeReason.LIMIT,
-                    f"client {client} claims {count} {what}examples; allowed: {least} to {most}",
-                )
+                claim = f"client {client} claims {count} {what}examples"
+                raise DecodeError(DecodeReason.LIMIT, f"{claim}; allowed are {least} to {most}")
         if header.is_difference is not self.method.sends_differences:
             raise DecodeError(
                 DecodeReason.METHOD,

@@ -44,14 +44,7 @@ _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of the model.
-
-    Args:
-        name: its name in the model's state.
-        shape: its shape; `()` for a 0-dim tensor.
-        dtype: its element type in the model.
-        role: trainable parameter, buffer, or frozen parameter.
-    """
+    """One tensor of the model, as it is in the model's state."""
 
     name: str
     shape: tuple[int, ...]
@@ -104,12 +97,9 @@ class Segment:
 class Block:
     """A semantic block: the unit that is uploaded or dropped.
 
-    Args:
-        name: name of the module, or of its first layer, with `[i/n]` for part i of n.
-        kind: what made it a block: a class name, or a pattern such as `Conv2d+BatchNorm2d`.
-        layers: names of the modules that hold its tensors.
-        segments: its elements, parameters and buffers in module order.
-        num_parameters: its trainable elements; buffers do not count.
+    It has the name of its module, or of its first layer, with `[i/n]` for part i of n; its kind is
+    what made it a block: a class name, or a pattern such as `Conv2d+BatchNorm2d`. Layers are the
+    modules that hold its tensors; segments are in module order; only parameters are counted.
     """
 
     name: str

@@ -39,12 +39,9 @@ _FLOAT32 = np.dtype("<f4")
 
 @dataclass(frozen=True, slots=True)
 class DecodedSegment:
-    """One segment of a payload.
+    """One segment of a payload: a 1-D tensor of values or differences.
 
-    Args:
-        segment: which elements.
-        values: 1-D tensor of the segment's values or differences; with a mask only the kept ones.
-        mask: which elements the values belong to, bool, shape (n,); None where it is all.
+    With a mask, bool, shape (n,), they belong to the elements that it keeps alone.
     """
 
     segment: Segment

@@ -69,12 +69,7 @@ def add_traffic(parts: Iterable[BlockTraffic]) -> BlockTraffic:
 
 @dataclass(frozen=True, slots=True)
 class PayloadTraffic:
-    """What a payload takes.
-
-    Args:
-        total: its bytes by what they are for.
-        blocks: what each held block takes, by block number.
-    """
+    """What a payload takes: its bytes by what they are for; and each held block, by number."""
 
     total: ByteCount = field(default_factory=ByteCount)
     blocks: dict[int, BlockTraffic] = field(default_factory=dict)

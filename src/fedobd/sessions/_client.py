@@ -90,10 +90,8 @@ class ClientSession:
     """One client's side of a run.
 
     Args:
-        method: the method with its options, the same as the server's.
-        schema: the model's schema.
+        method, schema, seed: the run's, the same as the server's.
         client: the client's number.
-        seed: the run's seed.
         state: what the client kept from its last round; None for a client that takes part for the
             first time.
         start: the initial model, in a run whose clients hold it already.

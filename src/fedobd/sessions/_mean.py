@@ -46,15 +46,12 @@ def num_sums(schema: ModelSchema, *, per_element: bool) -> int:
 def _numbers_of(spec: TensorSpec, per_element: bool) -> int:
     if spec.role is Role.FROZEN:
         return 0
-    return spec.num_elements * (2 if _is_counted(spec, per_element) else 1)
+    is_counted = per_element and spec.role is Role.PARAMETER and spec.is_floating
+    return spec.num_elements * (2 if is_counted else 1)
 
 
 def _is_averaged(spec: TensorSpec) -> bool:
     return spec.is_floating and spec.role is not Role.FROZEN
-
-
-def _is_counted(spec: TensorSpec, per_element: bool) -> bool:
-    return per_element and spec.role is Role.PARAMETER and spec.is_floating
 
 
 class WeightedMean:

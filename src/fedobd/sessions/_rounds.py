@@ -73,15 +73,10 @@ def sample_cohort(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A run of like rounds.
+    """Like rounds, so many at most, with their local epochs and cohort (a count or fraction).
 
-    Args:
-        number: 1 or 2.
-        rounds: how many rounds at most.
-        epochs: local epochs of each round.
-        cohort: count or fraction of the clients in each round.
-        one_schedule: whether the learning-rate schedule goes on from round to round; else each
-            round starts it anew.
+    With `one_schedule` the learning-rate schedule goes on from round to round; else each round
+    starts it anew.
     """
 
     number: int
@@ -153,14 +148,10 @@ class UploadRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """One upload that was refused, or never came.
+    """One upload that was refused, or never came, on a client's connection.
 
-    Args:
-        client: whose connection it came on.
-        reason: the kind of fault: a `DecodeReason`, or what an engine says of an upload that did
-            not come (`"late"`, `"failed"`).
-        message: the fault in words.
-        uplink_bytes: its length; it was sent all the same.
+    The reason is a `DecodeReason`, or what an engine says of an upload that did not come
+    (`"late"`, `"failed"`). Its bytes were sent all the same.
     """
 
     client: int

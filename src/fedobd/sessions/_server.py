@@ -187,10 +187,9 @@ class ServerSession:
         return self.has_initial_payload and not had
 
     def initial_payload(self, client: int) -> EncodedPayload:
-        """Return the initial payload, and note that a client is sent it.
+        """Return the initial payload, the same for all clients, and note that one is sent it.
 
         It holds frozen parameters, and the whole model for a method whose clients keep a state.
-        Its bytes are the same for all clients of the round.
         """
         current = self._member_of(client)
         current.initialized.add(client)
@@ -214,10 +213,9 @@ class ServerSession:
         return current.initial
 
     def delivery(self) -> EncodedPayload:
-        """Return the trained model's delivery to one client.
+        """Return the trained model's delivery: all blocks, coded as broadcasts are.
 
-        It holds all blocks, coded as the method's broadcasts are. No method's traffic counts it;
-        it is recorded apart.
+        No method's traffic counts it; it is recorded apart.
         """
         transfer = self.method.downlink(self._progress.memory, self.schema)
         whole = dataclasses.replace(transfer, block_ids=all_blocks(self.schema))
@@ -307,9 +305,8 @@ class ServerSession:
         progress.rounds += 1
         progress.stage_rounds += 1
         if current.plan.stage == 1:
-            for upload in record.uploads:
-                for number in upload.block_ids:
-                    progress.uploads_by_block[number] += 1
+            for number, traffic in enumerate(record.uplink_blocks):
+                progress.uploads_by_block[number] += traffic.payloads
         progress.aborted_uplink = progress.aborted_downlink = 0
         self._open = None
         on_validation = self.method.stop.source == "validation"

@@ -92,12 +92,9 @@ def level_shift(num_levels: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The levels of a segment, as symbols level + s.
+    """The levels of a segment, as symbols level + s: uint16, or uint32 where 2 s needs it, (n,).
 
-    Args:
-        symbols: uint16, or uint32 where 2 s needs it, shape (n,).
-        counts: how often each symbol occurs, without its `level_shift` low bits, int64.
-        num_levels: s.
+    Counts say how often each symbol occurs, without its `level_shift` low bits, int64.
     """
 
     symbols: Symbols
@@ -146,11 +143,8 @@ class Quantizer(Protocol):
     ) -> list[Levels]:
         """Return the levels of several clients' values of a segment.
 
-        Args:
-            values: float32, shape (clients, n), n ≥ 1, on any device.
-            codes: what `measure` chose for each client; the coding of each is LEVELS.
-            generator: gives a client's draws, by its row; asked where they are wanted.
-            executor: spreads the work; the levels are the same with and without.
+        Values: float32, shape (clients, n), n ≥ 1, on any device. Codes are what `measure` chose
+        for each client, all LEVELS. An executor spreads the work; the levels are the same.
 
         Raises:
             UsageError: the quantizer is stochastic and a client has no generator, or it makes no

@@ -53,13 +53,10 @@ Codes = list[list[SegmentCode]]
 
 @dataclass(frozen=True, slots=True)
 class EncodedPayload:
-    """A payload with its traffic, counted while it was made.
+    """A payload in chunks, with its traffic, counted while it was made.
 
-    Args:
-        chunks: the payload in pieces. A piece may be a view of the values that were encoded, so
-            that plain values of a large model are not copied to be sent: it is good for as long
-            as they do not change.
-        traffic: what it takes.
+    A chunk may be a view of the values that were encoded, so that those of a large model are not
+    copied to be sent: it is good for as long as they do not change.
     """
 
     chunks: tuple[Bytes, ...]

@@ -13,12 +13,8 @@ from fedobd.payload._frames import BlockLayout, PlainPart
 class ByteCount:
     """Bytes of a payload by what they are for; `total` is the length of the payload.
 
-    Args:
-        header: header, lengths and checksum.
-        levels: compressed levels.
-        raw: plain parameter values, frozen ones included.
-        buffers: buffers.
-        nominal_bits: bits by the papers' formula, which counts levels and plain values only.
+    Lengths and checksum count as header; frozen values as raw, plain parameter values. Nominal
+    bits are by the papers' formula, which counts levels and plain values only.
     """
 
     header: int = 0

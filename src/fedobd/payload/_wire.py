@@ -66,10 +66,10 @@ START_FIELDS = (("start", "16s"),)
 """Field of a payload that stands for the initial model: the fingerprint of its values."""
 
 _REPORTED = tuple(name for name, _ in UPLOAD_FIELDS[1:])
-_HEADER = struct.Struct("<" + "".join(code for _, code in HEADER_FIELDS))
-_UPLOAD = struct.Struct("<" + "".join(code for _, code in UPLOAD_FIELDS))
-_MASK = struct.Struct("<" + "".join(code for _, code in MASK_FIELDS))
-_START = struct.Struct("<" + "".join(code for _, code in START_FIELDS))
+_HEADER, _UPLOAD, _MASK, _START = (
+    struct.Struct("<" + "".join(code for _, code in fields))
+    for fields in (HEADER_FIELDS, UPLOAD_FIELDS, MASK_FIELDS, START_FIELDS)
+)
 _OFFSET = struct.Struct("<f")
 _LEVELS = struct.Struct("<ff")
 CHECKSUM = struct.Struct("<I")
@@ -92,7 +92,6 @@ class Flag(IntEnum):
 _ALL_FLAGS = sum(Flag)
 
 # Looked up for each segment of each payload: making an enum member of a number takes its time.
-_KINDS = {int(kind): kind for kind in Kind}
 _CODINGS = frozenset(map(int, Coding))
 _CODING_BYTES = {coding: bytes([coding]) for coding in Coding}
 
@@ -174,9 +173,9 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
     fixed = cursor.unpack(_HEADER, "the header")
     magic, version, kind_number, method, flags, round_number, stage, fingerprint = fixed
     check_version(magic, version)
-    if kind_number not in _KINDS:
+    if kind_number not in list(Kind):
         raise DecodeError(DecodeReason.KIND, f"payload kind {kind_number} is not known")
-    kind = _KINDS[kind_number]
+    kind = Kind(kind_number)
     if flags & ~_ALL_FLAGS:
         raise DecodeError(DecodeReason.FIELD, f"flags {flags:#x} hold an unknown bit")
     if fingerprint != schema.fingerprint:

@@ -203,8 +203,7 @@ class WeightedMean:
         Sums are given up on the way, so that old and new values never stand beside all of them.
 
         Raises:
-            EmptyRoundError: nothing was accumulated, so that the mean can still be used; or it has
-                been finished already.
+            EmptyRoundError: nothing was accumulated, or the mean has been finished already.
         """
         import fedobd.codec.kernels as kernels  # when first needed: importing numba takes its time
 

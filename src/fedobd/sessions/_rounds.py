@@ -180,10 +180,9 @@ class RoundRecord:
         uplink_blocks: what each block of the schema took in the accepted uploads.
         broadcast: bytes of one broadcast by what they are for.
         broadcast_blocks: what each block of the schema took in one broadcast.
-        initial_bytes: bytes of the initial payloads of this round, part of downlink_bytes.
-        initialized: clients that were sent one.
-        reinitialized: clients that had lost what an earlier one gave them, and were sent initial
-            payload and broadcast again.
+        initial_bytes: bytes of the round's initial payloads, part of downlink_bytes.
+        initialized: clients that were sent one; `reinitialized`: those that had lost what an
+            earlier one gave them, and were sent initial payload and broadcast again.
     """
 
     round: int

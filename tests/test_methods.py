@@ -322,7 +322,7 @@ def test_the_bytes_of_a_round_are_told_apart_by_block(name: str) -> None:
         record = server.end_round()
         uploads = [Payload.parse(log.uploads[n], server.schema) for n in plan.cohort]
         for number, traffic in enumerate(record.uplink_blocks):
-            holding = [u.block_traffic()[number] for u in uploads if number in u.header.block_ids]
+            holding = [u.traffic.blocks[number] for u in uploads if number in u.header.block_ids]
             assert traffic.payloads == len(holding)
             assert traffic.num_bytes == sum(held.num_bytes for held in holding)
             levels = [
@@ -482,7 +482,7 @@ WRONG_OPTIONS: list[tuple[Callable[[], object], str]] = [
     (lambda: FedOBD(stage_two_epochs=-1), "stage_two_epochs is -1; allowed are numbers from 0"),
     (
         lambda: EarlyStop(source="train"),
-        "early stop on 'train'; allowed are 'off', 'validation' and 'test'",
+        "the early stop's source is 'train'; allowed are 'off', 'validation' and 'test'",
     ),
     (lambda: EarlyStop(patience=0), "patience is 0; allowed are numbers of rounds from 1"),
 ]

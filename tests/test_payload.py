@@ -140,8 +140,8 @@ class Case:
             if code.coding in (Coding.RAW, Coding.MASKED) and not is_buffer:
                 raw += values.nbytes
         count = payload.num_bytes
-        in_blocks = {n: t.num_bytes for n, t in payload.block_traffic().items()}
-        assert sum(t.nominal_bits for t in payload.block_traffic().values()) <= count.nominal_bits
+        in_blocks = {n: t.num_bytes for n, t in payload.traffic.blocks.items()}
+        assert sum(t.nominal_bits for t in payload.traffic.blocks.values()) <= count.nominal_bits
         assert tuple(in_blocks) == self.header.coded
         if self.header.is_lossless:
             frames = count.levels + count.raw + count.buffers
@@ -332,7 +332,7 @@ def test_what_the_encoder_counts_is_what_the_decoder_finds(name: str) -> None:
     parsed = Payload.parse(payload.data, case.schema)
     assert payload.traffic.total == parsed.num_bytes
     assert payload.traffic.total.total == len(payload.data)
-    assert payload.traffic.blocks == parsed.block_traffic()
+    assert payload.traffic.blocks == parsed.traffic.blocks
 
 
 @every_case

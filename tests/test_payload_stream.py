@@ -211,7 +211,7 @@ def test_no_frame_longer_than_its_cap_is_waited_for(
     data = encode(
         schema, random_state(schema, 1), header_of(schema, is_lossless=is_lossless), quantizer
     )
-    (traffic,) = Payload.parse(data, schema).block_traffic().values()
+    (traffic,) = Payload.parse(data, schema).traffic.blocks.values()
     length = traffic.num_bytes
     head = data[: len(data) - 4 - length]
     for size, allowed in ((claimed, False), (cap + 1, False), (cap, True)):

@@ -192,7 +192,7 @@ ANY_METHOD: dict[str, tuple[Forgery, str, str]] = {
     "validation examples above the cap": (
         lambda s: forge(s.upload, num_validation_examples=MAX_EXAMPLES + 1),
         "limit",
-        r"claims 5001 validation examples; at most 5000",
+        r"claims 5001 validation examples; allowed are 0 to 5000",
     ),
     "a loss that is NaN": (
         lambda s: forge(s.upload, train_loss=math.nan),

@@ -6,6 +6,7 @@ which nobody contributed. Any other exception that leaves the package is a defec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 
@@ -22,6 +23,13 @@ class UsageError(FedOBDError):
 
 class EmptyRoundError(FedOBDError):
     """A round ended without a single accepted upload; the engine stops or repeats it."""
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise UsageError unless a value is one of several names."""
+    if value not in allowed:
+        names = ", ".join(map(repr, allowed[:-1]))
+        raise UsageError(f"{name} is {value!r}; allowed are {names} and {allowed[-1]!r}")
 
 
 def describe(error: BaseException) -> str:

@@ -1,9 +1,9 @@
 """Semantic blocks: a module is cut into runs of consecutive layers that act as one unit.
 
-Walks the module tree from the top. A module whose class or name marks it as a unit (an embedding,
-a residual unit, a Transformer layer, a DenseNet layer) is one block with all that it holds. Among
-the remaining layers, a normalization and a convolution that follow each other, with activations
-around them, form a block; any other layer with parameters is a block of its own.
+A module whose class or name marks it as a unit (an embedding, a Transformer layer) is one block
+with all that it holds. Among the remaining layers, a normalization and a convolution that follow
+each other form a block, with activations around them; any other layer with parameters is a block
+of its own.
 
 References:
     Yuanyuan Chen, Zichen Chen, Pengcheng Wu, Han Yu. FedOBD: Opportunistic Block Dropout for
@@ -18,13 +18,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from fedobd._errors import UsageError
+from fedobd._errors import UsageError, check_choice
 from fedobd.blocks._schema import Block, ModelSchema, Role, Segment, TensorSpec
 from fedobd.blocks._state import named_tensors
 
@@ -78,10 +78,7 @@ class BlockRules:
     max_block_fraction: float | None = None
 
     def __post_init__(self) -> None:
-        if self.style not in ("semantic", "layer", "tensor"):
-            raise UsageError(
-                f"style is {self.style!r}; allowed are 'semantic', 'layer' and 'tensor'"
-            )
+        check_choice("style", self.style, get_args(BlockStyle))
         if self.max_block_fraction is not None and not 0 < self.max_block_fraction <= 1:
             raise UsageError(
                 f"max_block_fraction is {self.max_block_fraction}; allowed are 0 < fraction <= 1"
@@ -98,6 +95,10 @@ class BlockRules:
                     f"unit_classes: {pattern!r} is no regular expression: {error}"
                 ) from error
 
+    def names_unit(self, path: str) -> bool:
+        """Whether `unit_names` wants the module of this name as one block."""
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.unit_names)
+
 
 @dataclass(slots=True)
 class ModuleGroup:
@@ -109,15 +110,10 @@ class ModuleGroup:
 
 
 def decompose(model: nn.Module, rules: BlockRules | None = None) -> ModelSchema:
-    """Cut a model into semantic blocks.
+    """Cut a model, which is not changed, into blocks: the paper's, unless rules say otherwise.
 
-    Args:
-        model: any module; it is not changed.
-        rules: how to cut; None for the paper's semantic blocks.
-
-    Returns:
-        The schema: every tensor once (tied parameters under their first name), and the blocks in
-        the order in which their first layers were registered.
+    The schema has every tensor once (tied parameters under their first name), and the blocks in
+    the order in which their first layers were registered.
 
     Raises:
         UsageError: the model has no trainable parameter, or parameters of a type that cannot be
@@ -136,8 +132,7 @@ def decompose(model: nn.Module, rules: BlockRules | None = None) -> ModelSchema:
             raise UsageError(
                 f"tensor {name!r} has no shape yet; run a lazy model once before it is cut"
             )
-        spec = TensorSpec(name, tuple(tensor.shape), tensor.dtype, role)
-        specs.append(spec)
+        specs.append(TensorSpec(name, tuple(tensor.shape), tensor.dtype, role))
         by_module.setdefault(name.rpartition(".")[0], []).append(number)
     return build_schema(specs, by_module, _groups(model, rules), rules)
 
@@ -148,13 +143,9 @@ def build_schema(
     groups: Iterable[ModuleGroup],
     rules: BlockRules,
 ) -> ModelSchema:
-    """Turn tensors and groups of modules into a schema; with style "tensor", groups are ignored.
+    """Turn tensors, their numbers by module, and groups of modules into a schema.
 
-    Args:
-        specs: every tensor of the model.
-        by_module: numbers of the tensors by the module that holds them.
-        groups: modules that act as one; every module with tensors is in exactly one.
-        rules: how to cut.
+    Every module with tensors is in exactly one group; style "tensor" looks at none.
     """
     for spec in specs:
         if spec.role is Role.PARAMETER and not spec.is_floating:
@@ -165,8 +156,8 @@ def build_schema(
         blocks = _tensor_blocks(specs)
     else:
         blocks = _grouped_blocks(specs, by_module, groups)
-    total = sum(block.num_parameters for block in blocks)
     if rules.max_block_fraction is not None:
+        total = sum(block.num_parameters for block in blocks)
         limit = max(1, math.floor(rules.max_block_fraction * total))
         blocks = [part for block in blocks for part in _split(block, specs, limit)]
     return ModelSchema(tuple(specs), tuple(blocks))
@@ -182,15 +173,10 @@ def _groups(model: nn.Module, rules: BlockRules) -> Iterator[ModuleGroup]:
 
     def is_unit(path: str, module: nn.Module) -> bool:
         is_of_class = any(c.fullmatch(type(module).__name__) for c in classes)
-        return path != "" and (is_of_class or is_named(path, rules))
+        return path != "" and (is_of_class or rules.names_unit(path))
 
     check_rules(((path, type(m).__name__) for path, m in model.named_modules() if path), rules)
     yield from _walk(model, "", is_unit, set())
-
-
-def is_named(path: str, rules: BlockRules) -> bool:
-    """Whether the rules want the module of this name as one block."""
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in rules.unit_names)
 
 
 def check_rules(modules: Iterable[tuple[str, str]], rules: BlockRules) -> None:
@@ -248,10 +234,9 @@ def _run_length(
     is_unit: Callable[[str, nn.Module], bool],
     seen: set[int],
 ) -> int:
-    """Return the length of the pattern that starts the list; 1 where there is none.
+    """Return the length of the run of convolution, normalization and activations at the start.
 
-    A pattern is a run of normalization, activation and convolution. A unit, and a layer that
-    belongs to an earlier block, ends it.
+    It is 1 where there is none. A unit, and a layer that belongs to an earlier block, ends it.
     """
 
     def role(path: str, module: nn.Module) -> str:
@@ -275,10 +260,7 @@ def _grouped_blocks(
     by_module: Mapping[str, Sequence[int]],
     groups: Iterable[ModuleGroup],
 ) -> list[Block]:
-    """Turn groups of modules into blocks.
-
-    Buffers without trainable company join the block before them.
-    """
+    """Turn groups into blocks; buffers without trainable company join the block before them."""
     blocks: list[tuple[ModuleGroup, list[int]]] = []
     strays: list[int] = []
     for group in groups:
@@ -292,46 +274,52 @@ def _grouped_blocks(
         else:
             strays += numbers
     return [
-        _make_block(group.name or "(model)", group.kind, numbers, specs)
+        _block_of(group.name or "(model)", group.kind, _whole(numbers, specs), specs)
         for group, numbers in blocks
     ]
 
 
 def _tensor_blocks(specs: Sequence[TensorSpec]) -> list[Block]:
     blocks = [
-        _make_block(spec.name, "Tensor", [number], specs)
+        _block_of(spec.name, "Tensor", _whole([number], specs), specs)
         for number, spec in enumerate(specs)
         if spec.role is Role.PARAMETER
     ]
     buffers = [number for number, spec in enumerate(specs) if spec.role is Role.BUFFER]
     if buffers:
-        blocks.append(_make_block("(buffers)", "Buffers", buffers, specs))
+        blocks.append(_block_of("(buffers)", "Buffers", _whole(buffers, specs), specs))
     return blocks
 
 
-def _make_block(
-    name: str, kind: str, numbers: Sequence[int], specs: Sequence[TensorSpec]
-) -> Block:
-    segments = tuple(Segment(n, 0, specs[n].num_elements) for n in numbers)
-    return _block_of(name, kind, segments, specs)
+def _whole(numbers: Iterable[int], specs: Sequence[TensorSpec]) -> list[Segment]:
+    return [Segment(n, 0, specs[n].num_elements) for n in numbers]
 
 
 def _block_of(
-    name: str, kind: str, segments: tuple[Segment, ...], specs: Sequence[TensorSpec]
+    name: str, kind: str, segments: Sequence[Segment], specs: Sequence[TensorSpec]
 ) -> Block:
     layers = dict.fromkeys(specs[s.tensor].name.rpartition(".")[0] for s in segments)
     count = sum(s.num_elements for s in segments if specs[s.tensor].role is Role.PARAMETER)
-    return Block(name, kind, tuple(layers), segments, count)
+    return Block(name, kind, tuple(layers), tuple(segments), count)
 
 
 def _split(block: Block, specs: Sequence[TensorSpec], limit: int) -> list[Block]:
     """Split a block between rows into parts of at most `limit` parameters and of like size."""
-    if block.num_parameters <= limit:
+    # Aimed at one part, each takes as many rows as fit: that makes the fewest.
+    parts = _cut(block, specs, limit, len(_cut(block, specs, limit, 1)))
+    if len(parts) == 1:
         return [block]
-    fewest = _fewest_parts(block, specs, limit)
+    return [
+        _block_of(f"{block.name}[{i}/{len(parts)}]", block.kind, part, specs)
+        for i, part in enumerate(parts, start=1)
+    ]
+
+
+def _cut(block: Block, specs: Sequence[TensorSpec], limit: int, aim: int) -> list[list[Segment]]:
+    """Cut a block's segments into about `aim` parts of at most `limit` parameters, or one row."""
     parts: list[list[Segment]] = [[]]
     used, left = 0, block.num_parameters
-    target = math.ceil(left / fewest)
+    target = math.ceil(left / aim)
     for segment in block.segments:
         spec = specs[segment.tensor]
         if spec.role is Role.BUFFER or segment.num_elements == 0:
@@ -343,7 +331,7 @@ def _split(block: Block, specs: Sequence[TensorSpec], limit: int) -> list[Block]
             rows = min(math.ceil((target - used) / row), (limit - used) // row)
             if rows < 1 and used > 0:
                 # Aimed anew for each part, so that what whole rows add is shared by the rest.
-                used, target = 0, math.ceil(left / max(1, fewest - len(parts)))
+                used, target = 0, math.ceil(left / max(1, aim - len(parts)))
                 parts.append([])
                 continue
             stop = min(segment.stop, start + max(1, rows) * row)
@@ -351,27 +339,4 @@ def _split(block: Block, specs: Sequence[TensorSpec], limit: int) -> list[Block]
             used += stop - start
             left -= stop - start
             start = stop
-    if len(parts) == 1:
-        return [block]
-    return [
-        _block_of(f"{block.name}[{i}/{len(parts)}]", block.kind, tuple(part), specs)
-        for i, part in enumerate(parts, start=1)
-    ]
-
-
-def _fewest_parts(block: Block, specs: Sequence[TensorSpec], limit: int) -> int:
-    """Number of parts of a block when each takes as many rows as fit."""
-    parts, used = 1, 0
-    for segment in block.segments:
-        spec = specs[segment.tensor]
-        left = segment.num_elements if spec.role is Role.PARAMETER else 0
-        row = left // spec.shape[0] if left and spec.shape else 1
-        while left:
-            rows = (limit - used) // row
-            if rows < 1 and used > 0:
-                parts, used = parts + 1, 0
-                continue
-            taken = min(left, max(1, rows) * row)
-            left -= taken
-            used += taken
     return parts

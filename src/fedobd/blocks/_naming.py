@@ -1,10 +1,9 @@
 """Blocks of a model of which only the names, shapes and element types of its tensors are known.
 
-A server that holds arrays and no module goes by one rule: the module of a tensor is its name
-without the last component, and a block is a module, or all that is below the last number of its
-name. `encoder.layer.3.attention.query.weight` is thus of block `encoder.layer.3`, and `fc.weight`
-of block `fc`. Names do not tell what a module is: which layers act as one, which parameters are
-frozen. Whoever has the model, or can build it, calls `decompose` and gets that too.
+The module of a tensor is its name without the last component, and a block is a module, or all that
+is below the last number of its name: `encoder.layer.3.attention.query.weight` is of block
+`encoder.layer.3`, `fc.weight` of `fc`. Names do not tell which layers act as one, nor which
+parameters are frozen; `decompose`, which wants the model, does.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from itertools import accumulate
 import torch
 
 from fedobd._errors import UsageError
-from fedobd.blocks._decompose import BlockRules, ModuleGroup, build_schema, check_rules, is_named
+from fedobd.blocks._decompose import BlockRules, ModuleGroup, build_schema, check_rules
 from fedobd.blocks._schema import ModelSchema, Role, TensorSpec
 
 # Buffers of torch's normalizations, and the position numbers of Hugging Face's embeddings.
@@ -25,17 +24,11 @@ _BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked", "position
 def guess_roles(
     names: Sequence[str], shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]
 ) -> tuple[TensorSpec, ...]:
-    """Describe tensors, telling buffers from parameters by name and element type.
+    """Describe tensors, named as in a `state_dict`: parameters and buffers by name and type.
 
-    Args:
-        names: names as in a module's `state_dict`.
-        shapes: the shape of each.
-        dtypes: the element type of each.
-
-    Returns:
-        A spec for each: a buffer where the elements are not floating-point numbers, or the name
-        ends in `running_mean` or another of a few; else a parameter. Other floating buffers, and
-        frozen parameters, cannot be told from trainable ones.
+    A buffer is what holds no floating-point numbers, or has a name that ends in `running_mean` or
+    another of a few. Other floating buffers, and frozen parameters, cannot be told from trainable
+    ones.
 
     Raises:
         UsageError: the lengths differ, or an element type is not supported.
@@ -62,14 +55,9 @@ def guess_roles(
 def decompose_names(tensors: Sequence[TensorSpec], rules: BlockRules | None = None) -> ModelSchema:
     """Cut a model into blocks by the names of its tensors, one block a module or numbered module.
 
-    Args:
-        tensors: every tensor of the model; `guess_roles` describes a list of arrays.
-        rules: how to cut; `max_block_fraction` splits large blocks, and `unit_classes` must be
-            empty, since classes are not known.
-
-    Returns:
-        The schema: the tensors in the given order, and the blocks in the order in which their
-        first modules appear. A tensor whose name has no dot counts as a module of its own.
+    `guess_roles` describes the tensors of a list of arrays. The schema has them in the given
+    order, and the blocks in the order in which their first modules appear. A tensor whose name
+    has no dot counts as a module of its own. Rules have no `unit_classes`: classes are not known.
 
     Raises:
         UsageError: there is no trainable parameter, or one of a type that cannot be averaged; two
@@ -100,7 +88,7 @@ def _block_name(module: str, rules: BlockRules) -> str:
     paths = _paths(module)
     # Up to the last number: the first may count stages (`layers.0.blocks.1`) or whole models.
     numbered = [path for path in paths if path.rpartition(".")[2].isdigit()]
-    return next((path for path in paths if is_named(path, rules)), [module, *numbered][-1])
+    return next((path for path in paths if rules.names_unit(path)), [module, *numbered][-1])
 
 
 def _paths(module: str) -> list[str]:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -32,16 +33,8 @@ class Role(StrEnum):
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     )
 }
 """The element types that a schema admits, by name."""
@@ -51,21 +44,13 @@ _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of the model.
-
-    Args:
-        name: its name in the model's state.
-        shape: its shape; `()` for a 0-dim tensor.
-        dtype: its element type in the model.
-        role: trainable parameter, buffer, or frozen parameter.
-    """
+    """One tensor of the model, as it is in the model's state."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     role: Role
     num_elements: int = field(init=False, repr=False, compare=False)
-    """Number of elements."""
     wire_dtype: torch.dtype = field(init=False, repr=False, compare=False)
     """The type in which plain values travel: a 16-bit parameter in its own, any other floating
     tensor in float32 (buffers always, and float64 narrowed), integers and booleans as they are."""
@@ -112,12 +97,9 @@ class Segment:
 class Block:
     """A semantic block: the unit that is uploaded or dropped.
 
-    Args:
-        name: name of the module, or of its first layer, with `[i/n]` for part i of n.
-        kind: what made it a block: a class name, or a pattern such as `Conv2d+BatchNorm2d`.
-        layers: names of the modules that hold its tensors.
-        segments: its elements, parameters and buffers in module order.
-        num_parameters: its trainable elements; buffers do not count.
+    It has the name of its module, or of its first layer, with `[i/n]` for part i of n; its kind is
+    what made it a block: a class name, or a pattern such as `Conv2d+BatchNorm2d`. Layers are the
+    modules that hold its tensors; segments are in module order; only parameters are counted.
     """
 
     name: str
@@ -158,11 +140,8 @@ class ModelSchema:
         canonical = json.dumps(self.to_json(), separators=(",", ":"), sort_keys=True)
         digest = hashlib.blake2b(canonical.encode(), digest_size=16).digest()
         object.__setattr__(self, "fingerprint", digest)
-        offsets, total = [], 0
-        for spec in self.tensors:
-            offsets.append(total)
-            total += spec.num_elements if spec.role is Role.PARAMETER else 0
-        object.__setattr__(self, "_offsets", tuple(offsets))
+        sizes = [t.num_elements if t.role is Role.PARAMETER else 0 for t in self.tensors]
+        object.__setattr__(self, "_offsets", tuple(accumulate(sizes, initial=0)))
 
     def _check_cover(self) -> None:
         names = [spec.name for spec in self.tensors]

@@ -23,11 +23,7 @@ ModelState = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class StateStack(Sequence[ModelState]):
-    """The states of several clients as one: each tensor has the clients first.
-
-    Args:
-        values: tensors by name, shape (clients, *shape of the tensor).
-    """
+    """The states of several clients as one: tensors by name, shape (clients, *shape)."""
 
     values: ModelState
 
@@ -54,10 +50,7 @@ class StateStack(Sequence[ModelState]):
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Role]]:
-    """Yield the parameters and persistent buffers of a module.
-
-    Each object comes once, under its first name.
-    """
+    """Yield the parameters and persistent buffers of a module, each once under its first name."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -106,9 +99,7 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def master_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> ModelState:
-    """Return the server's copy of a state.
-
-    Floating tensors that are trained or averaged are in float32.
+    """Return the server's copy of a state, with what is trained or averaged in float32.
 
     Raises:
         UsageError: a tensor of the schema is missing, or has another shape.
@@ -142,9 +133,7 @@ def cast_state(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> ModelS
 def state_fingerprint(schema: ModelSchema, state: Mapping[str, torch.Tensor]) -> bytes:
     """Return 16 bytes that two states share only if names, shapes, types and all values are equal.
 
-    Args:
-        schema: the model's schema.
-        state: values by name, in the model's element types.
+    Values count in the model's element types.
 
     Raises:
         UsageError: a tensor is missing or has another shape.

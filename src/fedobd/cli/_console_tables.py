@@ -181,7 +181,7 @@ def _payload_block_table(payload: Payload) -> Table:
             codings.setdefault(number, {})[code.coding.name.lower()] = None
             if code.coding is Coding.LEVELS:
                 levels.setdefault(number, []).append(code.num_levels)
-    for number, traffic in payload.block_traffic().items():
+    for number, traffic in payload.traffic.blocks.items():
         block, num_bytes = schema.blocks[number], traffic.num_bytes
         counts = levels.get(number)
         table.add_row(

@@ -96,12 +96,7 @@ class _Table:
 
 
 def encode_levels(segments: Sequence[Levels], executor: Executor | None = None) -> bytes:
-    """Compress the levels of a block.
-
-    Args:
-        segments: the levels of each segment, none empty.
-        executor: spreads chunks; the bytes are the same with and without.
-    """
+    """Compress the levels of a block's segments, none empty; an executor spreads chunks."""
     tables: list[_Table] = []
     bits = np.zeros(sum(_table_room(levels.counts.size) for levels in segments), np.uint8)
     position = cost = 0
@@ -113,12 +108,9 @@ def encode_levels(segments: Sequence[Levels], executor: Executor | None = None) 
             levels.counts, levels.symbols.size, width, _log2(), scratch, frequencies
         )
         cost += coded + levels.symbols.size * level_shift(levels.num_levels)
-        if k:
-            position = _tables().write_table(
-                frequencies, largest, k, mantissa, width, bits, position
-            )
-        else:
-            position += 1  # one bit 0, the uniform table
+        table = frequencies, largest, k, mantissa, width, bits, position
+        # One bit 0 is the uniform table.
+        position = _tables().write_table(*table) if k else position + 1
         tables.append(_Table(frequencies, k or 16))
     total = sum(levels.symbols.size for levels in segments)
     chunk_log2 = _chunk_log2(total, cost)
@@ -148,12 +140,9 @@ def _chunk_bounds(total: int, chunk_log2: int) -> list[tuple[int, int]]:
 
 
 def _pieces(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, slice, int]]:
-    """Yield a chunk's parts: number of the segment, its elements, and their start in the chunk.
+    """Yield the parts of the chunk `start` to `stop` by segments, which end at `ends`.
 
-    Args:
-        ends: where each segment ends.
-        start: where the chunk begins.
-        stop: where it ends.
+    Each is the number of a segment, its elements, and their start in the chunk.
     """
     number, place = bisect_right(ends, start), start
     while place < stop:
@@ -178,10 +167,11 @@ def _encode_chunk(
         _tables().make_entries(table.frequencies, table.k, entries)
         shift = level_shift(levels.num_levels)
         symbols = levels.symbols[part]
+        lanes = entries, states, first, words, position
         if shift:
-            position = rans.encode_symbols(symbols, shift, entries, states, first, words, position)
+            position = rans.encode_symbols(symbols, shift, *lanes)
         else:
-            position = rans.encode_symbols_fast(symbols, entries, states, first, words, position)
+            position = rans.encode_symbols_fast(symbols, *lanes)
     return states, words[position:]
 
 
@@ -190,22 +180,55 @@ def decode_levels(
     segments: Sequence[tuple[int, SegmentCode]],
     executor: Executor | None = None,
 ) -> list[Float32]:
-    """Recover the values of a block's levels.
+    """Return the dequantized values of a block's segments, float32, shape (n,) each.
 
-    Args:
-        stream: what `encode_levels` returned.
-        segments: for each segment its number of elements, at least 1, and its code.
-        executor: spreads chunks.
-
-    Returns:
-        The dequantized values of each segment, float32, shape (n,).
+    Takes what `encode_levels` returned, and each segment's number of elements, at least 1, and
+    code; an executor spreads chunks.
 
     Raises:
         DecodeError: the stream is not one that an encoder makes for these segments.
     """
     if not len(stream) or not _MIN_CHUNK_LOG2 <= stream[0] <= _MAX_CHUNK_LOG2:
         raise _damaged("has no proper chunk size")
-    buffer = np.frombuffer(stream, np.uint8)
+    tables, position = _read_tables(np.frombuffer(stream, np.uint8), segments)
+    lengths = [count for count, _ in segments]
+    values = [np.empty(count, np.float32) for count in lengths]
+    ends = list(accumulate(lengths))
+    # Chunks share a segment with their neighbours, so the tables of the last few will do.
+    slots_of = lru_cache(_KEPT_TABLES)(lambda number: _slots(tables[number], segments[number][1]))
+
+    def decode(chunk: tuple[int, int, memoryview]) -> None:
+        start, stop, data = chunk
+        (states, words), position, rans = _begin_chunk(data), 0, _rans()
+        for number, part, first in _pieces(ends, start, stop):
+            code, k, made = segments[number][1], tables[number].k, values[number][part]
+            is_whole = made.size == lengths[number]
+            slots = _slots(tables[number], code) if is_whole else slots_of(number)
+            lanes = words, position, states, first, slots, k
+            if shift := level_shift(code.num_levels):
+                step = np.float32(code.range) / np.float32(code.num_levels)
+                scale = code.num_levels, step, np.float32(code.offset)
+                position = rans.decode_symbols(*lanes, shift, *scale, made)
+            else:
+                position = rans.decode_symbols_fast(*lanes, made.view(np.uint32))
+            if position == -1:
+                raise _damaged("ends before its last level")
+            if position == -2:
+                raise _damaged(f"holds a level above {code.num_levels}")
+        # All words are read then, and all lanes are where they began.
+        if position != words.size or bool((states != rans.LOWEST_STATE).any()):
+            raise _damaged("does not end where its last level does")
+
+    # All lengths are checked before the first chunk is decoded.
+    chunks = list(_cut_chunks(stream, (position + 7) // 8, sum(lengths)))
+    list((executor.map if executor else map)(decode, chunks))
+    return values
+
+
+def _read_tables(
+    buffer: NDArray[np.uint8], segments: Sequence[tuple[int, SegmentCode]]
+) -> tuple[list[_Table], int]:
+    """Return each segment's table, and the bit at which the last one ends."""
     position = 8
     tables = []
     for _, code in segments:
@@ -219,26 +242,7 @@ def decode_levels(
         tables.append(_Table(frequencies, k or 16))
     if position % 8 and int(buffer[position // 8]) >> (position % 8):
         raise _damaged("has bits set between its tables and its chunks")
-    lengths = [count for count, _ in segments]
-    values = [np.empty(count, np.float32) for count in lengths]
-    ends = list(accumulate(lengths))
-    # Chunks share a segment with their neighbours, so the tables of the last few will do.
-    slots_of = lru_cache(_KEPT_TABLES)(lambda number: _slots(tables[number], segments[number][1]))
-
-    def decode(chunk: tuple[int, int, memoryview]) -> None:
-        start, stop, data = chunk
-        reader = _ChunkReader(data)
-        for number, part, first in _pieces(ends, start, stop):
-            code, table = segments[number][1], tables[number]
-            is_whole = part.stop - part.start == lengths[number]
-            slots = _slots(table, code) if is_whole else slots_of(number)
-            reader.take(code, table, slots, first, values[number][part])
-        reader.close()
-
-    # All lengths are checked before the first chunk is decoded.
-    chunks = list(_cut_chunks(stream, (position + 7) // 8, sum(lengths)))
-    list((executor.map if executor else map)(decode, chunks))
-    return values
+    return tables, position
 
 
 def _cut_chunks(
@@ -271,67 +275,16 @@ def _slots(table: _Table, code: SegmentCode) -> NDArray[np.uint64]:
     return slots
 
 
-class _ChunkReader:
-    """Takes the segments of one chunk out of its lanes, in order."""
-
-    def __init__(self, data: memoryview) -> None:
-        head = _LANES * _STATE_BYTES
-        states = [
-            int.from_bytes(data[i : i + _STATE_BYTES], "little")
-            for i in range(0, head, _STATE_BYTES)
-        ]
-        lowest = _rans().LOWEST_STATE
-        if not all(lowest <= state < lowest << 16 for state in states):
-            raise _damaged("has a lane state out of range")
-        self._states = np.array(states, np.uint64)
-        self._words = np.frombuffer(data[head:], "<u2").astype(np.uint16)
-        self._position = 0
-
-    def take(
-        self,
-        code: SegmentCode,
-        table: _Table,
-        slots: NDArray[np.uint64],
-        first: int,
-        values: Float32,
-    ) -> None:
-        shift = level_shift(code.num_levels)
-        if shift:
-            step = np.float32(code.range) / np.float32(code.num_levels)
-            position = _rans().decode_symbols(
-                self._words,
-                self._position,
-                self._states,
-                first,
-                slots,
-                table.k,
-                shift,
-                code.num_levels,
-                step,
-                np.float32(code.offset),
-                values,
-            )
-        else:
-            position = _rans().decode_symbols_fast(
-                self._words,
-                self._position,
-                self._states,
-                first,
-                slots,
-                table.k,
-                values.view(np.uint32),
-            )
-        if position == -1:
-            raise _damaged("ends before its last level")
-        if position == -2:
-            raise _damaged(f"holds a level above {code.num_levels}")
-        self._position = position
-
-    def close(self) -> None:
-        """Check that all words were read and all lanes are where they began."""
-        lowest = _rans().LOWEST_STATE
-        if self._position != self._words.size or bool((self._states != lowest).any()):
-            raise _damaged("does not end where its last level does")
+def _begin_chunk(data: memoryview) -> tuple[NDArray[np.uint64], NDArray[np.uint16]]:
+    """Return a chunk's lane states and words."""
+    head = _LANES * _STATE_BYTES
+    states = [
+        int.from_bytes(data[i : i + _STATE_BYTES], "little") for i in range(0, head, _STATE_BYTES)
+    ]
+    lowest = _rans().LOWEST_STATE
+    if not all(lowest <= state < lowest << 16 for state in states):
+        raise _damaged("has a lane state out of range")
+    return np.array(states, np.uint64), np.frombuffer(data[head:], "<u2").astype(np.uint16)
 
 
 def _damaged(what: str) -> DecodeError:

@@ -51,18 +51,10 @@ def normalize(
 ) -> Any:
     """Turn counts into frequencies that add up to 2^k, all but one rounded to few leading bits.
 
-    Few leading bits make a table short, and it travels with every stream.
-
-    Args:
-        counts: int64, shape (symbols,).
-        total: their sum.
-        largest: the symbol that takes what the others leave.
-        k: 1 to 16.
-        mantissa: bits that a frequency may have after its leading one.
-        frequencies: int64, shape (symbols,); written.
-
-    Returns:
-        Whether the others leave at least 1.
+    Few leading bits make a table short, and it travels with every stream: a frequency has at most
+    `mantissa` bits after its leading one, and symbol `largest` takes what the others leave.
+    Counts and frequencies (written) are int64, shape (symbols,); k is 1 to 16. Returns whether
+    the others leave at least 1.
     """
     # The largest symbol takes what is left, since a unit more or less costs it least.
     wanted = max(1, ((counts[largest] << k) + total // 2) // total)
@@ -115,19 +107,10 @@ def _write_gamma(buffer: Any, position: Any, value: Any) -> Any:
 def write_table(
     frequencies: Any, largest: Any, k: Any, mantissa: Any, width: Any, buffer: Any, position: Any
 ) -> Any:
-    """Write a table of frequencies; `_entropy` describes it.
+    """Write a table as `normalize` makes it into a uint8 buffer; return the position after it.
 
-    Args:
-        frequencies: int64, shape (symbols,), as `normalize` makes them.
-        largest: the symbol that takes what the others leave.
-        k: frequencies add up to 2^k.
-        mantissa: bits that a frequency may have after its leading one.
-        width: bits of a symbol's number.
-        buffer: uint8, zero from `position` on.
-        position: in bits.
-
-    Returns:
-        The position after it.
+    `_entropy` describes it. Positions are in bits, from which on the buffer is zero; `width` is
+    the bits of a symbol's number.
     """
     position = _write_bits(buffer, position, 1, 1)
     position = _write_bits(buffer, position, k - 1, 4)
@@ -205,12 +188,7 @@ def _read_length(buffer: Any, position: Any, before: Any) -> Any:
 
 @compiled
 def _read_entry(buffer: Any, position: Any, before: Any, mantissa: Any) -> Any:
-    """Read a written frequency.
-
-    Returns:
-        How many symbols without one come before it, -1 where it is none; the frequency; ⌊log2⌋ of
-        it; and the position after.
-    """
+    """Return the gap before a written frequency (-1: it is none), it, its ⌊log2⌋, the position."""
     gap = _read_bits(buffer, position, 1)
     position += 1
     if gap == 1:
@@ -226,16 +204,10 @@ def _read_entry(buffer: Any, position: Any, before: Any, mantissa: Any) -> Any:
 
 @compiled
 def read_table(buffer: Any, position: Any, width: Any, frequencies: Any) -> Any:
-    """Read a table of frequencies.
+    """Read a table, as `write_table` writes it, into frequencies of 0.
 
-    Args:
-        buffer: uint8.
-        position: in bits.
-        width: bits of a symbol's number.
-        frequencies: int64, zeros, shape (symbols,); written.
-
-    Returns:
-        k, 0 for the uniform table, -1 for a table that no encoder writes; and the position after.
+    Returns k, 0 for the uniform table, -1 for a table that no encoder writes; and the position
+    after.
     """
     mode = _read_bits(buffer, position, 1)
     if mode <= 0:
@@ -278,18 +250,9 @@ def choose_table(
 ) -> Any:
     """Choose k and mantissa so that table and symbols together take the fewest bits.
 
-    A larger k has to save one part in 4,096, since a smaller one decodes faster.
-
-    Args:
-        counts: int64, shape (symbols,).
-        total: their sum, at least 1.
-        width: bits of a symbol's number.
-        log2: as `log2_table` makes it, for 0 to 2^16.
-        scratch: uint8, zeros, room for any table.
-        frequencies: int64, shape (symbols,); written for the choice.
-
-    Returns:
-        k (0 for the uniform table), mantissa, the symbol that takes what is left, and all bits.
+    A larger k has to save one part in 4,096, since a smaller one decodes faster. `log2` is for 0
+    to 2^16, `scratch` zeros with room for any table, and `frequencies` is written for the choice.
+    Returns k (0 for the uniform table), mantissa, the symbol that takes the rest, and all bits.
     """
     largest, distinct = counts.argmax(), np.count_nonzero(counts)
     uniform(frequencies)
@@ -319,13 +282,9 @@ def choose_table(
 
 @compiled
 def make_entries(frequencies: Any, k: Any, entries: Any) -> Any:
-    """Write what `encode_symbols` wants to know of each symbol.
+    """Write what `encode_symbols` wants to know of each symbol: uint64, shape (4 · symbols,).
 
-    Args:
-        frequencies: int64, shape (symbols,).
-        k: they add up to 2^k.
-        entries: uint64, shape (4 · symbols,); written: for each symbol of frequency f, whose slots
-            start at c, ⌈2^64 / f⌉, f·2^(47-k), c, and 2^k - f.
+    For a symbol of frequency f, whose slots start at c: ⌈2^64 / f⌉, f·2^(47-k), c, and 2^k - f.
     """
     start = 0
     for symbol in range(frequencies.size):
@@ -344,13 +303,10 @@ def make_entries(frequencies: Any, k: Any, entries: Any) -> Any:
 
 @compiled
 def make_slots(frequencies: Any, contents: Any, slots: Any) -> Any:
-    """Write what `decode_symbols` looks up: all that it wants to know of a slot in one word.
+    """Write what `decode_symbols` looks up: uint64, shape (sum of the frequencies,).
 
-    Args:
-        frequencies: int64, shape (symbols,).
-        contents: uint32, shape (symbols,): what each symbol stands for.
-        slots: uint64, shape (sum of the frequencies,); written: contents · 2^32 + (f - 1) · 2^16 +
-            the slot's place among those of its symbol. f - 1, since f may be 2^16.
+    A slot is what its symbol stands for (`contents`, uint32) · 2^32 + (f - 1) · 2^16 + its place
+    among those of the symbol. f - 1, since f may be 2^16.
     """
     position = 0
     for symbol in range(frequencies.size):

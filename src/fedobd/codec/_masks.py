@@ -23,11 +23,9 @@ from fedobd._errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """A random mask over the trainable elements.
+    """A random mask over the trainable elements; seed and threshold are in [0, 2^64).
 
-    Args:
-        seed: the generator's seed, in [0, 2^64).
-        threshold: an element is dropped when its random number is below this, in [0, 2^64).
+    An element is dropped when its random number is below the threshold.
     """
 
     seed: int

@@ -25,13 +25,8 @@ Words = NDArray[np.unsignedinteger[Any]]
 def to_words(values: torch.Tensor, dtype: torch.dtype) -> Words:
     """Return a tensor's elements in an element type, bit for bit as unsigned numbers.
 
-    Args:
-        values: any shape, element type and device.
-        dtype: the type to cast them to.
-
-    Returns:
-        Unsigned numbers of as many bytes, in the tensor's shape; views where the tensor lies on
-        the CPU, in this type and without gaps.
+    They have as many bytes, and the tensor's shape; they are views where it lies on the CPU, in
+    this type and without gaps.
     """
     values = values.to("cpu", dtype).contiguous()
     if dtype is torch.bfloat16:  # which NumPy lacks
@@ -50,14 +45,9 @@ def from_bytes(part: memoryview, dtype: torch.dtype) -> torch.Tensor:
 
 
 def compress(parts: Sequence[bytes | memoryview], itemsizes: Sequence[int]) -> bytes:
-    """Compress plain values.
+    """Compress plain values, the bytes of each segment, whose elements have so many bytes.
 
-    Args:
-        parts: the bytes of each segment.
-        itemsizes: the bytes of one element of each.
-
-    Returns:
-        One zstandard frame that says how many bytes it holds.
+    Returns one zstandard frame that says how many bytes it holds.
     """
     total = sum(map(len, parts))
     compressor = zstandard.ZstdCompressor(
@@ -77,12 +67,9 @@ def compress(parts: Sequence[bytes | memoryview], itemsizes: Sequence[int]) -> b
 
 
 def decompress(frame: memoryview, lengths: Sequence[int], itemsizes: Sequence[int]) -> bytes:
-    """Recover plain values, all segments in a row.
+    """Recover plain values, all segments in a row, from what `compress` returned.
 
-    Args:
-        frame: what `compress` returned.
-        lengths: the bytes of each segment.
-        itemsizes: the bytes of one element of each.
+    Lengths are the bytes of each segment, itemsizes those of one element of each.
 
     Raises:
         DecodeError: it is no such frame, or does not hold as many bytes.

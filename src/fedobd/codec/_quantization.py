@@ -58,9 +58,8 @@ class SegmentCode:
 
     Args:
         coding: how its elements travel.
-        num_levels: s, levels from -s to s; 0 where there are none.
-        offset: a, a float32; 0 where there is none.
-        range: d, a float32 above 0 for levels; else 0.
+        num_levels, offset, range: s (levels are from -s to s), a, and d > 0, both float32; 0
+            where there is none.
     """
 
     coding: Coding
@@ -93,12 +92,9 @@ def level_shift(num_levels: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The levels of a segment, as symbols level + s.
+    """The levels of a segment, as symbols level + s: uint16, or uint32 where 2 s needs it, (n,).
 
-    Args:
-        symbols: uint16, or uint32 where 2 s needs it, shape (n,).
-        counts: how often each symbol occurs, without its `level_shift` low bits, int64.
-        num_levels: s.
+    Counts say how often each symbol occurs, without its `level_shift` low bits, int64.
     """
 
     symbols: Symbols
@@ -108,12 +104,10 @@ class Levels:
     @classmethod
     def of(cls, levels: Int32, num_levels: int) -> Levels:
         """Make them from levels from -s to s, int32, shape (n,)."""
-        symbols: Symbols = (levels + np.int32(num_levels)).astype(_symbol_type(num_levels))
-        shift = level_shift(num_levels)
-        counts = np.bincount(
-            (levels + np.int32(num_levels)) >> shift, minlength=((2 * num_levels) >> shift) + 1
-        )
-        return cls(symbols, counts.astype(np.int64), num_levels)
+        symbols, shift = levels + np.int32(num_levels), level_shift(num_levels)
+        counts = np.bincount(symbols >> shift, minlength=((2 * num_levels) >> shift) + 1)
+        narrow: Symbols = symbols.astype(_symbol_type(num_levels))
+        return cls(narrow, counts.astype(np.int64), num_levels)
 
     def signed(self) -> Int32:
         """Return the levels from -s to s, int32, shape (n,)."""
@@ -124,11 +118,12 @@ def _symbol_type(num_levels: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if 2 * num_levels < 1 << 16 else np.uint32
 
 
-class Quantizer(Protocol):
-    """Turns values into levels in two steps.
+Draws = Callable[[int], torch.Generator | None]
+"""Gives the generator of a client, by its row."""
 
-    Ranges are thus known before the first level is made: the header of a payload holds them all.
-    """
+
+class Quantizer(Protocol):
+    """Turns values into levels in two steps: the header of a payload holds all ranges."""
 
     def measure(self, values: Float32, repr_bits: int) -> SegmentCode:
         """Choose the coding, number of levels, offset and range.
@@ -143,21 +138,19 @@ class Quantizer(Protocol):
         self,
         values: torch.Tensor,
         codes: Sequence[SegmentCode],
-        generator: Callable[[int], torch.Generator | None],
+        generator: Draws,
         executor: Executor | None = None,
     ) -> list[Levels]:
         """Return the levels of several clients' values of a segment.
 
-        Args:
-            values: float32, shape (clients, n), n ≥ 1, on any device.
-            codes: what `measure` chose for each client; the coding of each is LEVELS.
-            generator: gives a client's draws, by its row; asked where they are wanted.
-            executor: spreads the work; the levels are the same with and without.
+        Values: float32, shape (clients, n), n ≥ 1, on any device. Codes are what `measure` chose
+        for each client, all LEVELS. An executor spreads the work; the levels are the same.
 
         Raises:
-            UsageError: the quantizer is stochastic and a client has no generator.
+            UsageError: the quantizer is stochastic and a client has no generator, or it makes no
+                levels.
         """
-        ...
+        raise UsageError("values that are not quantized have no levels")
 
     def quantize(
         self, values: Float32, code: SegmentCode, generator: torch.Generator | None = None
@@ -223,7 +216,7 @@ class NNADQ(Quantizer):
         self,
         values: torch.Tensor,
         codes: Sequence[SegmentCode],
-        generator: Callable[[int], torch.Generator | None],
+        generator: Draws,
         executor: Executor | None = None,
     ) -> list[Levels]:
         """See `Quantizer.quantize_all`; the generator is not used.
@@ -244,28 +237,19 @@ def _round_here(
 
     values = np.ascontiguousarray(values)
     num_levels = [code.num_levels for code in codes]
-    shifts = list(map(level_shift, num_levels))
-    sizes = [((2 * s) >> shift) + 1 for s, shift in zip(num_levels, shifts, strict=True)]
-    offsets = np.array([code.offset for code in codes], np.float32)
-    spans = np.array([code.range for code in codes], np.float32)
-    most = np.array(num_levels, np.float32)
+    shifts = np.array(list(map(level_shift, num_levels)))
+    size = int(((2 * np.array(num_levels)) >> shifts).max()) + 1
+    numbers = np.array([(c.offset, c.range, c.num_levels) for c in codes], np.float32)
+    offsets, spans, most = np.ascontiguousarray(numbers.T)
     symbols: Symbols = np.empty(values.shape, _symbol_type(max(num_levels)))
     starts = range(0, values.shape[1], _QUANTIZE_STEP)
-    counts = np.zeros((len(starts), len(codes), max(sizes)), np.int64)
+    counts = np.zeros((len(starts), len(codes), size), np.int64)
 
     def quantize(number: int) -> None:
-        part = slice(starts[number], starts[number] + _QUANTIZE_STEP)
-        kernels.quantize(
-            values,
-            part.start,
-            min(part.stop, values.shape[1]),
-            offsets,
-            spans,
-            most,
-            np.array(shifts),
-            symbols,
-            counts[number],
-        )
+        start = starts[number]
+        stop = min(start + _QUANTIZE_STEP, values.shape[1])
+        scales = offsets, spans, most, shifts
+        kernels.quantize(values, start, stop, *scales, symbols, counts[number])
 
     list((executor.map if executor else map)(quantize, range(len(starts))))
     return _split(symbols, counts[0] if len(starts) == 1 else counts.sum(axis=0), num_levels)
@@ -336,37 +320,25 @@ class Stochastic(Quantizer):
         self,
         values: torch.Tensor,
         codes: Sequence[SegmentCode],
-        generator: Callable[[int], torch.Generator | None],
+        generator: Draws,
         executor: Executor | None = None,
     ) -> list[Levels]:
-        """See `Quantizer.quantize_all`; draws are the CPU's, so values are brought here first.
-
-        Raises:
-            UsageError: there is no generator.
-        """
-        return _round_at_random(values.cpu().numpy(), codes, generator)
-
-
-def _round_at_random(
-    values: Float32,
-    codes: Sequence[SegmentCode],
-    generator: Callable[[int], torch.Generator | None],
-) -> list[Levels]:
-    """Round magnitudes, shape (clients, n), up or down, each by a draw of its client."""
-    span, most = np.array([(code.range, code.num_levels) for code in codes], np.float32).T
-    scaled = np.abs(values)
-    scaled /= span[:, np.newaxis]
-    scaled *= most[:, np.newaxis]
-    floor = np.floor(scaled)
-    scaled -= floor
-    for number, row in enumerate(floor):
-        draws = generator(number)
-        if draws is None:
-            raise UsageError("stochastic quantization needs a torch.Generator")
-        row += torch.rand(row.size, generator=draws).numpy() < scaled[number]
-    levels = np.minimum(floor, most[:, np.newaxis]).astype(np.int32)
-    signed = np.where(np.signbit(values), -levels, levels)
-    return [Levels.of(row, code.num_levels) for row, code in zip(signed, codes, strict=True)]
+        """See `Quantizer.quantize_all`; draws are the CPU's, so values are brought here first."""
+        array = values.cpu().numpy()
+        span, most = np.array([(c.range, c.num_levels) for c in codes], np.float32).T[..., None]
+        scaled = np.abs(array)
+        scaled /= span
+        scaled *= most
+        floor = np.floor(scaled)
+        scaled -= floor
+        for number, row in enumerate(floor):
+            draws = generator(number)
+            if draws is None:
+                raise UsageError("stochastic quantization needs a torch.Generator")
+            row += torch.rand(row.size, generator=draws).numpy() < scaled[number]
+        levels = np.minimum(floor, most).astype(np.int32)
+        signed = np.where(np.signbit(array), -levels, levels)
+        return [Levels.of(row, code.num_levels) for row, code in zip(signed, codes, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,30 +349,11 @@ class Unquantized(Quantizer):
         """See `Quantizer.measure`."""
         return RAW
 
-    def quantize_all(
-        self,
-        values: torch.Tensor,
-        codes: Sequence[SegmentCode],
-        generator: Callable[[int], torch.Generator | None],
-        executor: Executor | None = None,
-    ) -> list[Levels]:
-        """Refuse values of any shape and type: no segment is coded in levels.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError("values that are not quantized have no levels")
-
 
 def dequantize(levels: Int32, code: SegmentCode) -> Float32:
     """Return `level * (range / num_levels) + offset`, the same on every machine.
 
-    Args:
-        levels: int32, shape (n,), from -s to s.
-        code: a code with levels.
-
-    Returns:
-        float32, shape (n,).
+    Levels from -s to s: int32, shape (n,); the result: float32, shape (n,).
     """
     values = levels.astype(np.float32)
     values *= np.float32(code.range) / np.float32(code.num_levels)

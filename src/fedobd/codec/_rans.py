@@ -57,19 +57,11 @@ def _put(x: Any, symbol: Any, entries: Any, words: Any, position: Any) -> Any:
 def encode_symbols(
     symbols: Any, shift: Any, entries: Any, states: Any, first: Any, words: Any, position: Any
 ) -> Any:
-    """Put symbols into four lanes, from the last to the first.
+    """Put unsigned symbols into four lanes, from the last to the first.
 
-    Args:
-        symbols: unsigned, shape (n,).
-        shift: b, low bits that are put in as they are.
-        entries: uint64, shape (4 · symbols,), as `make_entries` writes them.
-        states: uint64, shape (4,): the lane of symbol i is (first + i) mod 4; changed.
-        first: position of the first symbol in its stream.
-        words: uint16; written from `position` down, at most 2 words a symbol.
-        position: where the words start that were written before.
-
-    Returns:
-        Where the words start now.
+    `shift` low bits are put in as they are, the rest by `entries` as `make_entries` writes them.
+    The lane of symbol i is (first + i) mod 4; its state, uint64, is changed. Words, uint16, are
+    written from `position` down, at most 2 a symbol. Returns where they start now.
     """
     b = np.uint64(shift)
     low_bits = (np.uint64(1) << b) - np.uint64(1)
@@ -140,21 +132,10 @@ def decode_symbols(
 ) -> Any:
     """Take symbols out of four lanes, from the first to the last, and dequantize them.
 
-    Args:
-        words: uint16.
-        position: the next word.
-        states: uint64, shape (4,): the lane of value i is (first + i) mod 4; changed.
-        first: position of the first value in its stream.
-        slots: uint64, shape (2^k,), as `make_slots` writes them for symbols without low bits.
-        k: frequencies add up to 2^k.
-        shift: b, low bits that come out as they are.
-        num_levels: s, int64.
-        step: float32, range / s.
-        offset: float32.
-        values: float32, shape (n,); written.
-
-    Returns:
-        The next word; -1 where words are missing, -2 where a level is beyond s.
+    The reverse of `encode_symbols`, with `slots` as `make_slots` writes them for symbols without
+    their `shift` low bits, and the next word at `position`. `values`, float32, become
+    level · step + offset, both float32. Returns the next word; -1 where words are missing, -2
+    where a level is beyond s = `num_levels`.
     """
     bits, b, lowest = np.uint64(k), np.uint64(shift), np.uint64(LOWEST_STATE)
     mask = (np.uint64(1) << bits) - np.uint64(1)

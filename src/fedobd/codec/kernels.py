@@ -57,16 +57,10 @@ def quantize(
 ) -> Any:
     """Turn values of several clients into symbols level + s, and count them without low bits.
 
-    Args:
-        values: float32, shape (clients, n).
-        start: the first column to quantize.
-        stop: the one after the last.
-        offsets: float32, shape (clients,).
-        spans: float32, shape (clients,), the ranges d.
-        num_levels: float32, shape (clients,), s.
-        shifts: int64, shape (clients,): how many low bits are not counted.
-        symbols: unsigned, shape (clients, n); written.
-        counts: int64, shape (clients, at least symbols without low bits); added to.
+    values: float32, and symbols (written): unsigned, shape (clients, n), of which the columns
+    start to stop. offsets, spans (d), num_levels (s): float32, shape (clients,). shifts, how many
+    low bits are not counted: int64, shape (clients,). counts: int64, shape (clients, at least
+    symbols without low bits); added to.
     """
     for row in range(values.shape[0]):
         _quantize_row(
@@ -82,15 +76,9 @@ def quantize(
 
 @compiled
 def keep(start: Any, seed: Any, threshold: Any, kept: Any) -> Any:
-    """Write whether SplitMix64's outputs number `start` and on are at least a threshold.
+    """Write whether SplitMix64's outputs number `start` and on are at least a threshold (uint64).
 
     `_masks` has the source of the constants.
-
-    Args:
-        start: uint64.
-        seed: uint64.
-        threshold: uint64.
-        kept: bool, shape (n,); written.
     """
     # Counter-based: output i needs none before it, so parts of a mask can be made apart.
     for i in range(kept.size):
@@ -137,12 +125,8 @@ def subtract(now: Any, before: Any, start: Any, differences: Any, norms: Any) ->
     Eight float64 sums run over every eighth difference; what is left over goes to the first, and
     they are added in pairs.
 
-    Args:
-        now: float32, shape (rows, m).
-        before: float32, shape (rows, m); or (1, m), the same for all rows.
-        start: where the part begins.
-        differences: float32, shape (rows, n); written: now - before.
-        norms: float64, shape (rows,); written.
+    now: float32, shape (rows, m); before: the same, or (1, m), alike for all rows. Written:
+    differences, float32, shape (rows, n); norms, float64, shape (rows,).
     """
     part = slice(start, start + differences.shape[1])
     for row in range(differences.shape[0]):
@@ -247,13 +231,8 @@ def add_differences(values: Any, base: Any, mask: Any, limit: Any, scale: Any, s
 def finish_mean(before: Any, sums: Any, unit: Any, total: Any, weights: Any, after: Any) -> Any:
     """Write before + sum · unit / total, worked out in float64.
 
-    Args:
-        before: float32, shape (n,).
-        sums: int64, shape (n,).
-        unit: float64, what one unit of a sum is worth.
-        total: the weight of all uploads; not used where there are weights.
-        weights: int64, shape (n,), the weight of each element, 0 counted as 1; or shape (0,).
-        after: float32, shape (n,); written.
+    before, after (written): float32, shape (n,); sums: int64, in units of `unit`. The weight of
+    each element is total, or weights: int64, shape (n,), 0 counted as 1; or shape (0,).
     """
     for i in range(before.size):
         weight = total if weights.size == 0 else max(weights[i], 1)

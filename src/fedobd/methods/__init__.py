@@ -15,14 +15,7 @@ from fedobd.methods.smafd import SMAFD
 from fedobd.sessions import Method
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        FedOBD,
-        FedAvg,
-        FedPAQ,
-        FedDropoutAvg,
-        SMAFD,
-    )
+    method.name: method for method in (FedOBD, FedAvg, FedPAQ, FedDropoutAvg, SMAFD)
 }
 """Every method by name."""
 

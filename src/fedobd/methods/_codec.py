@@ -6,9 +6,9 @@ The defaults are FedOBD's with the published λ and β of the large-scale CIFAR 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from fedobd._errors import UsageError
+from fedobd._errors import UsageError, check_choice
 from fedobd._seeds import make_generator
 from fedobd.blocks import ModelSchema
 from fedobd.codec import NNADQ, Quantizer, Stochastic, Unquantized, check_positive
@@ -50,19 +50,12 @@ class Codec:
     bound_norm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("uplink_quantizer", "downlink_quantizer"):
-            if getattr(self, name) not in ("nnadq", "stochastic", "none"):
-                raise UsageError(
-                    f"{name} is {getattr(self, name)!r}; allowed are 'nnadq', 'stochastic' and "
-                    f"'none'"
-                )
+        check_choice("uplink_quantizer", self.uplink_quantizer, get_args(QuantizerName))
+        check_choice("downlink_quantizer", self.downlink_quantizer, get_args(QuantizerName))
         check_positive("uplink_weight", self.uplink_weight)
         check_positive("downlink_weight", self.downlink_weight)
         Stochastic(self.stochastic_levels)
-        if self.selection not in ("mbd", "random", "none"):
-            raise UsageError(
-                f"selection is {self.selection!r}; allowed are 'mbd', 'random' and 'none'"
-            )
+        check_choice("selection", self.selection, get_args(SelectionName))
         check_dropout_rate(self.dropout_rate)
         if self.bound_norm and self.uplink_quantizer == "stochastic":
             raise UsageError(
@@ -94,13 +87,7 @@ class Codec:
     def select(
         self, schema: ModelSchema, differences: tuple[float, ...], seed: int
     ) -> tuple[int, ...]:
-        """Return the numbers of the blocks to upload, ascending.
-
-        Args:
-            schema: the model's schema.
-            differences: mean block difference of each block.
-            seed: for random selection.
-        """
+        """Return the blocks to upload, ascending, by mean block differences or a random seed."""
         if self.selection == "random":
             order = random_order(len(schema.blocks), make_generator(seed, "blocks"))
         else:

@@ -16,8 +16,7 @@ class FedAvg(SingleStage):
 
     Args:
         rounds, epochs, cohort, stop, lossless: see `SingleStage`; the FedOBD paper's comparison
-        has all
-            clients take part.
+            has all clients take part.
 
     References:
         H. Brendan McMahan, Eider Moore, Daniel Ramage, Seth Hampson, Blaise Agüera y Arcas.

@@ -48,12 +48,7 @@ DEFAULT_LIMITS = Limits()
 
 
 class Cursor:
-    """Reads a buffer from front to back, never past its end.
-
-    Args:
-        buffer: the bytes.
-        limits: what is taken at most.
-    """
+    """Reads a buffer from front to back, never past its end."""
 
     def __init__(self, buffer: memoryview, limits: Limits = DEFAULT_LIMITS) -> None:
         self._buffer = buffer

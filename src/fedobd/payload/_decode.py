@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import cast
 
@@ -24,7 +24,7 @@ from fedobd.codec import Coding, Float32, SegmentCode, decode_levels, decompress
 from fedobd.payload._cursor import DEFAULT_LIMITS, Bytes, Cursor, Limits
 from fedobd.payload._frames import BlockLayout, PlainPart, check_finite, frozen_parts, lay_out
 from fedobd.payload._header import Header
-from fedobd.payload._traffic import BlockTraffic, ByteCount
+from fedobd.payload._traffic import ByteCount, PayloadTraffic
 from fedobd.payload._wire import (
     CHECKSUM,
     check_checksum,
@@ -39,12 +39,9 @@ _FLOAT32 = np.dtype("<f4")
 
 @dataclass(frozen=True, slots=True)
 class DecodedSegment:
-    """One segment of a payload.
+    """One segment of a payload: a 1-D tensor of values or differences.
 
-    Args:
-        segment: which elements.
-        values: 1-D tensor of the segment's values or differences; with a mask only the kept ones.
-        mask: which elements the values belong to, bool, shape (n,); None where it is all.
+    With a mask, bool, shape (n,), they belong to the elements that it keeps alone.
     """
 
     segment: Segment
@@ -54,12 +51,9 @@ class DecodedSegment:
 
 @dataclass(frozen=True, slots=True)
 class SegmentView:
-    """One segment of float32 values as they lie in a payload: of any bits, NaN among them.
+    """A segment of float32 values, shape (n,), as they lie in a payload: of any bits, NaN too.
 
-    Args:
-        segment: which elements.
-        values: float32, shape (n,), read-only, at any address; with a mask only the kept ones.
-        mask: as in `DecodedSegment`.
+    They are read-only, at any address; else it is as `DecodedSegment`.
     """
 
     segment: Segment
@@ -81,67 +75,65 @@ class _BlockFrames:
     levels: memoryview | None
     raw: memoryview | None
     buffers: memoryview | None
-    num_bytes: int
 
-    def decode(
-        self,
-        schema: ModelSchema,
-        header: Header,
-        executor: Executor | None,
-        *,
-        in_place: bool = False,
+
+class _Decoder:
+    """What a payload of known frames and one that comes by and by share."""
+
+    def __init__(self, schema: ModelSchema, header: Header, frozen: memoryview | None) -> None:
+        self.schema = schema
+        self.header = header
+        self._frozen = frozen
+
+    def frozen(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """Yield the frozen tensors of an initial payload."""
+        for decoded in self._plain(frozen_parts(self.schema), self._frozen):
+            spec = self.schema.tensors[decoded.segment.tensor]
+            yield spec, cast(torch.Tensor, decoded.values).reshape(spec.shape)
+
+    def _decode(
+        self, frames: _BlockFrames, executor: Executor | None, *, in_place: bool = False
     ) -> list[DecodedSegment | SegmentView]:
-        """Return its segments; plain float32 ones as views, where they may stay in place."""
-        levels = iter(self._decode_levels(executor))
-        raw = _decode_plain(schema, header, self.layout.raw, self.raw, in_place)
-        buffers = _decode_plain(schema, header, self.layout.buffers, self.buffers, in_place)
+        """Return a block's segments; plain float32 ones as views, where they may stay in place."""
+        levels: Iterator[Float32] = iter(())
+        if frames.levels is not None:
+            counts = [(segment.num_elements, code) for segment, code in frames.layout.levels]
+            levels = iter(decode_levels(frames.levels, counts, executor))
+        raw = self._plain(frames.layout.raw, frames.raw, in_place)
+        buffers = self._plain(frames.layout.buffers, frames.buffers, in_place)
         segments: list[DecodedSegment | SegmentView] = []
-        for segment, code in zip(schema.blocks[self.number].segments, self.codes, strict=True):
+        held = self.schema.blocks[frames.number].segments
+        for segment, code in zip(held, frames.codes, strict=True):
             if code.coding is Coding.LEVELS:
-                segments.append(next(levels))
+                segments.append(DecodedSegment(segment, torch.from_numpy(next(levels))))
             elif code.coding is Coding.CONSTANT:
                 constant = torch.full((segment.num_elements,), code.offset, dtype=torch.float32)
                 segments.append(DecodedSegment(segment, constant))
             else:
-                is_buffer = schema.tensors[segment.tensor].role is Role.BUFFER
+                is_buffer = self.schema.tensors[segment.tensor].role is Role.BUFFER
                 segments.append(next(buffers if is_buffer else raw))
         return segments
 
-    def _decode_levels(self, executor: Executor | None) -> list[DecodedSegment]:
-        if self.levels is None:
-            return []
-        counts = [(segment.num_elements, code) for segment, code in self.layout.levels]
-        decoded = decode_levels(self.levels, counts, executor)
-        return [
-            DecodedSegment(segment, torch.from_numpy(values))
-            for (segment, _), values in zip(self.layout.levels, decoded, strict=True)
-        ]
-
-
-def _decode_plain(
-    schema: ModelSchema,
-    header: Header,
-    parts: tuple[PlainPart, ...],
-    frame: memoryview | None,
-    in_place: bool = False,
-) -> Iterator[DecodedSegment | SegmentView]:
-    """Yield the segments of a frame of plain values."""
-    if frame is None:
-        return
-    if header.is_lossless:
-        lengths = [part.num_bytes for part in parts]
-        frame = memoryview(decompress(frame, lengths, [part.dtype.itemsize for part in parts]))
-    position = 0
-    for part in parts:
-        part_bytes = frame[position : position + part.num_bytes]
-        position += part.num_bytes
-        # As NumPy, since torch warns of read-only memory; aggregation looks for NaN as it adds.
-        if in_place and part.dtype is torch.float32:
-            yield SegmentView(part.segment, np.frombuffer(part_bytes, _FLOAT32), part.mask)
-        else:
-            values = from_bytes(part_bytes, part.dtype)
-            refuse_not_finite(schema.tensors[part.segment.tensor], values)
-            yield DecodedSegment(part.segment, values, part.mask)
+    def _plain(
+        self, parts: tuple[PlainPart, ...], frame: memoryview | None, in_place: bool = False
+    ) -> Iterator[DecodedSegment | SegmentView]:
+        """Yield the segments of a frame of plain values."""
+        if frame is None:
+            return
+        if self.header.is_lossless:
+            lengths = [part.num_bytes for part in parts]
+            frame = memoryview(decompress(frame, lengths, [part.dtype.itemsize for part in parts]))
+        position = 0
+        for part in parts:
+            part_bytes = frame[position : position + part.num_bytes]
+            position += part.num_bytes
+            # As NumPy, since torch warns of read-only memory; aggregation looks for NaN itself.
+            if in_place and part.dtype is torch.float32:
+                yield SegmentView(part.segment, np.frombuffer(part_bytes, _FLOAT32), part.mask)
+            else:
+                values = from_bytes(part_bytes, part.dtype)
+                refuse_not_finite(self.schema.tensors[part.segment.tensor], values)
+                yield DecodedSegment(part.segment, values, part.mask)
 
 
 def refuse_not_finite(spec: TensorSpec, values: torch.Tensor) -> None:
@@ -159,45 +151,38 @@ class _FrameReader:
 
     def __init__(self, cursor: Cursor, schema: ModelSchema) -> None:
         self._cursor = cursor
-        self._schema = schema
+        self.schema = schema
         self.header = read_header(cursor, schema)
-        self.codes = tuple(
+        self._codes = [
             tuple(read_code(cursor, schema, self.header, s) for s in schema.blocks[n].segments)
             for n in self.header.coded
-        )
-        self.num_bytes = ByteCount()
+        ]
+        self.traffic = PayloadTraffic()
 
     def frozen(self) -> memoryview | None:
         """Return the frame of the frozen tensors, None where there is none."""
-        if not self.header.holds_frozen(self._schema):
+        if not self.header.holds_frozen(self.schema):
             return None
-        parts = frozen_parts(self._schema)
+        parts = frozen_parts(self.schema)
         frame = self._plain_frame(parts, "the frame of frozen tensors")
-        self.num_bytes.raw += len(frame)
-        self.num_bytes.nominal_bits += 8 * sum(part.num_bytes for part in parts)
+        self.traffic.add_frozen(len(frame or b""), parts)
         return frame
 
     def blocks(self) -> Iterator[_BlockFrames]:
         """Yield the frames of the held blocks."""
-        for number, codes in zip(self.header.coded, self.codes, strict=True):
-            block = self._schema.blocks[number]
-            start = self._cursor.position
-            layout = lay_out(self._schema, self.header, number, codes)
-            levels = raw = buffers = None
-            if layout.levels:
-                levels = self._level_frame(layout, f"the levels of block {block.name!r}")
-                self.num_bytes.levels += len(levels)
-            if layout.raw:
-                raw = self._plain_frame(layout.raw, f"the values of block {block.name!r}")
-                self.num_bytes.raw += len(raw)
-            if layout.buffers:
-                buffers = self._plain_frame(layout.buffers, f"the buffers of block {block.name!r}")
-                self.num_bytes.buffers += len(buffers)
-            self.num_bytes.nominal_bits += layout.nominal_bits
-            length = self._cursor.position - start
-            yield _BlockFrames(number, codes, layout, levels, raw, buffers, length)
+        for number, codes in zip(self.header.coded, self._codes, strict=True):
+            name, start = self.schema.blocks[number].name, self._cursor.position
+            layout = lay_out(self.schema, self.header, number, codes)
+            levels = self._level_frame(layout, f"the levels of block {name!r}")
+            raw = self._plain_frame(layout.raw, f"the values of block {name!r}")
+            buffers = self._plain_frame(layout.buffers, f"the buffers of block {name!r}")
+            sizes = [len(frame or b"") for frame in (levels, raw, buffers)]
+            self.traffic.add_block(number, layout, sizes, self._cursor.position - start)
+            yield _BlockFrames(number, codes, layout, levels, raw, buffers)
 
-    def _level_frame(self, layout: BlockLayout, what: str) -> memoryview:
+    def _level_frame(self, layout: BlockLayout, what: str) -> memoryview | None:
+        if not layout.levels:
+            return None
         # Lengths are limited before their bytes are waited for: a stream could name any.
         length = self._cursor.varint(f"the length of {what}")
         if length > layout.most_level_bytes:
@@ -207,7 +192,9 @@ class _FrameReader:
             )
         return self._cursor.take(length, what)
 
-    def _plain_frame(self, parts: tuple[PlainPart, ...], what: str) -> memoryview:
+    def _plain_frame(self, parts: tuple[PlainPart, ...], what: str) -> memoryview | None:
+        if not parts:
+            return None
         wanted = sum(part.num_bytes for part in parts)
         length = self._cursor.varint(f"the length of {what}")
         if self.header.is_lossless:
@@ -223,36 +210,26 @@ class _FrameReader:
         return self._cursor.take(length, what)
 
 
-def _frozen_values(
-    schema: ModelSchema, header: Header, frame: memoryview | None
-) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-    for decoded in _decode_plain(schema, header, frozen_parts(schema), frame):
-        spec = schema.tensors[decoded.segment.tensor]
-        yield spec, cast(torch.Tensor, decoded.values).reshape(spec.shape)
-
-
-@dataclass(frozen=True)
-class Payload:
+class Payload(_Decoder):
     """A whole payload that has been verified.
 
     Lengths tile it, fields are legal, the checksum holds. Values are decoded on demand; `blocks`
     can still find a damaged level stream or a value that is not finite.
     """
 
-    schema: ModelSchema
-    header: Header
-    num_bytes: ByteCount
-    _frames: tuple[_BlockFrames, ...] = field(repr=False)
-    _frozen: memoryview | None = field(repr=False)
+    def __init__(self, reader: _FrameReader, frozen: memoryview | None) -> None:
+        super().__init__(reader.schema, reader.header, frozen)
+        self._frames = tuple(reader.blocks())
+        self.traffic = reader.traffic
+
+    @property
+    def num_bytes(self) -> ByteCount:
+        """Its bytes by what they are for."""
+        return self.traffic.total
 
     @classmethod
     def parse(cls, data: Bytes, schema: ModelSchema, limits: Limits = DEFAULT_LIMITS) -> Payload:
-        """Verify a payload and find its frames.
-
-        Args:
-            data: the whole payload.
-            schema: the schema of the model that it is to be for.
-            limits: what is taken at most.
+        """Verify a whole payload for a model's schema, and find its frames.
 
         Raises:
             DecodeError: it is cut, altered, of another version, for another model, or too large.
@@ -264,41 +241,28 @@ class Payload:
         check_checksum(crc32(buffer[: -CHECKSUM.size]), buffer[-CHECKSUM.size :])
         cursor = Cursor(buffer[: -CHECKSUM.size], limits)
         reader = _FrameReader(cursor, schema)
-        frozen = reader.frozen()
-        frames = tuple(reader.blocks())
+        payload = cls(reader, reader.frozen())
         left = len(buffer) - CHECKSUM.size - cursor.position
         if left:
             raise DecodeError(
                 DecodeReason.TRAILING,
                 f"{left} bytes follow the last frame at offset {cursor.position}",
             )
-        count = reader.num_bytes
-        # Whatever is in no frame: header, codes, lengths and checksum.
-        count.header = len(buffer) - count.levels - count.raw - count.buffers
-        return cls(schema, reader.header, count, frames, frozen)
-
-    def frozen(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-        """Yield the frozen tensors of an initial payload."""
-        yield from _frozen_values(self.schema, self.header, self._frozen)
+        payload.traffic.close(len(buffer))
+        return payload
 
     def blocks(
         self, executor: Executor | None = None
     ) -> Iterator[tuple[int, list[DecodedSegment]]]:
-        """Decode block by block.
+        """Yield numbers and segments of the blocks; an executor spreads the work on large ones.
 
-        Args:
-            executor: spreads the work on large blocks.
-
-        Yields:
-            The block's number and its segments. Levels and constants give float32; plain values
-            the type in which they travelled.
+        Levels and constants give float32; plain values the type in which they travelled.
 
         Raises:
             DecodeError: a stream is damaged or a value is not finite.
         """
         for frames in self._frames:
-            segments = frames.decode(self.schema, self.header, executor)
-            yield frames.number, cast(list[DecodedSegment], segments)
+            yield frames.number, cast(list[DecodedSegment], self._decode(frames, executor))
 
     def views(self, executor: Executor | None = None) -> Iterator[DecodedBlock]:
         """Decode block by block, but leave plain float32 values where they lie.
@@ -306,8 +270,7 @@ class Payload:
         Whoever takes them looks for values that are not finite; else see `blocks`.
         """
         for frames in self._frames:
-            segments = frames.decode(self.schema, self.header, executor, in_place=True)
-            yield frames.number, segments
+            yield frames.number, self._decode(frames, executor, in_place=True)
 
     def codes(self) -> Iterator[tuple[int, Segment, SegmentCode]]:
         """Yield block number, segment and code of all that the payload holds."""
@@ -315,18 +278,6 @@ class Payload:
             segments = self.schema.blocks[frames.number].segments
             for segment, code in zip(segments, frames.codes, strict=True):
                 yield frames.number, segment, code
-
-    def block_traffic(self) -> dict[int, BlockTraffic]:
-        """Return what each held block takes, by block number."""
-        return {
-            frames.number: BlockTraffic(
-                payloads=1,
-                num_bytes=frames.num_bytes,
-                nominal_bits=frames.layout.nominal_bits,
-                levels=frames.layout.mean_levels,
-            )
-            for frames in self._frames
-        }
 
 
 class _ChunkCursor(Cursor):
@@ -367,11 +318,7 @@ class _ChunkCursor(Cursor):
         )
 
     def close(self) -> None:
-        """Check that the checksum, and nothing else, is left.
-
-        Raises:
-            DecodeError: it is not.
-        """
+        """Raise DecodeError unless the checksum, and nothing else, is left."""
         came = self.checksum
         check_checksum(came, self.take(CHECKSUM.size, "the checksum"))
         for rest in chain([self._buffer], self._chunks):
@@ -379,13 +326,10 @@ class _ChunkCursor(Cursor):
                 raise DecodeError(DecodeReason.TRAILING, "bytes follow the checksum")
 
 
-class PayloadStream:
+class PayloadStream(_Decoder):
     """A payload that is decoded while it comes in, with memory for its largest block alone.
 
-    Args:
-        chunks: the payload in pieces of any size.
-        schema: the schema of the model that it is to be for.
-        limits: what is taken at most.
+    It comes in pieces of any size, and is to be for the model of a schema.
 
     Raises:
         DecodeError: its header is not legal, or for another model.
@@ -394,15 +338,11 @@ class PayloadStream:
     def __init__(
         self, chunks: Iterable[Bytes], schema: ModelSchema, limits: Limits = DEFAULT_LIMITS
     ) -> None:
-        self._cursor = _ChunkCursor(chunks, limits)
-        self._reader = _FrameReader(self._cursor, schema)
-        self._frozen = self._reader.frozen()
-        self.schema = schema
-        self.header = self._reader.header
-
-    def frozen(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-        """Yield the frozen tensors of an initial payload."""
-        yield from _frozen_values(self.schema, self.header, self._frozen)
+        cursor = _ChunkCursor(chunks, limits)
+        reader = _FrameReader(cursor, schema)
+        super().__init__(schema, reader.header, reader.frozen())
+        self._cursor = cursor
+        self._reader = reader
 
     def blocks(
         self, executor: Executor | None = None
@@ -417,6 +357,5 @@ class PayloadStream:
                 hold, or something follows it.
         """
         for frames in self._reader.blocks():
-            segments = frames.decode(self.schema, self.header, executor)
-            yield frames.number, cast(list[DecodedSegment], segments)
+            yield frames.number, cast(list[DecodedSegment], self._decode(frames, executor))
         self._cursor.close()

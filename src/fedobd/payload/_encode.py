@@ -42,7 +42,7 @@ from fedobd.payload._frames import (
     plain_dtype,
 )
 from fedobd.payload._header import Header
-from fedobd.payload._traffic import BlockTraffic, ByteCount, PayloadTraffic
+from fedobd.payload._traffic import PayloadTraffic
 from fedobd.payload._wire import CHECKSUM, pack_header
 
 Source = Callable[[Segment], torch.Tensor]
@@ -53,13 +53,10 @@ Codes = list[list[SegmentCode]]
 
 @dataclass(frozen=True, slots=True)
 class EncodedPayload:
-    """A payload with its traffic, counted while it was made.
+    """A payload in chunks, with its traffic, counted while it was made.
 
-    Args:
-        chunks: the payload in pieces. A piece may be a view of the values that were encoded, so
-            that plain values of a large model are not copied to be sent: it is good for as long
-            as they do not change.
-        traffic: what it takes.
+    A chunk may be a view of the values that were encoded, so that those of a large model are not
+    copied to be sent: it is good for as long as they do not change.
     """
 
     chunks: tuple[Bytes, ...]
@@ -85,20 +82,12 @@ def encode_payload(
     frozen: Callable[[TensorSpec], torch.Tensor] | None = None,
     executor: Executor | None = None,
 ) -> EncodedPayload:
-    """Encode a payload, block by block.
+    """Encode a payload, block by block; its chunks may be views of what the source gave.
 
-    Args:
-        schema: the model's schema.
-        header: what it says.
-        source: gives the elements of a segment, 1-D, on any device: values, or for parameters of a
-            payload of differences the float32 differences.
-        quantizer: how parameters are coded.
-        generator: draws of a stochastic quantizer.
-        frozen: gives the values of frozen tensors; wanted in an initial payload, and only there.
-        executor: spreads the work on large blocks; the bytes are the same with and without.
-
-    Returns:
-        The payload, whose chunks may be views of what the source gave.
+    The source gives the elements of a segment, 1-D, on any device: values, or for parameters of a
+    payload of differences the float32 differences. `generator` is for draws of a stochastic
+    quantizer; `frozen` gives the values of frozen tensors, wanted in an initial payload alone. An
+    executor spreads the work on large blocks; the bytes are the same with and without.
 
     Raises:
         UsageError: a value is NaN or infinite; the message names the tensor.
@@ -127,18 +116,9 @@ def encode_payloads(
 ) -> list[EncodedPayload]:
     """Encode one payload a client, block by block for all of them.
 
-    Args:
-        schema: the model's schema.
-        headers: what each says; all of one kind and method.
-        source: as in `encode_payload`, for all clients: any floating type, shape
-            (clients, elements).
-        quantizers: how each one's parameters are coded.
-        generator: draws of a stochastic quantizer for a client, by its place among the headers.
-        frozen: as in `encode_payload`.
-        executor: likewise.
-
-    Returns:
-        A payload for each header, whose chunks may be views of what the source gave.
+    All is as in `encode_payload`, but headers and quantizers are one a client, all headers of one
+    kind and method; the source gives floats of shape (clients, elements); and the generator gives
+    a client's draws, by its place among the headers.
 
     Raises:
         UsageError: a value is NaN or infinite; the message names the tensor.
@@ -158,18 +138,13 @@ def encode_payloads(
 
 
 class _Writer:
-    """Puts a payload together, and counts what it takes.
-
-    Args:
-        header: the bytes of its header.
-    """
+    """Puts a payload together after the bytes of its header, and counts what it takes."""
 
     def __init__(self, header: bytes) -> None:
         self._chunks: list[Bytes] = []
         self._num_bytes = 0
         self._checksum = 0
-        self._count = ByteCount()
-        self._blocks: dict[int, BlockTraffic] = {}
+        self._traffic = PayloadTraffic()
         self._add(header)
 
     def _add(self, chunk: Bytes) -> None:
@@ -185,41 +160,24 @@ class _Writer:
             self._add(piece)
         return length
 
-    def add_frozen(self, pieces: Sequence[Bytes], nominal_bits: int) -> None:
+    def add_frozen(self, pieces: Sequence[Bytes], parts: Sequence[PlainPart]) -> None:
         """Add the frame of the frozen tensors."""
-        self._count.raw += self._add_frame(pieces)
-        self._count.nominal_bits += nominal_bits
+        self._traffic.add_frozen(self._add_frame(pieces), parts)
 
     def add_block(
-        self,
-        number: int,
-        layout: BlockLayout,
-        levels: Sequence[Bytes],
-        raw: Sequence[Bytes],
-        buffers: Sequence[Bytes],
+        self, number: int, layout: BlockLayout, frames: Sequence[Sequence[Bytes]]
     ) -> None:
-        """Add the frames of a block; those that its layout lacks are left out."""
+        """Add a block's frames of levels, values, buffers; those that its layout lacks are not."""
         start = self._num_bytes
-        if layout.levels:
-            self._count.levels += self._add_frame(levels)
-        if layout.raw:
-            self._count.raw += self._add_frame(raw)
-        if layout.buffers:
-            self._count.buffers += self._add_frame(buffers)
-        self._count.nominal_bits += layout.nominal_bits
-        self._blocks[number] = BlockTraffic(
-            payloads=1,
-            num_bytes=self._num_bytes - start,
-            nominal_bits=layout.nominal_bits,
-            levels=layout.mean_levels,
-        )
+        wanted = layout.levels, layout.raw, layout.buffers
+        sizes = [self._add_frame(f) if of else 0 for f, of in zip(frames, wanted, strict=True)]
+        self._traffic.add_block(number, layout, sizes, self._num_bytes - start)
 
     def finish(self) -> EncodedPayload:
         """Return the payload, its checksum added."""
         self._add(CHECKSUM.pack(self._checksum))
-        count = self._count
-        count.header = self._num_bytes - count.levels - count.raw - count.buffers
-        return EncodedPayload(tuple(self._chunks), PayloadTraffic(count, self._blocks))
+        self._traffic.close(self._num_bytes)
+        return EncodedPayload(tuple(self._chunks), self._traffic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +257,7 @@ class _Encoding:
                 stream = encode_levels(levels[row], self.executor) if layout.levels else b""
                 raw = self._plain(layout.raw, words, places, row)
                 buffers = self._plain(layout.buffers, words, places, row)
-                writers[place].add_block(number, layout, [stream], raw, buffers)
+                writers[place].add_block(number, layout, ([stream], raw, buffers))
 
     def _plain(
         self,
@@ -371,8 +329,7 @@ def _write_frozen(
         values = frozen(spec).reshape(-1)
         check_finite(spec.name, values)
         words.append(to_words(values, part.dtype))
-    nominal_bits = 8 * sum(part.num_bytes for part in parts)
-    writer.add_frozen(_plain_frame(header, parts, words), nominal_bits)
+    writer.add_frozen(_plain_frame(header, parts, words), parts)
 
 
 def _extremes(values: torch.Tensor) -> Float32:

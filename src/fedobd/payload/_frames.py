@@ -15,19 +15,13 @@ import torch
 
 from fedobd._errors import UsageError
 from fedobd.blocks import ModelSchema, Role, Segment
-from fedobd.codec import RAW, Coding, SegmentCode, level_bits
+from fedobd.codec import RAW, Coding, Mask, SegmentCode, level_bits
 from fedobd.payload._header import Header
 
 
 @dataclass(frozen=True, slots=True)
 class PlainPart:
-    """Plain values of a segment within a frame.
-
-    Args:
-        segment: which elements.
-        dtype: their type in the frame.
-        mask: which of them are there, bool, shape (n,); None for all.
-    """
+    """Plain values of a segment in a frame; mask: which of them are there, bool, shape (n,)."""
 
     segment: Segment
     dtype: torch.dtype
@@ -76,6 +70,22 @@ def lay_out(
     # A model sent raw has many small segments, and time goes into laying them out anew.
     if codes.count(RAW) == len(codes):
         return _lay_out_plain(schema, number, header.is_difference)
+    return _lay_out(schema, header.is_difference, header.mask, number, codes)
+
+
+@cache  # the same few layouts stand in every payload of a run
+def _lay_out_plain(schema: ModelSchema, number: int, is_difference: bool) -> BlockLayout:
+    codes = [RAW] * len(schema.blocks[number].segments)
+    return _lay_out(schema, is_difference, None, number, codes)
+
+
+def _lay_out(
+    schema: ModelSchema,
+    is_difference: bool,
+    mask: Mask | None,
+    number: int,
+    codes: Sequence[SegmentCode],
+) -> BlockLayout:
     levels: list[tuple[Segment, SegmentCode]] = []
     raw: list[PlainPart] = []
     buffers: list[PlainPart] = []
@@ -83,23 +93,15 @@ def lay_out(
         if code.coding is Coding.LEVELS:
             levels.append((segment, code))
         elif code.coding is not Coding.CONSTANT:
-            mask = _mask_of(schema, header, segment) if code.coding is Coding.MASKED else None
-            dtype = plain_dtype(schema, header.is_difference, segment)
+            kept = None
+            if code.coding is Coding.MASKED:
+                assert mask is not None
+                start = schema.mask_offset(segment)
+                kept = torch.from_numpy(mask.kept(start, start + segment.num_elements))
+            dtype = plain_dtype(schema, is_difference, segment)
             is_buffer = schema.tensors[segment.tensor].role is Role.BUFFER
-            (buffers if is_buffer else raw).append(PlainPart(segment, dtype, mask))
+            (buffers if is_buffer else raw).append(PlainPart(segment, dtype, kept))
     return BlockLayout(tuple(levels), tuple(raw), tuple(buffers))
-
-
-@cache  # the same few layouts stand in every payload of a run
-def _lay_out_plain(schema: ModelSchema, number: int, is_difference: bool) -> BlockLayout:
-    """Return the frames of a block whose segments are all raw."""
-    raw: list[PlainPart] = []
-    buffers: list[PlainPart] = []
-    for segment in schema.blocks[number].segments:
-        is_buffer = schema.tensors[segment.tensor].role is Role.BUFFER
-        part = PlainPart(segment, plain_dtype(schema, is_difference, segment))
-        (buffers if is_buffer else raw).append(part)
-    return BlockLayout((), tuple(raw), tuple(buffers))
 
 
 def frozen_parts(schema: ModelSchema) -> tuple[PlainPart, ...]:
@@ -111,20 +113,11 @@ def frozen_parts(schema: ModelSchema) -> tuple[PlainPart, ...]:
 
 
 def plain_dtype(schema: ModelSchema, is_difference: bool, segment: Segment) -> torch.dtype:
-    """Return the type of plain values.
-
-    It is that of the tensor on the wire, and float32 for differences of parameters.
-    """
+    """Return the type of plain values: the tensor's on the wire; of differences, float32."""
     spec = schema.tensors[segment.tensor]
     if is_difference and spec.role is Role.PARAMETER:
         return torch.float32
     return spec.wire_dtype
-
-
-def _mask_of(schema: ModelSchema, header: Header, segment: Segment) -> torch.Tensor:
-    assert header.mask is not None
-    start = schema.mask_offset(segment)
-    return torch.from_numpy(header.mask.kept(start, start + segment.num_elements))
 
 
 def _is_finite(values: torch.Tensor) -> bool:

@@ -27,12 +27,9 @@ class Kind(IntEnum):
 class Report:
     """What a client says of its local training.
 
-    Args:
-        num_examples: training examples, the client's weight in the mean; at least 1.
-        train_loss: mean training loss of the last local epoch.
-        num_validation_examples: examples on which the received model was validated; 0 for none.
-        validation_loss: mean loss of the received model on them.
-        validation_metric: its metric, such as accuracy in [0, 1].
+    Its examples, at least 1, are its weight in the mean; the training loss is the last local
+    epoch's mean. Validation loss and metric, such as accuracy in [0, 1], are the received model's,
+    on so many examples; 0 for none.
     """
 
     num_examples: int

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from fedobd.payload._frames import BlockLayout, PlainPart
 
 
 @dataclass(slots=True)
 class ByteCount:
     """Bytes of a payload by what they are for; `total` is the length of the payload.
 
-    Args:
-        header: header, lengths and checksum.
-        levels: compressed levels.
-        raw: plain parameter values, frozen ones included.
-        buffers: buffers.
-        nominal_bits: bits by the papers' formula, which counts levels and plain values only.
+    Lengths and checksum count as header; frozen values as raw, plain parameter values. Nominal
+    bits are by the papers' formula, which counts levels and plain values only.
     """
 
     header: int = 0
@@ -67,12 +65,32 @@ def add_traffic(parts: Iterable[BlockTraffic]) -> BlockTraffic:
 
 @dataclass(frozen=True, slots=True)
 class PayloadTraffic:
-    """What a payload takes.
+    """What a payload takes: its bytes by what they are for; and each held block, by number."""
 
-    Args:
-        total: its bytes by what they are for.
-        blocks: what each held block takes, by block number.
-    """
+    total: ByteCount = field(default_factory=ByteCount)
+    blocks: dict[int, BlockTraffic] = field(default_factory=dict)
 
-    total: ByteCount
-    blocks: dict[int, BlockTraffic]
+    def add_frozen(self, num_bytes: int, parts: Sequence[PlainPart]) -> None:
+        """Count the frame of the frozen tensors."""
+        self.total.raw += num_bytes
+        self.total.nominal_bits += 8 * sum(part.num_bytes for part in parts)
+
+    def add_block(
+        self, number: int, layout: BlockLayout, sizes: Sequence[int], num_bytes: int
+    ) -> None:
+        """Count a block: its frames of levels, values and buffers; all with their lengths."""
+        total = self.total
+        for name, size in zip(("levels", "raw", "buffers"), sizes, strict=True):
+            setattr(total, name, getattr(total, name) + size)
+        total.nominal_bits += layout.nominal_bits
+        self.blocks[number] = BlockTraffic(
+            payloads=1,
+            num_bytes=num_bytes,
+            nominal_bits=layout.nominal_bits,
+            levels=layout.mean_levels,
+        )
+
+    def close(self, num_bytes: int) -> None:
+        """Count as header what is in no frame: header, codes, lengths and checksum."""
+        total = self.total
+        total.header = num_bytes - total.levels - total.raw - total.buffers

@@ -66,10 +66,10 @@ START_FIELDS = (("start", "16s"),)
 """Field of a payload that stands for the initial model: the fingerprint of its values."""
 
 _REPORTED = tuple(name for name, _ in UPLOAD_FIELDS[1:])
-_HEADER = struct.Struct("<" + "".join(code for _, code in HEADER_FIELDS))
-_UPLOAD = struct.Struct("<" + "".join(code for _, code in UPLOAD_FIELDS))
-_MASK = struct.Struct("<" + "".join(code for _, code in MASK_FIELDS))
-_START = struct.Struct("<" + "".join(code for _, code in START_FIELDS))
+_HEADER, _UPLOAD, _MASK, _START = (
+    struct.Struct("<" + "".join(code for _, code in fields))
+    for fields in (HEADER_FIELDS, UPLOAD_FIELDS, MASK_FIELDS, START_FIELDS)
+)
 _OFFSET = struct.Struct("<f")
 _LEVELS = struct.Struct("<ff")
 CHECKSUM = struct.Struct("<I")
@@ -92,7 +92,6 @@ class Flag(IntEnum):
 _ALL_FLAGS = sum(Flag)
 
 # Looked up for each segment of each payload: making an enum member of a number takes its time.
-_KINDS = {int(kind): kind for kind in Kind}
 _CODINGS = frozenset(map(int, Coding))
 _CODING_BYTES = {coding: bytes([coding]) for coding in Coding}
 
@@ -105,17 +104,8 @@ def pack_header(
     parts = []
     if header.report is not None and header.client is not None:
         flags |= Flag.UPLOAD
-        report = header.report
-        parts.append(
-            _UPLOAD.pack(
-                header.client,
-                report.num_examples,
-                report.train_loss,
-                report.num_validation_examples,
-                report.validation_loss,
-                report.validation_metric,
-            )
-        )
+        reported = [getattr(header.report, name) for name in _REPORTED]
+        parts.append(_UPLOAD.pack(header.client, *reported))
     if header.mask is not None:
         flags |= Flag.MASK
         parts.append(_MASK.pack(header.mask.seed, header.mask.threshold))
@@ -137,17 +127,8 @@ def pack_header(
             parts.append(_OFFSET.pack(code.offset))
         elif code.coding is Coding.LEVELS:
             parts.append(write_varint(code.num_levels) + _LEVELS.pack(code.offset, code.range))
-    fixed = _HEADER.pack(
-        MAGIC,
-        VERSION,
-        header.kind,
-        header.method,
-        flags,
-        header.round,
-        header.stage,
-        schema.fingerprint,
-    )
-    return b"".join([fixed, *parts])
+    which = MAGIC, VERSION, header.kind, header.method, flags, header.round, header.stage
+    return b"".join([_HEADER.pack(*which, schema.fingerprint), *parts])
 
 
 def check_length(buffer: memoryview, limits: Limits) -> None:
@@ -178,11 +159,7 @@ def check_version(magic: bytes, version: int) -> None:
 
 
 def check_checksum(came: int, field: memoryview) -> None:
-    """Refuse a payload that was cut or altered on its way.
-
-    Raises:
-        DecodeError: the checksum of what came is not the one in the field.
-    """
+    """Refuse a payload whose checksum is not the one in the field: it was cut or altered."""
     (wanted,) = CHECKSUM.unpack(field)
     if came != wanted:
         raise DecodeError(
@@ -192,17 +169,13 @@ def check_checksum(came: int, field: memoryview) -> None:
 
 
 def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
-    """Read all of the header before the codes.
-
-    Raises:
-        DecodeError: a field is illegal, or the payload is for another model.
-    """
+    """Read all before the codes; DecodeError where a field is illegal, or the model another."""
     fixed = cursor.unpack(_HEADER, "the header")
     magic, version, kind_number, method, flags, round_number, stage, fingerprint = fixed
     check_version(magic, version)
-    if kind_number not in _KINDS:
+    if kind_number not in list(Kind):
         raise DecodeError(DecodeReason.KIND, f"payload kind {kind_number} is not known")
-    kind = _KINDS[kind_number]
+    kind = Kind(kind_number)
     if flags & ~_ALL_FLAGS:
         raise DecodeError(DecodeReason.FIELD, f"flags {flags:#x} hold an unknown bit")
     if fingerprint != schema.fingerprint:
@@ -217,11 +190,9 @@ def read_header(cursor: Cursor, schema: ModelSchema) -> Header:
         )
     client, report = _read_report(cursor) if flags & Flag.UPLOAD else (None, None)
     mask = Mask(*cursor.unpack(_MASK, "the mask")) if flags & Flag.MASK else None
-    start = None
-    if flags & Flag.START:
-        if kind not in (Kind.INITIAL, Kind.BROADCAST):
-            raise DecodeError(DecodeReason.FIELD, "only a server's payload stands for a model")
-        (start,) = cursor.unpack(_START, "the start")
+    if flags & Flag.START and kind not in (Kind.INITIAL, Kind.BROADCAST):
+        raise DecodeError(DecodeReason.FIELD, "only a server's payload stands for a model")
+    start = cursor.unpack(_START, "the start")[0] if flags & Flag.START else None
     differences = None
     if flags & Flag.BLOCK_DIFFERENCES:
         differences = _read_differences(cursor, len(schema.blocks))
@@ -259,8 +230,6 @@ def _read_differences(cursor: Cursor, num_blocks: int) -> tuple[float, ...]:
 
 def _read_bitmap(cursor: Cursor, num_blocks: int) -> tuple[int, ...]:
     part = cursor.take((num_blocks + 7) // 8, "the block bitmap")
-    if int.from_bytes(part, "little") == (1 << num_blocks) - 1:  # all, as in every broadcast
-        return tuple(range(num_blocks))
     bits = np.unpackbits(np.frombuffer(part, np.uint8), bitorder="little")
     if bits[num_blocks:].any():
         raise DecodeError(DecodeReason.FIELD, "the block bitmap names a block past the last")
@@ -270,11 +239,7 @@ def _read_bitmap(cursor: Cursor, num_blocks: int) -> tuple[int, ...]:
 def read_code(
     cursor: Cursor, schema: ModelSchema, header: Header, segment: Segment
 ) -> SegmentCode:
-    """Read the code of a segment.
-
-    Raises:
-        DecodeError: it is one that no encoder makes for this tensor.
-    """
+    """Read the code of a segment; DecodeError where no encoder makes it for this tensor."""
     spec = schema.tensors[segment.tensor]
     (coding,) = cursor.take(1, "the codings")
     if coding == Coding.RAW and header.mask is None:  # most codes there are, and always legal

@@ -19,13 +19,7 @@ from fedobd.sessions._rounds import Refusal, RoundPlan, UploadRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadRules:
-    """What decides which uploads of a round are taken, apart from the server's values.
-
-    Args:
-        plan: the round's plan.
-        block_ids: numbers of the blocks that its broadcast holds.
-        limits: what an upload may take at most.
-    """
+    """What decides which uploads are taken: a round's plan, its broadcast's blocks, the limits."""
 
     plan: RoundPlan
     block_ids: tuple[int, ...]
@@ -35,13 +29,8 @@ class UploadRules:
 class Aggregator:
     """Takes in the uploads of a round.
 
-    Args:
-        method: the run's method.
-        schema: the model's schema.
-        rules: which uploads are taken.
-        reference: the server's values W, floating tensors in float32; read, never changed.
-        executor: spreads the work on large blocks.
-        memory: see `WeightedMean`.
+    The server's values W, `reference`, have floating tensors in float32, and are read, never
+    changed. `memory` is where to keep the sums, as `num_sums` wants it; None for its own.
     """
 
     def __init__(
@@ -87,15 +76,14 @@ class Aggregator:
             raise
 
     def _accept(self, client: int, upload: Bytes) -> UploadRecord:
+        number = self.rules.plan.round
         if client not in self.rules.plan.cohort:
             raise DecodeError(
-                DecodeReason.CLIENT,
-                f"client {client} takes no part in round {self.rules.plan.round}",
+                DecodeReason.CLIENT, f"client {client} takes no part in round {number}"
             )
         if client in self.uploads:
             raise DecodeError(
-                DecodeReason.DUPLICATE,
-                f"client {client} has uploaded in round {self.rules.plan.round} already",
+                DecodeReason.DUPLICATE, f"client {client} has uploaded in round {number} already"
             )
         payload = Payload.parse(upload, self.schema, self.rules.limits)
         header, report = payload.header, payload.header.report
@@ -112,7 +100,7 @@ class Aggregator:
             block_ids=header.block_ids,
             block_differences=header.block_differences,
             uplink=payload.num_bytes,
-            uplink_blocks=tuple(payload.block_traffic().values()),
+            uplink_blocks=tuple(payload.traffic.blocks.values()),
         )
         self.uploads[client] = record
         return record
@@ -126,17 +114,11 @@ class Aggregator:
             raise DecodeError(
                 DecodeReason.CLIENT, f"client {client} sent an upload of client {header.client}"
             )
-        if not 1 <= report.num_examples <= most:
-            raise DecodeError(
-                DecodeReason.LIMIT,
-                f"client {client} claims {report.num_examples} examples; allowed are 1 to {most}",
-            )
-        if report.num_validation_examples > most:
-            raise DecodeError(
-                DecodeReason.LIMIT,
-                f"client {client} claims {report.num_validation_examples} validation examples; "
-                f"at most {most} are allowed",
-            )
+        counts = report.num_examples, report.num_validation_examples
+        for count, least, what in zip(counts, (1, 0), ("", "validation "), strict=True):
+            if not least <= count <= most:
+                claim = f"client {client} claims {count} {what}examples"
+                raise DecodeError(DecodeReason.LIMIT, f"{claim}; allowed are {least} to {most}")
         if header.is_difference is not self.method.sends_differences:
             raise DecodeError(
                 DecodeReason.METHOD,
@@ -178,10 +160,7 @@ class Aggregator:
 def check_addressed(
     header: Header, kind: Kind, method: Method, number: int | None, stage: int | None
 ) -> None:
-    """Raise DecodeError unless a payload is of this kind and method.
-
-    It must be of this round and stage too, where they are given.
-    """
+    """Raise DecodeError unless a payload is of this kind, method, and given round and stage."""
     if header.kind is not kind:
         raise DecodeError(
             DecodeReason.KIND, f"a payload of kind {header.kind.name} came; wanted {kind.name}"

@@ -1,8 +1,7 @@
 """ClientSession: one client's side of a round, without any input or output.
 
 A broadcast goes in, the state to train from comes out; the trained state goes in, the upload comes
-out. What a client must keep between rounds is the plain state that `ClientSession.state` gives and
-the constructor takes.
+out.
 """
 
 from __future__ import annotations
@@ -42,10 +41,7 @@ from fedobd.sessions._upload import Received, encode_uploads
 class Broadcast:
     """A decoded broadcast, which all clients of a round that share a process can share.
 
-    Args:
-        header: what it says.
-        values: tensors by name, in the model's element types; only the segments of held blocks
-            have meaning.
+    Values are tensors by name, in the model's element types; only held blocks' have meaning.
     """
 
     header: Header
@@ -60,15 +56,9 @@ class Broadcast:
         kind: Kind = Kind.BROADCAST,
         executor: Executor | None = None,
     ) -> Broadcast:
-        """Decode a broadcast, an initial payload or a delivery.
+        """Decode a broadcast, an initial payload or a delivery, whichever is wanted.
 
-        Args:
-            payload: the whole of it, or its chunks as they come in, of which no more is kept than
-                a block.
-            method: the run's method.
-            schema: the model's schema.
-            kind: what is wanted.
-            executor: spreads the work on large blocks.
+        It comes whole, or in chunks, of which no more is kept than a block.
 
         Raises:
             DecodeError: it is cut, altered, or of another kind, method or model.
@@ -100,10 +90,8 @@ class ClientSession:
     """One client's side of a run.
 
     Args:
-        method: the method with its options, the same as the server's.
-        schema: the model's schema.
+        method, schema, seed: the run's, the same as the server's.
         client: the client's number.
-        seed: the run's seed.
         state: what the client kept from its last round; None for a client that takes part for the
             first time.
         start: the initial model, in a run whose clients hold it already.
@@ -132,10 +120,7 @@ class ClientSession:
 
     @property
     def state(self) -> ModelState:
-        """What the client must keep for its next round.
-
-        These are the frozen tensors, and for some methods all it last received.
-        """
+        """What the client must keep: frozen tensors; for some methods all it last received."""
         return dict(self._kept)
 
     def initialize(self, payload: Bytes | Iterable[Bytes] | Broadcast) -> None:
@@ -144,11 +129,7 @@ class ClientSession:
         Raises:
             DecodeError: it is cut, altered, or not for this run's model and method.
         """
-        initial = (
-            payload
-            if isinstance(payload, Broadcast)
-            else Broadcast.decode(payload, self.method, self.schema, Kind.INITIAL, self._executor)
-        )
+        initial = self._decoded(payload, Kind.INITIAL)
         if initial.header.start is None:
             self._kept.update(initial.values)
         else:
@@ -156,6 +137,11 @@ class ClientSession:
             names = (self.schema.tensors[number].name for number in self.schema.frozen())
             whole = self.method.keeps_client_state
             self._kept.update(kept if whole else {name: kept[name] for name in names})
+
+    def _decoded(self, payload: Bytes | Iterable[Bytes] | Broadcast, kind: Kind) -> Broadcast:
+        if isinstance(payload, Broadcast):
+            return payload
+        return Broadcast.decode(payload, self.method, self.schema, kind, self._executor)
 
     def _held_start(self, fingerprint: bytes) -> ModelState:
         """Return the initial model that this client holds, once it is the run's."""
@@ -174,24 +160,15 @@ class ClientSession:
         return {spec.name: self._initial[spec.name] for spec in self.schema.tensors}
 
     def receive(self, payload: Bytes | Iterable[Bytes] | Broadcast) -> ModelState:
-        """Take in the round's broadcast.
+        """Take in the round's broadcast; return the state Ŵ to train from.
 
-        Args:
-            payload: its bytes, chunks of them, or what `Broadcast.decode` made of them.
-
-        Returns:
-            The state Ŵ to train from, by name, in the model's element types. The tensors are the
-            session's own; train on copies.
+        Its tensors, by name, in the model's element types, are the session's own; train on copies.
 
         Raises:
             DecodeError: it is cut, altered, or not for this run's model and method.
             UsageError: it holds only a part of the model, and the client has not kept the rest.
         """
-        broadcast = (
-            payload
-            if isinstance(payload, Broadcast)
-            else Broadcast.decode(payload, self.method, self.schema, executor=self._executor)
-        )
+        broadcast = self._decoded(payload, Kind.BROADCAST)
         header = broadcast.header
         held = set(header.block_ids)
         if header.start is not None:
@@ -214,18 +191,14 @@ class ClientSession:
         if spec.name not in self._kept:
             raise UsageError(
                 f"client {self.client} has not kept tensor {spec.name!r}, which this broadcast "
-                f"does not hold; "
-                "it needs an initial payload"
+                "does not hold; it needs an initial payload"
             )
         kept = self._kept[spec.name]
         if segment is None or segment.num_elements == spec.num_elements:
             start[spec.name] = kept
         else:
-            mixed = start.get(spec.name, kept).clone()
-            segment_of(mixed_state := {spec.name: mixed}, spec, segment).copy_(
-                segment_of(self._kept, spec, segment)
-            )
-            start.update(mixed_state)
+            start[spec.name] = start.get(spec.name, kept).clone()
+            segment_of(start, spec, segment).copy_(segment_of(self._kept, spec, segment))
 
     @property
     def received(self) -> Received:
@@ -241,15 +214,10 @@ class ClientSession:
         return self._received
 
     def upload(self, trained: Mapping[str, torch.Tensor], report: Report) -> EncodedPayload:
-        """Encode the trained state.
+        """Return the upload of the trained state, with bytes of its own.
 
-        Args:
-            trained: the values after local training, by name, in the model's shapes and any
-                floating type; on another device than the CPU they are quantized there.
-            report: examples, losses and validation figures.
-
-        Returns:
-            The upload, with bytes of its own.
+        Values are by name, in the model's shapes and any floating type; on another device than
+        the CPU they are quantized there.
 
         Raises:
             UsageError: nothing was received in this round, a tensor is missing or holds NaN, or no

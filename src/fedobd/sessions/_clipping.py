@@ -29,10 +29,7 @@ def bound_norms(
 ) -> Source:
     """Return a source whose segments of parameters keep their L2 norm when they are quantized.
 
-    Args:
-        source: gives the differences of a segment, float32, (clients, elements), on any device.
-        schema: the model's schema.
-        quantizers: each client's, a deterministic one; None for a client whose values stay.
+    Quantizers are each client's, deterministic ones; None for a client whose values stay.
     """
     factors: dict[Segment, torch.Tensor] = {}
 
@@ -56,13 +53,8 @@ def bound_norms(
 def shrink_factor(values: Float32, quantizer: Quantizer, repr_bits: int) -> float:
     """Return a c in [0, 1] for which the quantized c·v has no larger L2 norm than v.
 
-    It is 1 where quantization does not raise the norm; else c is lowered by what it was raised,
-    and 0 where that does not end.
-
-    Args:
-        values: v, float32, shape (n,).
-        quantizer: a deterministic one.
-        repr_bits: bits of the type that the values have in the model.
+    It is 1 where quantization by a deterministic quantizer does not raise the norm; else c is
+    lowered by what it was raised, and 0 where that does not end. Values: float32, shape (n,).
     """
     wanted = squared_norm(values)
     if not math.isfinite(wanted):

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedobd._errors import DecodeError, DecodeReason, EmptyRoundError
-from fedobd.blocks import ModelSchema, ModelState, Role, Segment, TensorSpec
+from fedobd.blocks import ModelSchema, ModelState, Role, TensorSpec
 from fedobd.payload import DecodedBlock, DecodedSegment, SegmentView, refuse_not_finite
 
 _ROOM_BITS = {Role.PARAMETER: 10, Role.BUFFER: 20}
@@ -31,6 +32,7 @@ _FLOOR_EXPONENT = {Role.PARAMETER: -4, Role.BUFFER: 0}
 """...which is taken to be at least 2^floor, for tensors that start at zero."""
 
 _NO_BASE, _NO_MASK = np.empty(0, np.float32), np.empty(0, np.bool_)
+_GIVEN_UP = np.empty(0, np.int64)
 
 Sums = NDArray[np.int64]
 """What was added up: sums and weights of the averaged tensors, the largest of integer ones."""
@@ -44,28 +46,25 @@ def num_sums(schema: ModelSchema, *, per_element: bool) -> int:
 def _numbers_of(spec: TensorSpec, per_element: bool) -> int:
     if spec.role is Role.FROZEN:
         return 0
-    return spec.num_elements * (2 if _is_counted(spec, per_element) else 1)
+    is_counted = per_element and spec.role is Role.PARAMETER and spec.is_floating
+    return spec.num_elements * (2 if is_counted else 1)
 
 
 def _is_averaged(spec: TensorSpec) -> bool:
     return spec.is_floating and spec.role is not Role.FROZEN
 
 
-def _is_counted(spec: TensorSpec, per_element: bool) -> bool:
-    return per_element and spec.role is Role.PARAMETER and spec.is_floating
-
-
 class WeightedMean:
-    """Weighted mean of what clients upload, relative to the server's values.
+    """Weighted mean of what clients upload, relative to the server's values W.
 
     Args:
         schema: the model's schema.
-        reference: the server's values W, floating tensors in float32; read, never changed.
+        reference: W, floating tensors in float32; read, never changed.
         cohort_size: the most uploads that can come.
         max_examples: the largest weight of one upload.
-        per_element: average each element over the uploads that hold it, and keep the server's
-            value where none does; otherwise what an upload does not hold counts as unchanged.
-        memory: where to keep the sums, shape (`num_sums`,), all 0; None for memory of its own.
+        per_element: average each element over the uploads that hold it, and keep W where none
+            does; otherwise what an upload does not hold counts as unchanged.
+        memory: where to keep the sums, shape (`num_sums`,), all 0; None for its own.
     """
 
     def __init__(
@@ -85,21 +84,19 @@ class WeightedMean:
         limit_bits = 62 - (cohort_size - 1).bit_length() - (max_examples - 1).bit_length()
         self._limits: list[float] = []
         self._scales: list[float] = []
-        self._base: list[NDArray[np.float32] | None] = []
+        self._base: list[NDArray[np.float32]] = []
         self._given = memory
-        self._memory: list[Sums | None] = []
+        self._memory: list[Sums] = []
         for spec in schema.tensors:
-            averaged = _is_averaged(spec)
-            exponent = 0
-            if averaged:
-                values = reference[spec.name]
-                largest = float(values.abs().max()) if values.numel() else 0.0
+            exponent, base = 0, _NO_BASE
+            if _is_averaged(spec):
+                base = reference[spec.name].reshape(-1).numpy()
+                largest = float(reference[spec.name].abs().max()) if base.size else 0.0
                 floor = _FLOOR_EXPONENT[spec.role]
                 exponent = max(math.frexp(largest)[1], floor) if largest > 0 else floor
                 exponent += _ROOM_BITS[spec.role]
             self._limits.append(math.ldexp(1.0, exponent))
             self._scales.append(math.ldexp(1.0, limit_bits - exponent))
-            base = reference[spec.name].reshape(-1).numpy() if averaged else None
             self._base.append(base)
 
     def _split(self, memory: Sums | None) -> Iterator[Sums]:
@@ -112,34 +109,21 @@ class WeightedMean:
 
     def _begin(self) -> None:
         """Make the memory ready for the first upload."""
-        parts = [*self._split(self._given)]
-        for spec, part in zip(self._schema.tensors, parts, strict=True):
+        self._memory = [*self._split(self._given)]
+        for spec, part in zip(self._schema.tensors, self._memory, strict=True):
             if part.size and not spec.is_floating:
                 part[:] = self._reference[spec.name].reshape(-1).numpy()
-        self._memory = [*parts]
 
     def merge(self, memory: Sums, num_examples: int) -> None:
-        """Add what another mean of the same round has added up.
-
-        Args:
-            memory: its sums; may be kept and changed.
-            num_examples: the weight of all its uploads.
-        """
+        """Add what another mean of the round has added up: sums (may be kept) and weight."""
+        theirs = [*self._split(memory)]
         if not self._memory:
-            self._memory = [*self._split(memory)]
+            self._memory = theirs
         else:
-            for number, theirs in enumerate(self._split(memory)):
-                averaged = _is_averaged(self._schema.tensors[number])
-                merge = np.add if averaged else np.maximum
-                mine = self._sums_of(number)
-                merge(mine, theirs, out=mine)
+            for spec, mine, other in zip(self._schema.tensors, self._memory, theirs, strict=True):
+                merge = np.add if _is_averaged(spec) else np.maximum
+                merge(mine, other, out=mine)
         self._num_examples += num_examples
-
-    def _sums_of(self, number: int) -> Sums:
-        """Return a tensor's part of the memory, unless it was given up."""
-        sums = self._memory[number]
-        assert sums is not None
-        return sums
 
     def accumulate(
         self,
@@ -150,11 +134,9 @@ class WeightedMean:
     ) -> None:
         """Add one upload, wholly or not at all.
 
-        Args:
-            blocks: decodes it block by block; called again, to subtract what was added, if a fault
-                is found on the way.
-            num_examples: its weight, n_k.
-            differences: whether parameters are differences; buffers are always values.
+        `blocks` decodes it; it is called again, to subtract what was added, if a fault is found on
+        the way. Its weight n_k is num_examples. `differences` says what parameters are; buffers
+        are always values.
 
         Raises:
             DecodeError: a block is damaged, a value is not finite or a difference is beyond the
@@ -162,57 +144,36 @@ class WeightedMean:
         """
         if not self._memory:
             self._begin()
-        integers: list[tuple[Segment, torch.Tensor]] = []
+        integers: list[DecodedSegment] = []
         added = 0
         try:
-            for _, segments in blocks():
-                for one in segments:
-                    if self._schema.tensors[one.segment.tensor].is_floating:
-                        self._add(one, num_examples, differences, sign=1)
-                        added += 1
-                    elif isinstance(one, DecodedSegment):
-                        integers.append((one.segment, one.values))
+            for one in (segment for _, segments in blocks() for segment in segments):
+                if self._schema.tensors[one.segment.tensor].is_floating:
+                    self._add(one, num_examples, differences)
+                elif isinstance(one, DecodedSegment):
+                    integers.append(one)
+                added += 1
         except BaseException:
-            self._take_back(blocks, added, num_examples, differences)
+            # No more is decoded again than was added: what comes next may be what is damaged.
+            again = (segment for _, segments in blocks() for segment in segments)
+            for one in islice(again, added):
+                if self._schema.tensors[one.segment.tensor].is_floating:
+                    self._add(one, -num_examples, differences)
             raise
-        for segment, values in integers:
-            largest = self._sums_of(segment.tensor)[segment.start : segment.stop]
-            np.maximum(largest, values.numpy(), out=largest)
+        for one in integers:
+            largest = self._memory[one.segment.tensor][one.segment.start : one.segment.stop]
+            np.maximum(largest, one.values.numpy(), out=largest)
         self._num_examples += num_examples
 
-    def _take_back(
-        self,
-        blocks: Callable[[], Iterable[DecodedBlock]],
-        added: int,
-        num_examples: int,
-        differences: bool,
-    ) -> None:
-        """Subtract the first segments of an upload, as many as were added."""
-        for _, segments in blocks() if added else ():
-            for one in segments:
-                if self._schema.tensors[one.segment.tensor].is_floating:
-                    self._add(one, num_examples, differences, sign=-1)
-                    added -= 1
-                    if added == 0:
-                        return
-
-    def _add(
-        self,
-        one: DecodedSegment | SegmentView,
-        num_examples: int,
-        differences: bool,
-        *,
-        sign: int,
-    ) -> None:
-        """Add a segment's contribution, or subtract it, after a look at its range."""
+    def _add(self, one: DecodedSegment | SegmentView, weight: int, differences: bool) -> None:
+        """Add a segment, or subtract it by a negative weight, after a look at its range."""
         import fedobd.codec.kernels as kernels  # when first needed: importing numba takes its time
 
         segment = one.segment
         spec = self._schema.tensors[segment.tensor]
         where = slice(segment.start, segment.stop)
-        base, numbers = self._base[segment.tensor], self._sums_of(segment.tensor)
+        base, numbers = self._base[segment.tensor], self._memory[segment.tensor]
         sums, weights = numbers[: spec.num_elements], numbers[spec.num_elements :]
-        assert base is not None
         values = one.values
         if isinstance(values, torch.Tensor):
             values = values.to(torch.float32).numpy()
@@ -223,7 +184,7 @@ class WeightedMean:
             _NO_BASE if is_relative else base[where],
             _NO_MASK if one.mask is None else one.mask.numpy(),
             limit,
-            sign * num_examples * self._scales[segment.tensor],
+            weight * self._scales[segment.tensor],
             sums[where],
         )
         if too_large >= 0:
@@ -234,18 +195,15 @@ class WeightedMean:
                 f"in one round; at most {limit:.3g} is accepted",
             )
         if weights.size:
-            held = weights[where]
-            held += num_examples * sign * (1 if one.mask is None else one.mask.numpy())
+            weights[where] += weight * (1 if one.mask is None else one.mask.numpy())
 
     def finish(self) -> ModelState:
         """Return the new values: reference plus mean difference; integer tensors take the largest.
 
-        The sums are given up on the way, so that old and new values never stand beside all of
-        them.
+        Sums are given up on the way, so that old and new values never stand beside all of them.
 
         Raises:
-            EmptyRoundError: nothing was accumulated, so that the mean can still be used; or it has
-                been finished already.
+            EmptyRoundError: nothing was accumulated, or the mean has been finished already.
         """
         import fedobd.codec.kernels as kernels  # when first needed: importing numba takes its time
 
@@ -254,7 +212,7 @@ class WeightedMean:
         state: ModelState = {}
         for number, spec in enumerate(self._schema.tensors):
             before = self._reference[spec.name]
-            sums = self._sums_of(number)
+            sums = self._memory[number]
             if spec.role is Role.FROZEN:
                 state[spec.name] = before
                 continue
@@ -272,6 +230,6 @@ class WeightedMean:
                 after.reshape(-1).numpy(),
             )
             state[spec.name] = after
-            self._memory[number] = None
+            self._memory[number] = _GIVEN_UP
         self._num_examples = 0
         return state

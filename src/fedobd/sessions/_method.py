@@ -24,16 +24,11 @@ Memory = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferSpec:
-    """How a state is to travel.
+    """How a state is to travel: which blocks, ascending, and how their parameters are coded.
 
-    Args:
-        block_ids: numbers of the blocks that travel, ascending.
-        quantizer: how their parameters are coded.
-        mask: which elements of them travel; None for all.
-        block_differences: mean block differences that travel with an upload.
-        lossless: whether plain values are compressed, without loss.
-        bound_norm: whether differences are shrunk where needed, so that quantization raises the
-            L2 norm of none.
+    With a mask only some elements travel. Mean block differences travel with an upload. `lossless`
+    compresses plain values; `bound_norm` shrinks differences where needed, so that quantization
+    raises the L2 norm of none.
     """
 
     block_ids: tuple[int, ...]
@@ -48,13 +43,8 @@ class TransferSpec:
 class UplinkContext:
     """What a client knows when it decides what to upload.
 
-    Args:
-        schema: the model's schema.
-        round: the round's number.
-        stage: its stage.
-        received: the blocks that the broadcast held.
-        seed: the seed of this client's choices in this round.
-        block_differences: computes the mean block difference of every block.
+    `received` are the blocks that the broadcast held; `seed` is for this client's choices in this
+    round; `block_differences` computes the mean block difference of every block.
     """
 
     schema: ModelSchema

@@ -16,15 +16,9 @@ from fedobd.sessions._rounds import RoundPlan, RoundRecord, UploadRecord, weight
 class OpenRound:
     """A round that has begun.
 
-    Args:
-        plan: what is planned.
-        transfer: how the broadcast is coded.
-        aggregator: what takes in its uploads.
-        broadcast: its broadcast, once it was made.
-        initial: its initial payload, once it was made; the same for all clients.
-        initialized: clients that were sent one.
-        resent: clients that were sent initial payload and broadcast again, each as often as it
-            was.
+    Broadcast and initial payload are made once, when they are wanted. `initialized` are the
+    clients that were sent the latter; `resent` those that were sent both again, as often as they
+    were.
     """
 
     plan: RoundPlan
@@ -35,25 +29,22 @@ class OpenRound:
     initialized: set[int] = field(default_factory=set)
     resent: list[int] = field(default_factory=list)
 
-    def _times_sent(self) -> tuple[int, int]:
-        """Return how often broadcast and initial payload went down."""
+    def _sent(self) -> list[tuple[ByteCount, int]]:
+        """Return what broadcast and initial payload take, and how often each went down."""
         again = len(self.resent)
-        return len(self.plan.cohort) + again, len(self.initialized) + again
+        return [
+            (_total(self.broadcast), len(self.plan.cohort) + again),
+            (_total(self.initial), len(self.initialized) + again),
+        ]
 
     def traffic(self) -> tuple[int, int]:
         """Return the bytes that went up and down so far."""
         uploads = sum(upload.uplink.total for upload in self.aggregator.uploads.values())
         refused = sum(refusal.uplink_bytes for refusal in self.aggregator.refusals)
-        broadcasts, initials = self._times_sent()
-        down = _total(self.broadcast).total * broadcasts + _total(self.initial).total * initials
-        return uploads + refused, down
+        return uploads + refused, sum(count.total * times for count, times in self._sent())
 
     def record(self, num_blocks: int, aborted_bytes: tuple[int, int]) -> RoundRecord:
-        """Return the round's record.
-
-        Args:
-            num_blocks: how many blocks the schema has.
-            aborted_bytes: what attempts at the round took that were aborted, up and down.
+        """Return the round's record; aborted attempts at it took bytes too, up and down.
 
         Raises:
             UsageError: no broadcast was made.
@@ -62,8 +53,7 @@ class OpenRound:
             raise UsageError(f"round {self.plan.round} was ended before its broadcast was made")
         uploads = tuple(self.aggregator.uploads[c] for c in sorted(self.aggregator.uploads))
         refusals = sorted(self.aggregator.refusals, key=lambda r: (r.client, r.message))
-        broadcast, initial = self.broadcast.traffic, _total(self.initial)
-        broadcasts, initials = self._times_sent()
+        broadcast, (initial, initials) = self.broadcast.traffic, self._sent()[1]
         uplink_bytes, downlink_bytes = self.traffic()
         reports = [upload.report for upload in uploads]
         examples = [report.num_examples for report in reports]
@@ -82,8 +72,7 @@ class OpenRound:
             uplink_bytes=uplink_bytes + aborted_bytes[0],
             downlink_bytes=downlink_bytes + aborted_bytes[1],
             uplink_nominal_bits=sum(upload.uplink.nominal_bits for upload in uploads),
-            downlink_nominal_bits=broadcast.total.nominal_bits * broadcasts
-            + initial.nominal_bits * initials,
+            downlink_nominal_bits=sum(count.nominal_bits * n for count, n in self._sent()),
             uplink_blocks=_by_block(uploads, num_blocks),
             broadcast=broadcast.total,
             broadcast_blocks=tuple(

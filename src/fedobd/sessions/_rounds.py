@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
 import torch
 
-from fedobd._errors import UsageError
+from fedobd._errors import UsageError, check_choice
 from fedobd._seeds import make_generator
 from fedobd.payload import BlockTraffic, ByteCount, Report
 
@@ -21,10 +21,7 @@ from fedobd.payload import BlockTraffic, ByteCount, Report
 def cohort_size(cohort: int | float, num_clients: int) -> int:
     """Return how many of the clients take part in a round.
 
-    Args:
-        cohort: a count (int), or a fraction in (0, 1] (float) of the clients, rounded down, at
-            least 1.
-        num_clients: all clients.
+    A cohort is a count (int), or a fraction in (0, 1] (float) of them, rounded down, at least 1.
 
     Raises:
         UsageError: the count is above the number of clients.
@@ -62,15 +59,8 @@ def sample_cohort(
     """Return the clients of a round, ascending.
 
     They are a uniform sample without replacement that depends on seed, round and `available`
-    alone: the first of one random order of all clients that are available.
-
-    Args:
-        cohort: count, or fraction of all clients.
-        num_clients: all clients.
-        seed: the run's seed.
-        round_number: the round.
-        available: the clients that can be reached; None for all. Where they are fewer than the
-            cohort wants, all of them take part.
+    (the clients that can be reached; None for all) alone: the first of one random order. Where
+    fewer are available than the cohort (a count, or a fraction of all) wants, all take part.
     """
     size = cohort_size(cohort, num_clients)
     generator = make_generator(seed, "cohort", round_number)
@@ -83,15 +73,10 @@ def sample_cohort(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A run of like rounds.
+    """Like rounds, so many at most, with their local epochs and cohort (a count or fraction).
 
-    Args:
-        number: 1 or 2.
-        rounds: how many rounds at most.
-        epochs: local epochs of each round.
-        cohort: count or fraction of the clients in each round.
-        one_schedule: whether the learning-rate schedule goes on from round to round; else each
-            round starts it anew.
+    With `one_schedule` the learning-rate schedule goes on from round to round; else each round
+    starts it anew.
     """
 
     number: int
@@ -139,13 +124,8 @@ class RoundPlan:
 class UploadRecord:
     """One accepted upload.
 
-    Args:
-        client: who sent it.
-        report: what it said of its training; `report.num_examples` is its weight.
-        block_ids: numbers of the blocks that it holds.
-        block_differences: mean block difference of every block, where the method sends it.
-        uplink: bytes by what they are for.
-        uplink_blocks: what each of those blocks took, in the order of block_ids.
+    `report.num_examples` is its weight. Mean block differences are of every block, where the
+    method sends them; `uplink_blocks` are what the held blocks took, in the order of block_ids.
     """
 
     client: int
@@ -168,14 +148,10 @@ class UploadRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """One upload that was refused, or never came.
+    """One upload that was refused, or never came, on a client's connection.
 
-    Args:
-        client: whose connection it came on.
-        reason: the kind of fault: a `DecodeReason`, or what an engine says of an upload that did
-            not come (`"late"`, `"failed"`).
-        message: the fault in words.
-        uplink_bytes: its length; it was sent all the same.
+    The reason is a `DecodeReason`, or what an engine says of an upload that did not come
+    (`"late"`, `"failed"`). Its bytes were sent all the same.
     """
 
     client: int
@@ -189,11 +165,8 @@ class RoundRecord:
     """What happened in a round.
 
     Args:
-        round: its number.
-        stage: its stage.
-        cohort: the clients that were asked.
-        uploads: accepted uploads by client.
-        refusals: refused or missing ones in order of client.
+        round, stage, cohort: as in its plan.
+        uploads: accepted uploads by client; `refusals`: refused or missing ones, likewise.
         train_loss: mean over accepted uploads, weighted by examples.
         validation_loss: mean over accepted uploads of the received model's loss, weighted by
             validation examples; None without any.
@@ -207,10 +180,9 @@ class RoundRecord:
         uplink_blocks: what each block of the schema took in the accepted uploads.
         broadcast: bytes of one broadcast by what they are for.
         broadcast_blocks: what each block of the schema took in one broadcast.
-        initial_bytes: bytes of the initial payloads of this round, part of downlink_bytes.
-        initialized: clients that were sent one.
-        reinitialized: clients that had lost what an earlier one gave them, and were sent initial
-            payload and broadcast again.
+        initial_bytes: bytes of the round's initial payloads, part of downlink_bytes.
+        initialized: clients that were sent one; `reinitialized`: those that had lost what an
+            earlier one gave them, and were sent initial payload and broadcast again.
     """
 
     round: int
@@ -237,12 +209,8 @@ class RoundRecord:
 
         The names are those of the file format, which are older than the attributes'.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = asdict(replace(self, uploads=()))
         del values["uploads"]
-        values["refusals"] = [asdict(refusal) for refusal in self.refusals]
-        values["uplink_blocks"] = [asdict(traffic) for traffic in self.uplink_blocks]
-        values["broadcast"] = asdict(self.broadcast)
-        values["broadcast_blocks"] = [asdict(traffic) for traffic in self.broadcast_blocks]
         values["opening_bytes"] = values.pop("initial_bytes")
         values["opened"] = values.pop("initialized")
         values["reopened"] = values.pop("reinitialized")
@@ -289,10 +257,7 @@ class EarlyStop:
     patience: int = 5
 
     def __post_init__(self) -> None:
-        if self.source not in ("off", "validation", "test"):
-            raise UsageError(
-                f"early stop on {self.source!r}; allowed are 'off', 'validation' and 'test'"
-            )
+        check_choice("the early stop's source", self.source, ("off", "validation", "test"))
         if not is_count(self.patience):
             raise UsageError(f"patience is {self.patience}; allowed are numbers of rounds from 1")
         if not 0 <= self.min_gain < math.inf:
@@ -322,17 +287,9 @@ class StopWatch:
 class Progress:
     """Where a run stands between two rounds.
 
-    Args:
-        rounds: rounds that were ended.
-        stage: index of the current stage.
-        stage_rounds: rounds ended in it.
-        watch: the early stop's state in it.
-        initialized: clients that have had their initial payload.
-        uploads_by_block: accepted uploads of each block in stage 1.
-        memory: what the method keeps between rounds.
-        start: fingerprint of the initial model in hexadecimal, where clients hold it already.
-        aborted_uplink: bytes of uploads in rounds that were aborted since the last one that ended.
-        aborted_downlink: the same of what went down.
+    `stage` is an index; uploads by block are the accepted ones of stage 1; `start` is the initial
+    model's fingerprint in hexadecimal, where clients hold it already; aborted bytes are those
+    since the last round that ended.
     """
 
     rounds: int = 0

@@ -27,15 +27,9 @@ def subtract(
     first) and are added in pairs: the same bits on every machine, which a library's reduction does
     not promise. On another device they are added up there, in its own order.
 
-    Args:
-        now: shape (clients, m), floating, on any device.
-        before: shape (clients, m), floating; or (1, m), the same for all.
-        start: where the part begins.
-        stop: where it ends.
-
-    Returns:
-        now - before, float32, shape (clients, stop - start); and float64, shape (clients,); where
-        `now` lies.
+    now: floating, shape (clients, m), on any device; before: the same, or (1, m), alike for all.
+    Both results lie where `now` does: float32, shape (clients, stop - start); and float64,
+    shape (clients,).
     """
     part = slice(start, stop)
     if now.device.type != "cpu":
@@ -70,32 +64,22 @@ def mean_block_differences(
 ) -> list[tuple[float, ...]]:
     """Return each client's mean block difference ‖vec(Ŵ[b]) - vec(W_k[b])‖₂ / |b| of each block.
 
-    Args:
-        schema: the model's schema.
-        squared_norms: gives the sums of squares of the differences of a segment of a parameter,
-            float64, shape (clients,).
-
-    Returns:
-        For each client one number for each block, 0 for a block of buffers alone.
+    `squared_norms` gives the sums of squares of a segment's differences, float64, shape
+    (clients,). A block of buffers alone has 0.
     """
+    sizes = {n: b.num_parameters for n, b in enumerate(schema.blocks) if b.num_parameters}
     totals = []
-    for block in schema.blocks:
-        if block.num_parameters:
-            norms = [
-                squared_norms(segment)
-                for segment in block.segments
-                if schema.tensors[segment.tensor].role is Role.PARAMETER
-            ]
-            totals.append(sum(norms[1:], norms[0]))
+    for number in sizes:
+        segments = schema.blocks[number].segments
+        trained = [s for s in segments if schema.tensors[s.tensor].role is Role.PARAMETER]
+        norms = list(map(squared_norms, trained))
+        totals.append(sum(norms[1:], norms[0]))
     means = []
-    for client_totals in torch.stack(totals, dim=1).tolist():
-        coming = iter(client_totals)
-        means.append(
-            tuple(
-                math.sqrt(next(coming)) / block.num_parameters if block.num_parameters else 0.0
-                for block in schema.blocks
-            )
-        )
+    for of_client in torch.stack(totals, dim=1).tolist():
+        mean = dict.fromkeys(range(len(schema.blocks)), 0.0)
+        for (number, size), total in zip(sizes.items(), of_client, strict=True):
+            mean[number] = math.sqrt(total) / size
+        means.append(tuple(mean.values()))
     return means
 
 
@@ -116,17 +100,9 @@ def oversized_blocks(schema: ModelSchema, dropout_rate: float) -> tuple[int, ...
 
 
 def fill_budget(schema: ModelSchema, order: Sequence[int], budget: int) -> tuple[int, ...]:
-    """Choose blocks in the given order while they fit.
+    """Return the blocks that are chosen, ascending, most wanted first, within a parameter budget.
 
-    A block that does not fit is skipped, and the scan goes on.
-
-    Args:
-        schema: the model's schema.
-        order: block numbers, most wanted first.
-        budget: the most parameters to choose.
-
-    Returns:
-        The numbers of the chosen blocks, ascending. Blocks without parameters are always chosen.
+    A block that does not fit is skipped, and the scan goes on; one without parameters always fits.
     """
     block_ids, used = [], 0
     for number in order:

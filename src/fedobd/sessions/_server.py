@@ -1,9 +1,5 @@
 """ServerSession: the server's side of a run, without any input or output.
 
-Bytes of uploads go in, bytes of broadcasts come out; who carries them is the engine's business.
-Between two rounds the whole state can be saved and restored, and the run goes on with the same
-bytes.
-
 The server keeps its own values W in float32 and adds mean differences to them; what clients hold
 after a quantized broadcast, Ŵ, never enters W, so the broadcast's error does not pile up.
 """
@@ -54,12 +50,7 @@ from fedobd.sessions._rounds import (
 
 @dataclass(frozen=True, slots=True)
 class SavedSession:
-    """A server session between two rounds, as plain data.
-
-    Args:
-        tensors: the server's values by name.
-        values: everything else, as JSON values.
-    """
+    """A server session between two rounds: its values by name, and all else as JSON values."""
 
     tensors: ModelState
     values: dict[str, Any]
@@ -69,12 +60,9 @@ class ServerSession:
     """The server's side of a run.
 
     Args:
-        method: the method with its options.
-        schema: the model's schema.
+        method, schema, seed: the run's.
         state: the initial values by name; copied.
-        num_clients: how many clients there are; they are known by the numbers 0 to
-            num_clients - 1.
-        seed: the run's seed.
+        num_clients: how many there are; they are known by the numbers 0 to num_clients - 1.
         shared_start: clients hold the initial model already (the same seed and factory, the same
             checkpoint): the first broadcast and initial payloads are then its fingerprint, not its
             values.
@@ -137,12 +125,8 @@ class ServerSession:
     def begin_round(self, available: Collection[int] | None = None) -> RoundPlan | None:
         """Begin the next round.
 
-        Args:
-            available: the clients that can be reached, from which the cohort is drawn; None for
-                all. With all of them the cohort is that of None.
-
-        Returns:
-            The plan, or None when the last stage is over.
+        The cohort is drawn from the clients that can be reached; None, or all of them, for all.
+        There is no plan when the last stage is over.
 
         Raises:
             UsageError: a round is open, or no client is available.
@@ -172,16 +156,11 @@ class ServerSession:
         memory = self.method.begin(dict(progress.memory), self.schema, seed)
         progress.memory = memory
         transfer = self.method.downlink(memory, self.schema)
-        rules = UploadRules(
-            plan=plan,
-            block_ids=transfer.block_ids,
-            limits=self._limits,
+        rules = UploadRules(plan=plan, block_ids=transfer.block_ids, limits=self._limits)
+        aggregator = Aggregator(
+            self.method, self.schema, rules, self._state, executor=self.executor
         )
-        self._open = OpenRound(
-            plan,
-            transfer,
-            Aggregator(self.method, self.schema, rules, self._state, executor=self.executor),
-        )
+        self._open = OpenRound(plan, transfer, aggregator)
         return plan
 
     def broadcast(self) -> EncodedPayload:
@@ -207,10 +186,9 @@ class ServerSession:
         return self.has_initial_payload and not had
 
     def initial_payload(self, client: int) -> EncodedPayload:
-        """Return the initial payload, and note that a client is sent it.
+        """Return the initial payload, the same for all clients, and note that one is sent it.
 
         It holds frozen parameters, and the whole model for a method whose clients keep a state.
-        Its bytes are the same for all clients of the round.
         """
         current = self._member_of(client)
         current.initialized.add(client)
@@ -234,17 +212,17 @@ class ServerSession:
         return current.initial
 
     def delivery(self) -> EncodedPayload:
-        """Return the trained model's delivery to one client.
+        """Return the trained model's delivery: all blocks, coded as broadcasts are.
 
-        It holds all blocks, coded as the method's broadcasts are. No method's traffic counts it;
-        it is recorded apart.
+        No method's traffic counts it; it is recorded apart.
         """
         transfer = self.method.downlink(self._progress.memory, self.schema)
         whole = dataclasses.replace(transfer, block_ids=all_blocks(self.schema))
         return self._encode(Kind.DELIVERY, whole, self._progress.rounds)
 
     def _encode(self, kind: Kind, transfer: TransferSpec, number: int) -> EncodedPayload:
-        schema, state = self.schema, self._state
+        schema, state, start = self.schema, self._state, self._progress.start
+        is_start = kind is Kind.INITIAL or (kind is Kind.BROADCAST and number == 1)
         header = Header(
             kind=kind,
             method=self.method.wire_id,
@@ -252,7 +230,8 @@ class ServerSession:
             stage=self._stages[min(self._progress.stage, len(self._stages) - 1)].number,
             block_ids=transfer.block_ids,
             is_lossless=transfer.lossless,
-            start=self._start_of(kind, number),
+            # What goes out before the first round is the initial model itself.
+            start=bytes.fromhex(start) if start is not None and is_start else None,
         )
         payload = encode_payload(
             schema,
@@ -265,21 +244,8 @@ class ServerSession:
         )
         return payload.copied()  # it outlives the round, whose end changes the values
 
-    def _start_of(self, kind: Kind, number: int) -> bytes | None:
-        """Return the initial model's fingerprint where a payload stands for that model."""
-        start = self._progress.start
-        stands = kind is Kind.INITIAL or (kind is Kind.BROADCAST and number == 1)
-        return bytes.fromhex(start) if start is not None and stands else None
-
     def receive(self, client: int, upload: Bytes) -> UploadRecord:
-        """Take in one upload, in any order of clients.
-
-        Args:
-            client: whose connection it came on.
-            upload: the payload.
-
-        Returns:
-            What it held.
+        """Take in one upload on a client's connection, in any order; return what it held.
 
         Raises:
             DecodeError: it is refused; nothing of it is used, the refusal is recorded, and the
@@ -296,10 +262,8 @@ class ServerSession:
     def report_missing(self, client: int, reason: str, message: str) -> None:
         """Record why a client of the round has sent no upload.
 
-        Args:
-            client: which one.
-            reason: one word for programs, such as `"late"` or `"failed"`.
-            message: what happened, for people.
+        The reason is one word for programs, such as `"late"` or `"failed"`; the message is what
+        happened, for people.
         """
         self._member_of(client).aggregator.note(
             Refusal(client=client, reason=reason, message=message, uplink_bytes=0)
@@ -340,21 +304,16 @@ class ServerSession:
         progress.rounds += 1
         progress.stage_rounds += 1
         if current.plan.stage == 1:
-            for upload in record.uploads:
-                for number in upload.block_ids:
-                    progress.uploads_by_block[number] += 1
+            for number, traffic in enumerate(record.uplink_blocks):
+                progress.uploads_by_block[number] += traffic.payloads
         progress.aborted_uplink = progress.aborted_downlink = 0
         self._open = None
-        rule = self.method.stop
-        metric = record.validation_metric if rule.source == "validation" else None
-        self._advance(metric)
+        on_validation = self.method.stop.source == "validation"
+        self._advance(record.validation_metric if on_validation else None)
         return record
 
     def observe_test_metric(self, metric: float) -> None:
-        """Take in the new state's metric on the test set.
-
-        It counts only for a method that stops on it.
-        """
+        """Take in the new state's test metric; it counts for a method that stops on it."""
         if self._open is not None:
             raise UsageError(
                 f"round {self._open.plan.round} is open; a test metric comes between rounds"
@@ -364,9 +323,8 @@ class ServerSession:
 
     def _advance(self, metric: float | None) -> None:
         progress = self._progress
-        stage = self._stages[progress.stage]
         stop = progress.watch.observe(metric, self.method.stop)
-        if stop or progress.stage_rounds >= stage.rounds:
+        if stop or progress.stage_rounds >= self._stages[progress.stage].rounds:
             progress.stage += 1
             progress.stage_rounds = 0
             progress.watch = StopWatch()
@@ -416,9 +374,7 @@ class ServerSession:
         return SavedSession(dict(self._state), values)
 
     def restore(self, saved: SavedSession) -> None:
-        """Put the session where a saved one was.
-
-        Method, schema, clients and seed must be the same.
+        """Put the session where one of the same method, schema, clients and seed was saved.
 
         Raises:
             UsageError: the saved state does not fit the schema.

@@ -31,13 +31,7 @@ _CACHED_BYTES = 2**26
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What a client received in a round.
-
-    Args:
-        client: the client's number.
-        header: the broadcast's.
-        start: the state Ŵ that it trains from, by name.
-    """
+    """What a client received in a round: the broadcast's header and the state Ŵ to train from."""
 
     client: int
     header: Header
@@ -56,19 +50,9 @@ def encode_uploads(
 ) -> list[EncodedPayload]:
     """Encode the uploads of clients that were trained together, each with the bytes it has alone.
 
-    Blocks are selected and segments quantized for all clients at once, where their values lie.
-
-    Args:
-        method: the run's method.
-        schema: the model's schema.
-        received: what each client received; all of them one broadcast.
-        trained: their values after local training, each tensor of shape (clients, ...).
-        reports: what each of them reports.
-        seed: the run's seed.
-        executor: spreads the work on large blocks.
-
-    Returns:
-        An upload a client, in the order given. Chunks may be views of the trained values.
+    Blocks are selected and segments quantized for all clients at once, where their values lie:
+    `trained` holds tensors of shape (clients, ...). All of them received one broadcast. Returns an
+    upload a client, in the order given, whose chunks may be views of the trained values.
 
     Raises:
         UsageError: as `ClientSession.upload` raises it.
@@ -84,12 +68,25 @@ def encode_uploads(
         bounded = [one.quantizer if one.bound_norm else None for one in transfers]
         source = bound_norms(source, schema, bounded)
     number = received[0].header.round
+    headers = [
+        Header(
+            kind=Kind.UPLOAD,
+            method=method.wire_id,
+            round=number,
+            stage=one.header.stage,
+            block_ids=transfer.block_ids,
+            is_difference=method.sends_differences,
+            is_lossless=transfer.lossless,
+            client=one.client,
+            report=report,
+            mask=transfer.mask,
+            block_differences=transfer.block_differences,
+        )
+        for one, report, transfer in zip(received, reports, transfers, strict=True)
+    ]
     return encode_payloads(
         schema,
-        [
-            _header(method, one, report, transfer)
-            for one, report, transfer in zip(received, reports, transfers, strict=True)
-        ],
+        headers,
         source,
         [transfer.quantizer for transfer in transfers],
         # Cached: one generator a client draws for all of its segments, block after block.
@@ -109,11 +106,8 @@ def _decide(
 ) -> list[TransferSpec]:
     """Return how each client's state is to travel."""
     broadcast = received[0].header
-
-    @cache  # computed for all clients when the first is asked for; FedAvg asks for none
-    def means() -> list[tuple[float, ...]]:
-        return mean_block_differences(schema, changes.squared_norms)
-
+    # Computed for all clients when the first is asked for; FedAvg asks for none.
+    means = cache(lambda: mean_block_differences(schema, changes.squared_norms))
     return [
         method.uplink(
             UplinkContext(
@@ -129,31 +123,8 @@ def _decide(
     ]
 
 
-def _header(method: Method, received: Received, report: Report, transfer: TransferSpec) -> Header:
-    """Return the header of an upload."""
-    return Header(
-        kind=Kind.UPLOAD,
-        method=method.wire_id,
-        round=received.header.round,
-        stage=received.header.stage,
-        block_ids=transfer.block_ids,
-        is_difference=method.sends_differences,
-        is_lossless=transfer.lossless,
-        client=received.client,
-        report=report,
-        mask=transfer.mask,
-        block_differences=transfer.block_differences,
-    )
-
-
 class _Changes:
-    """What training has made of the values that clients received, segment by segment.
-
-    Args:
-        schema: the model's schema.
-        starts: what each client received.
-        trained: what each has now.
-    """
+    """What training has made of the values that clients received, segment by segment."""
 
     def __init__(
         self, schema: ModelSchema, starts: Sequence[ModelState], trained: StateStack
@@ -186,10 +157,6 @@ class _Changes:
         """Return the trained values, shape (clients, elements)."""
         return self._now(segment.tensor)[:, segment.start : segment.stop]
 
-    def difference(self, segment: Segment) -> torch.Tensor:
-        """Return trained less received values, float32, shape (clients, elements)."""
-        return self._subtracted(segment)[0]
-
     def squared_norms(self, segment: Segment) -> torch.Tensor:
         """Return the sums of squares of differences, float64, shape (clients,)."""
         return self._subtracted(segment)[1]
@@ -205,9 +172,9 @@ class _Changes:
         return change
 
     def difference_or_value(self, segment: Segment) -> torch.Tensor:
-        """Return the difference of a parameter, the value of a buffer."""
+        """Return the difference of a parameter, float32, the value of a buffer."""
         is_parameter = self._schema.tensors[segment.tensor].role is Role.PARAMETER
-        return self.difference(segment) if is_parameter else self.value(segment)
+        return self._subtracted(segment)[0] if is_parameter else self.value(segment)
 
     def check_dropped(self, transfers: Sequence[TransferSpec]) -> None:
         """Refuse values that are not finite in blocks that stay; the encoder sees the others."""

@@ -182,8 +182,7 @@ def decode_levels(
 ) -> list[Float32]:
     """Return the dequantized values of a block's segments, float32, shape (n,) each.
 
-    Takes what `encode_levels` returned, and each segment's number of elements, at least 1, and
-    code; an executor spreads chunks.
+    Segments are given by number of elements, at least 1, and code; an executor spreads chunks.
 
     Raises:
         DecodeError: the stream is not one that an encoder makes for these segments.

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 from rich.table import Table
+from torch import nn
 
-from fedobd import ModelSchema, UsageError, decompose
-from fedobd.cli._console_tables import block_table, comparison_table, summary_table
+from fedobd import Codec, FedOBD, ModelSchema, Payload, UsageError, decompose
+from fedobd.cli._console_tables import block_table, comparison_table, payload_tables, summary_table
 from fedobd.experiments import Summary
 from fedobd.experiments._compare import Comparison, tabulate
 from fedobd.models import build_model
+from tests.session_helpers import set_up
 
 
 def summary(method: str, seed: int = 0, **changes: Any) -> Summary:
@@ -165,3 +167,22 @@ def test_blocks_above_the_budget_never_fit() -> None:
     assert fits == ["yes", "yes", "yes"]
     fits = [row[-1] for row in rows_of(block_table(schema, 0.2))]
     assert fits == ["yes", "[red]never[/red]", "yes"]
+
+
+def test_the_tables_of_a_payload_are_of_the_blocks_that_it_holds() -> None:
+    """Of 21 parameters half may be uploaded: the block of 18 stays, that of 3 travels as it is.
+
+    Its values take 12 bytes, and the length of their frame another.
+    """
+    codec = Codec(uplink_quantizer="none", dropout_rate=0.5)
+    method = FedOBD(codec=codec, stage_one_rounds=1, cohort=1)
+    server, engine = set_up(method, nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 1)))
+    log = engine.play(server)
+    assert log is not None
+    (upload,) = log.uploads.values()
+    facts, blocks = payload_tables(Payload.parse(upload, engine.schema))
+    told = dict(rows_of(facts))
+    assert told["blocks kept"] == "1 of 2"
+    assert told["parameters kept"] == "3 of 21 (14.3 %)"
+    assert (told["raw values"], told["nominal bytes"]) == ("12", "12")
+    assert rows_of(blocks) == [["1", "1", "3", "raw", "–", "13", f"{8 * 13 / 3:.2f}"]]

@@ -250,7 +250,7 @@ def test_evaluate_weights_batches_and_joins_a_last_single_example() -> None:
 def test_evaluation_drops_nothing_and_moves_no_statistics() -> None:
     """With the running statistics of a new model, 0 and 1, normalization changes nothing."""
     norm = nn.BatchNorm1d(2)
-    model = nn.Sequential(nn.Dropout(0.9), norm)
+    model = nn.Sequential(norm, nn.Dropout(0.9))
     inputs = torch.tensor([[4.0, 1.0], [3.0, 9.0], [7.0, 2.0], [1.0, 5.0]])
     examples = Examples(inputs, torch.tensor([0, 1, 0, 0]))
     model.train()

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet
+# One thread a process, since there is a process for each core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo demo-deployment test test-all test-processors check docs bench-digits bench-codec bench-deployment bench-simulation \
 	bench-report bench-estimates bench-presets results fuzz build clean
@@ -15,7 +17,7 @@ demo-deployment: $(VENV)/.installed-flower
 	$(BIN)/python examples/deployment/demo.py
 
 test: $(VENV)/.installed-dev check
-	$(BIN)/python -m pytest -n auto
+	$(PYTEST) -n auto
 
 # What is slow: the tests in the arithmetic of other processors, real deployments, Flower's simulation, the oldest
 # and newest versions of Flower, MLflow, and the report in a browser, which is installed where apt can.
@@ -31,8 +33,8 @@ test-all: $(VENV)/.installed-dev test-processors
 GENERIC := MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=$(CURDIR)/$(VENV)/.numba-generic
 test-processors: $(VENV)/.installed-dev
 ifeq ($(shell uname -m),x86_64)
-	$(GENERIC) ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n auto
-	$(GENERIC) ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n auto
+	$(GENERIC) ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) -n auto
+	$(GENERIC) ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -n auto
 endif
 
 check: $(VENV)/.installed-dev

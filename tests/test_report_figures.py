@@ -77,7 +77,7 @@ def a_run(method: str, outcome: Results, seed: int = 0, **changes: Any) -> Run:
         "schema": SCHEMA,
         "rounds": (played(1), played(2)),
         "uploads": np.ones((2, 3)),
-        "starved": (),
+        "rare_blocks": (),
         "differences": None,
         "uplink": None,
         "downlink": None,

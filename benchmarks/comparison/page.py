@@ -148,7 +148,7 @@ def write() -> None:
         "# Results on real data",
         "Made by `make results` from the records in `benchmarks/comparison/records`; nothing in "
         "the tables is written by hand. Mean ± standard deviation over the seeds. Bytes are "
-        "`len()` of payloads that were encoded and decoded, openings included.",
+        "`len()` of payloads that were encoded and decoded, initial payloads included.",
     ]
     if NOTES.exists():
         parts.append(NOTES.read_text(encoding="utf-8").strip())

@@ -109,7 +109,7 @@ def plan_command(
 ) -> None:
     """Estimate what a federation will send, before anything is trained.
 
-    A few rounds of each method are played with made-up updates, and what they emit is counted.
+    A few rounds of each method are run with made-up updates, and what they emit is counted.
     What FedOBD uploads depends on how large updates are: half a bit a parameter for each doubling
     of --update-size.
     """

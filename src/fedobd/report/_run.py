@@ -98,7 +98,7 @@ class Round:
         clients: clients whose upload was accepted.
         broadcasts: broadcasts that went down: one a client, and those that were sent again.
         uplink_bytes: all uploads.
-        downlink_bytes: all broadcasts and openings.
+        downlink_bytes: all broadcasts and initial payloads.
         uplink_parts: the same bytes by what they are for.
         downlink_parts: the same bytes by what they are for.
         test_metric: of the server's model; None where it was not tested.
@@ -126,7 +126,7 @@ class Results:
         final_metric: of the server's model after the last round; None where it was not tested.
         best_metric: the best of all rounds.
         uplink_bytes: all uploads.
-        downlink_bytes: all broadcasts and openings.
+        downlink_bytes: all broadcasts and initial payloads.
         refusals: clients that were left out, and refused uploads.
         round_s: wall-clock seconds of all rounds.
         stops_on_test: whether the test set decided when to stop.
@@ -163,7 +163,7 @@ class Run:
         schema: the model's tensors and blocks.
         rounds: the rounds that have ended, at least one.
         uploads: how many clients uploaded each block, shape (rounds, blocks).
-        starved: blocks that were never or rarely uploaded in stage 1.
+        rare_blocks: blocks that were never or rarely uploaded in stage 1.
         differences: mean block difference over the clients of a round, the same shape; None where
             the method sends none.
         uplink: what each block took in accepted uploads.
@@ -180,7 +180,7 @@ class Run:
     schema: ModelSchema
     rounds: tuple[Round, ...]
     uploads: Values
-    starved: tuple[RareBlock, ...]
+    rare_blocks: tuple[RareBlock, ...]
     differences: Values | None
     uplink: TrafficByBlock
     downlink: TrafficByBlock
@@ -280,7 +280,7 @@ def _read(stored: RunFolder) -> Run | None:
             schema=schema,
             rounds=tuple(map(_round, records)),
             uploads=_uploads(records, len(schema.blocks)),
-            starved=rare_blocks(records, schema),
+            rare_blocks=rare_blocks(records, schema),
             differences=_differences(records, len(schema.blocks)),
             uplink=_traffic(records, "uplink_blocks", len(schema.blocks)),
             downlink=_traffic(records, "broadcast_blocks", len(schema.blocks)),
@@ -297,7 +297,7 @@ def _round(record: Record) -> Round:
     up = {part: sum(c["uplink"][part] for c in clients) for part in BYTE_PARTS}
     up["refused or repeated"] = record["uplink_bytes"] - sum(up.values())
     down = {part: record["broadcast"][part] * broadcasts for part in BYTE_PARTS}
-    down["openings"] = record["opening_bytes"]
+    down["initial payloads"] = record["opening_bytes"]
     down["refused or repeated"] = record["downlink_bytes"] - sum(down.values())
     train_s = record["seconds"].get("train")
     values = {

@@ -151,7 +151,7 @@ def reference(section: Section) -> Variant | None:
 
 def _caption(section: Section) -> str:
     seeds = {run.seed for variant in section.variants for run in variant.counted}
-    caption = f"{section.metric.capitalize()} and measured traffic, openings included"
+    caption = f"{section.metric.capitalize()} and measured traffic, initial payloads included"
     if len(seeds) > 1:
         caption += "; mean ± standard deviation over the seeds"
     if len(section.variants) > 1:

@@ -25,7 +25,7 @@ from fedobd.report._chart import (
 from fedobd.report._gather import Section
 from fedobd.report._run import Run, Values
 
-PARTS = (*BYTE_PARTS, "openings", "refused or repeated")
+PARTS = (*BYTE_PARTS, "initial payloads", "refused or repeated")
 """What the bytes of a round are for."""
 
 PART_COLORS = ("#7a7f87", "#1c7ed6", "#a67c00", "#2b9348", "#ae3ec9", "#d9480f")
@@ -88,9 +88,9 @@ def traffic_chart(section: Section, step: int) -> Chart:
         title="Bytes of each round",
         caption=f"Measured bytes of each round, all clients together, seed {seeds}: above what "
         "went up, below what went down; k is 1,000 bytes, M 1,000,000. By use: headers, levels, "
-        "raw values and buffers, openings and what was refused or sent again. By block: frames "
-        "of each block, from the input (blue) to the output (red); all else is headers, openings, "
-        f"and what was refused or sent again.{step_note(step)}",
+        "raw values and buffers, initial payloads and what was refused or sent again. By block: "
+        "frames of each block, from the input (blue) to the output (red); all else is headers, "
+        f"initial payloads, and what was refused or sent again.{step_note(step)}",
         switches=(
             Switch("method", tuple(variant.label for variant in section.variants)),
             Switch("stacked by", tuple(kind for kind, _ in kinds)),

@@ -138,6 +138,6 @@ def _cells(labels: Sequence[str], told: dict[str, tuple[str, str]]) -> Spec:
 
 
 def warning(variant: Variant) -> str | None:
-    """Return a warning of blocks that starved in stage 1, None without any."""
+    """Return a warning of blocks that stage 1 left out, None without any."""
     runs = variant.counted
-    return rare_blocks_warning(runs[0].config.chosen, {run.seed: run.starved for run in runs})
+    return rare_blocks_warning(runs[0].config.chosen, {run.seed: run.rare_blocks for run in runs})

@@ -80,7 +80,7 @@ def make_plan(
     initial = get_state(model)
     plans = []
     for method in _with_fedavg(config):
-        on_step(f"{method.name}: playing a few rounds of one client")
+        on_step(f"{method.name}: running a few rounds of one client")
         schema = decompose(model, config.block_rules(method))
         plans.append(plan_method(method, schema, initial, federation, updates))
     return Plan(

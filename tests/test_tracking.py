@@ -354,13 +354,14 @@ def refuse(*words):
 socket.socket.connect = socket.getaddrinfo = refuse
 from fedobd.experiments import run
 from fedobd.tracking import log_to_terminal
-from tests.test_tracking import Stopper, tracked
+from tests.test_tracking import tracked
+from tests.toy import Interrupted, Stopper
 terminal = log_to_terminal("error")
 terminal.__enter__()
 folder = pathlib.Path(sys.argv[1])
 try:
     run(tracked("mlflow"), folder, callbacks=[Stopper(2)])
-except KeyboardInterrupt:
+except Interrupted:
     pass
 from mlflow import MlflowClient
 client = MlflowClient(f"sqlite:///{folder.parent / 'mlflow.db'}")

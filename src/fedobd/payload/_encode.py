@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -53,14 +54,19 @@ Codes = list[list[SegmentCode]]
 
 @dataclass(frozen=True, slots=True)
 class EncodedPayload:
-    """A payload in chunks, with its traffic, counted while it was made.
+    """A payload in chunks, with its traffic.
 
     A chunk may be a view of the values that were encoded, so that those of a large model are not
     copied to be sent: it is good for as long as they do not change.
     """
 
     chunks: tuple[Bytes, ...]
-    traffic: PayloadTraffic
+    _count: Callable[[], PayloadTraffic] = field(repr=False, compare=False)
+
+    @property
+    def traffic(self) -> PayloadTraffic:
+        """What it takes, from the frames that were made."""
+        return self._count()
 
     @property
     def data(self) -> bytes:
@@ -69,7 +75,7 @@ class EncodedPayload:
 
     def copied(self) -> EncodedPayload:
         """Return the payload with bytes of its own, which stay when the values change."""
-        return EncodedPayload((self.data,), self.traffic)
+        return EncodedPayload((self.data,), self._count)
 
 
 def encode_payload(
@@ -144,7 +150,9 @@ class _Writer:
         self._chunks: list[Bytes] = []
         self._num_bytes = 0
         self._checksum = 0
-        self._traffic = PayloadTraffic()
+        # Counted when somebody asks: nobody does for uploads, which the server counts.
+        self._frozen: tuple[int, Sequence[PlainPart]] = 0, ()
+        self._blocks: list[tuple[int, BlockLayout, list[int], int]] = []
         self._add(header)
 
     def _add(self, chunk: Bytes) -> None:
@@ -162,7 +170,7 @@ class _Writer:
 
     def add_frozen(self, pieces: Sequence[Bytes], parts: Sequence[PlainPart]) -> None:
         """Add the frame of the frozen tensors."""
-        self._traffic.add_frozen(self._add_frame(pieces), parts)
+        self._frozen = self._add_frame(pieces), parts
 
     def add_block(
         self, number: int, layout: BlockLayout, frames: Sequence[Sequence[Bytes]]
@@ -171,13 +179,28 @@ class _Writer:
         start = self._num_bytes
         wanted = layout.levels, layout.raw, layout.buffers
         sizes = [self._add_frame(f) if of else 0 for f, of in zip(frames, wanted, strict=True)]
-        self._traffic.add_block(number, layout, sizes, self._num_bytes - start)
+        self._blocks.append((number, layout, sizes, self._num_bytes - start))
 
     def finish(self) -> EncodedPayload:
         """Return the payload, its checksum added."""
         self._add(CHECKSUM.pack(self._checksum))
-        self._traffic.close(self._num_bytes)
-        return EncodedPayload(tuple(self._chunks), self._traffic)
+        return EncodedPayload(
+            tuple(self._chunks), partial(_count, self._frozen, self._blocks, self._num_bytes)
+        )
+
+
+def _count(
+    frozen: tuple[int, Sequence[PlainPart]],
+    blocks: Sequence[tuple[int, BlockLayout, list[int], int]],
+    num_bytes: int,
+) -> PayloadTraffic:
+    """Return what a payload of these frames takes."""
+    traffic = PayloadTraffic()
+    traffic.add_frozen(*frozen)
+    for block in blocks:
+        traffic.add_block(*block)
+    traffic.close(num_bytes)
+    return traffic
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,8 +80,10 @@ class PayloadTraffic:
     ) -> None:
         """Count a block: its frames of levels, values and buffers; all with their lengths."""
         total = self.total
-        for name, size in zip(("levels", "raw", "buffers"), sizes, strict=True):
-            setattr(total, name, getattr(total, name) + size)
+        levels, raw, buffers = sizes
+        total.levels += levels
+        total.raw += raw
+        total.buffers += buffers
         total.nominal_bits += layout.nominal_bits
         self.blocks[number] = BlockTraffic(
             payloads=1,

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from fedobd.report import _vega as vega
 from fedobd.report._chart import (
     Chart,
     Columns,
@@ -15,15 +14,15 @@ from fedobd.report._chart import (
     View,
     block_color,
     block_names,
-    grid_columns,
-    stage_columns,
+    rounds_view,
     step_note,
     thin,
 )
 from fedobd.report._delivery import LevelBits
 from fedobd.report._gather import Section, Variant
 from fedobd.report._run import Run, TrafficByBlock, Values
-from fedobd.report._uploads import block_axis, block_labels, map_height
+from fedobd.report._templates import make_spec
+from fedobd.report._uploads import block_labels, map_height
 
 Deliveries = Mapping[str, LevelBits | None]
 """Bits of the trained model's delivery by the variant's label."""
@@ -85,45 +84,29 @@ def _bits_view(variant: Variant, delivery: LevelBits | None) -> View:
     way_codes = np.array([ways.index(way) for way, _, _ in series], "u1")
     kind_codes = np.array([kinds.index(kind) for _, kind, _ in series], "u1")
     marks: Columns = {
-        "name": Labels(labels, np.tile(np.arange(len(labels), dtype="u2"), len(series))),
+        "name": Labels(tuple(labels), np.tile(np.arange(len(labels), dtype="u2"), len(series))),
         "way": Labels(ways, np.repeat(way_codes, len(labels))),
         "kind": Labels(kinds, np.repeat(kind_codes, len(labels))),
         "bits": np.concatenate([values for _, _, values in series]).astype("f4"),
     }
-    layer = {
-        "data": {"name": "marks"},
-        "params": [vega.NEAREST],
-        "mark": {"type": "point", "filled": True, "size": 110, "opacity": 1},
-        "encoding": {
-            "x": vega.quantity("bits", "bits for each parameter"),
-            "y": block_axis(labels),
-            # Beside each other, so that no mark hides another of the same block.
-            "yOffset": vega.category("way", ways),
-            "color": vega.category("way", ways, list(_COLORS.values())),
-            "shape": vega.category("kind", kinds, list(_KINDS.values())),
-            "tooltip": vega.tooltip(
-                name=("block · parameters", ""),
-                way=("sent", ""),
-                kind=("kind", ""),
-                bits=("bits", ".2f"),
-            ),
-        },
-    }
+    colors, shapes = list(_COLORS.values()), list(_KINDS.values())
     return View(
-        spec=vega.spec_of([layer], (*ways, *kinds)),
+        spec=make_spec(
+            "bits", labels=labels, ways=ways, kinds=kinds, colors=colors, shapes=shapes
+        ),
         data={"marks": marks},
         figure=("bits", variant.label),
     )
 
 
 def levels_chart(section: Section, step: int) -> Chart | None:
-    """Return levels s over the rounds, of what is quantized; None without any.
-
-    Args:
-        section: whose runs.
-        step: draw each so many-th round.
-    """
-    quantized = list(_quantized(section))
+    """Return levels s over the rounds, each `step`-th one, of what is quantized; None without."""
+    quantized = [
+        (variant, way, traffic)
+        for variant in section.variants
+        for way, traffic in (("up", variant.shown.uplink), ("down", variant.shown.downlink))
+        if traffic.levels.any()
+    ]
     if not quantized:
         return None
     return Chart(
@@ -140,39 +123,12 @@ def levels_chart(section: Section, step: int) -> Chart | None:
     )
 
 
-def _quantized(section: Section) -> Iterator[tuple[Variant, str, TrafficByBlock]]:
-    for variant in section.variants:
-        for way, traffic in (("up", variant.shown.uplink), ("down", variant.shown.downlink)):
-            if traffic.levels.any():
-                yield variant, way, traffic
-
-
 def _levels_view(run: Run, traffic: TrafficByBlock, step: int, figure: tuple[str, str]) -> View:
-    rounds, names = thin(len(run.rounds), step), block_names(run.schema)
-    stages = stage_columns(run, rounds)
-    levels = np.where(traffic.levels > 0, traffic.levels, np.nan)[rounds]
-    colors = [block_color(number, len(names)) for number in range(len(names))]
-    x = vega.rounds_across("round", padding=10)
-    y = vega.quantity("levels", "levels s")
-    color = vega.category("name", names, colors) | vega.legend(names)
-    line = {
-        "data": {"name": "points"},
-        "params": [vega.zoom("x", "y"), vega.legend_choice("name")],
-        "mark": {
-            "type": "line",
-            "strokeWidth": 1.5,
-            "clip": True,
-            "invalid": "filter",  # a line goes on over rounds that did not send the block
-            "point": {"size": 15} if len(rounds) <= _MOST_LEVELS_MARKED else False,
-        },
-        "encoding": {"x": x, "y": y, "color": color, "opacity": vega.unless_hidden(1)},
-    }
-    told = vega.tooltip(name=("block", ""), levels=("s", ",.1f"), round=("round", "d"))
-    hover = vega.hover_layer(x=x, y=y, color=color, tooltip=told)
-    hover |= {"data": {"name": "points"}, "transform": [{"filter": "isValid(datum.levels)"}]}
-    columns = {**grid_columns(run, rounds, names), "levels": levels.T.astype("f4").ravel()}
-    return View(
-        spec=vega.spec_of([line, *vega.stage_layers(stages), hover], names),
-        data={"points": columns, "stages": stages},
-        figure=figure,
+    names = block_names(run.schema)
+    levels = np.where(traffic.levels > 0, traffic.levels, np.nan).astype("f4")
+    return rounds_view(
+        *("levels", figure, run, step, {"points": (names, {"levels": levels})}),
+        names=names,
+        colors=[block_color(number, len(names)) for number in range(len(names))],
+        has_marks=len(thin(len(run.rounds), step)) <= _MOST_LEVELS_MARKED,
     )

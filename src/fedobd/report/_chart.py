@@ -16,9 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedobd.blocks import ModelSchema
 from fedobd.report._run import Run
-
-Spec = dict[str, Any]
-"""A specification of Vega-Lite, or a part of one."""
+from fedobd.report._templates import Spec, make_spec
 
 COLORS = ("#d9480f", "#1c7ed6", "#2b9348", "#ae3ec9", "#a67c00", "#0c8599", "#e03177", "#7a7f87")
 """Colors of variants; each has a contrast of 3:1 and more on white and on the dark page."""
@@ -29,12 +27,7 @@ DEPTH = ((28, 126, 214), (12, 133, 153), (43, 147, 72), (166, 124, 0), (217, 72,
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """A column of texts, few of which differ.
-
-    Args:
-        texts: those that differ.
-        codes: the number of each row's text.
-    """
+    """A column of texts, few of which differ: those, and the number of each row's text."""
 
     texts: tuple[str, ...]
     codes: NDArray[Any]
@@ -46,12 +39,7 @@ Columns = Mapping[str, NDArray[Any] | Labels]
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """A choice between views.
-
-    Args:
-        name: what is chosen.
-        options: what can be chosen; the first is shown at first.
-    """
+    """A choice between views; the first option is shown at first."""
 
     name: str
     options: tuple[str, ...]
@@ -63,7 +51,7 @@ class View:
 
     Args:
         spec: what is drawn of the data; of several panels, in a `vconcat`.
-        data: data sets by the names that `spec` calls them by.
+        data: data sets by their names in `spec`.
         figure: the stem of its file among the figures for papers, and the label of the variant
             that it is of, empty where it is of all; None for a view that the page alone shows.
     """
@@ -79,10 +67,7 @@ class Chart:
 
     Args:
         name: short, for the page's links; letters and hyphens.
-        title: its heading.
-        caption: exactly what is shown.
         views: by the numbers of the chosen options, such as `(0, 2)`.
-        switches: what can be chosen.
         height: in pixels of the page.
     """
 
@@ -123,45 +108,48 @@ def step_note(step: int) -> str:
     return f" One of {step} rounds is drawn." if step > 1 else ""
 
 
-def grid_columns(run: Run, rounds: Sequence[int], names: Sequence[str]) -> Columns:
-    """Return round, its edges, and name, for a value of each name in each round, name by name.
+def rounds_view(
+    chart: str,
+    figure: tuple[str, str] | None,
+    run: Run,
+    step: int,
+    grids: Mapping[str, tuple[Sequence[str], Mapping[str, NDArray[Any]]]],
+    **values: Any,
+) -> View:
+    """Return a view of values by name and round, with a line where stage 2 begins.
 
     Args:
+        chart: whose template it is drawn by.
+        figure: as in `View`.
         run: whose rounds.
-        rounds: those that are drawn, as indices; a round reaches half way to its neighbors.
-        names: as many as there are rows of values.
+        step: draw each so many-th round; it reaches half way to its neighbors.
+        grids: by data set, names and columns, each of shape (rounds, names).
+        values: what else the template is filled in with.
     """
-    numbers = np.array([run.rounds[index].number for index in rounds])
+    drawn = thin(len(run.rounds), step)
+    numbers = np.array([run.rounds[index].number for index in drawn])
     middles = (numbers[1:] + numbers[:-1]) / 2
-    edges = np.concatenate([[numbers[0] - 0.5], middles, [numbers[-1] + 0.5]])
-    repeat = len(names)
-    codes = np.repeat(np.arange(repeat, dtype="u2"), len(rounds))
-    return {
-        "round": np.tile(numbers.astype("u2"), repeat),
-        "left": np.tile(edges[:-1].astype("f4"), repeat),
-        "right": np.tile(edges[1:].astype("f4"), repeat),
-        "name": Labels(tuple(names), codes),
+    edges = np.concatenate([[numbers[0] - 0.5], middles, [numbers[-1] + 0.5]]).astype("f4")
+    data: dict[str, Columns] = {
+        grid: {
+            "round": np.tile(numbers.astype("u2"), len(names)),
+            "left": np.tile(edges[:-1], len(names)),
+            "right": np.tile(edges[1:], len(names)),
+            "name": Labels(tuple(names), np.repeat(np.arange(len(names), dtype="u2"), len(drawn))),
+            **{name: column[drawn].T.ravel() for name, column in columns.items()},
+        }
+        for grid, (names, columns) in grids.items()
     }
-
-
-def stage_columns(run: Run, rounds: Sequence[int]) -> dict[str, NDArray[Any]]:
-    """Return where stage 2 begins, as the one row of a data set, which has none without stage 2.
-
-    Args:
-        run: whose stages.
-        rounds: which of its rounds are drawn, as indices.
-    """
-    second = [run.rounds[index].number for index in rounds if run.rounds[index].stage == 2]
-    first = [run.rounds[index].number for index in rounds if run.rounds[index].stage == 1]
-    has_border = bool(first and second)
-    has_room = len(second) > 0.3 * len(rounds)  # for the words on the right of the line
-    return {
-        "border": np.array([(second[0] + first[-1]) / 2] if has_border else [], "f4"),
-        "room": np.array([has_room] if has_border else [], "u1"),
-    }
+    is_second = np.array([run.rounds[index].stage == 2 for index in drawn])
+    has_stages = bool(is_second.any() and not is_second.all())
+    border = [(numbers[is_second][0] + numbers[~is_second][-1]) / 2] if has_stages else []
+    has_room = [is_second.mean() > 0.3] if has_stages else []  # for the words right of the line
+    data["stages"] = {"border": np.array(border, "f4"), "room": np.array(has_room, "u1")}
+    spec = make_spec(chart, has_stages=has_stages, **values)
+    return View(spec=spec, data=data, figure=figure)
 
 
 def byte_column(values: ArrayLike) -> NDArray[Any]:
-    """Return numbers of bytes, one after the other, in 4 bytes each where they fit."""
-    array = np.asarray(values).ravel()
+    """Return numbers of bytes in 4 bytes each where they fit."""
+    array = np.asarray(values)
     return array.astype("i4" if array.max(initial=0) < 2**31 else "f8")

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedobd.report import _vega as vega
 from fedobd.report._chart import (
     COLORS,
     Chart,
     Columns,
     Labels,
-    Spec,
     Switch,
     View,
     step_note,
@@ -23,7 +22,8 @@ from fedobd.report._chart import (
 )
 from fedobd.report._gather import Section, Variant
 from fedobd.report._run import Run, Values
-from fedobd.report._traffic import BYTE_AXIS, WAYS
+from fedobd.report._templates import MOST_NAMED, Spec, make_spec
+from fedobd.report._traffic import WAYS
 
 MEASURES = {
     "total": "MB sent, up and down",
@@ -128,7 +128,7 @@ def accuracy_chart(section: Section) -> Chart | None:
         )
     if any(played.stage == 2 for run in section.runs for played in run.rounds):
         caption += "; filled marks are stage 1, open ones stage 2"
-    if len(section.variants) > vega.MOST_NAMED:
+    if len(section.variants) > MOST_NAMED:
         caption += "; hovering names a line"
     lines = _accuracy_lines(section)
     step = max(1, math.ceil(sum(len(line.spread) for line in lines) / MOST_POINTS))
@@ -220,97 +220,24 @@ def _marks(stage: Values) -> NDArray[np.bool_]:
     return marks
 
 
-def _by_method(section: Section, channel: int) -> Spec:
-    """Return an encoding by variant, with the colors (0) or shapes (1) of all."""
+def _looks(section: Section) -> dict[str, Any]:
+    """Return how lines of all variants look, for their templates."""
+    colors, shapes = zip(*(look(variant.number) for variant in section.variants), strict=True)
     labels = [variant.label for variant in section.variants]
-    values = [look(variant.number)[channel] for variant in section.variants]
-    return vega.category("method", labels, values) | vega.legend(labels)
-
-
-def _lines(section: Section, data: str, x: Spec, y: Spec, *filters: Spec) -> list[Spec]:
-    """Return layers: a line for each variant, and marks on it, open in stage 2.
-
-    Args:
-        section: whose variants.
-        data: name of the data set.
-        x: horizontal encoding.
-        y: vertical encoding.
-        filters: transforms that leave the rows of these lines.
-    """
-    color = _by_method(section, 0)
-    # Not as a scale: the legend's marks would be dashed too, and without a legend of its own
-    # Vega-Lite 6.4 leaves out that of the colors.
-    dashes = [
-        {"test": f"datum.dash === {number}", "value": dash} for number, dash in enumerate(_DASHES)
-    ]
-    shared = {"x": x, "y": y, "color": color, "opacity": vega.unless_hidden(1)}
-    background = {"value": {"expr": "paper"}}
-    line = {"type": "line", "clip": True}
-    mark = {"type": "point", "opacity": 1, "clip": True}
-    return [
-        {
-            "data": {"name": data},
-            "transform": list(filters),
-            "mark": line,
-            "encoding": {**shared, "strokeDash": {"condition": dashes}},
-        },
-        {
-            "data": {"name": data},
-            "transform": [*filters, {"filter": "datum.mark"}],
-            "mark": mark,
-            "encoding": {
-                **shared,
-                "shape": _by_method(section, 1),
-                "fill": {"condition": {"test": "datum.stage === 2", **background}, **color},
-            },
-        },
-    ]
+    return {"labels": labels, "colors": colors, "shapes": shapes, "dashes": _DASHES}
 
 
 def _accuracy_spec(section: Section, measure: str, scale: str) -> Spec:
-    labels = [variant.label for variant in section.variants]
-    x = vega.quantity(measure, MEASURES[measure])
-    if scale == "log":
-        x["scale"] = {"type": "log", "nice": False}
-    elif measure == "rounds":
-        x = vega.rounds_across(measure, padding=10)
-    y = vega.quantity("metric", section.metric, scale=_metric_scale(section))
-    color = _by_method(section, 0)
-    told = {"line": ("line", ""), "metric": (section.metric, ".4f")}
-    if measure != "rounds":
-        told[measure] = (MEASURES[measure], ",.3f")
-    told |= {"round": ("round", "d"), "stage": ("stage", "d")}
-    shared, is_mean = {"x": x, "color": color}, {"filter": "datum.mean"}
-    band = {
-        "data": {"name": "points"},
-        "transform": [is_mean],
-        "mark": {"type": "area", "clip": True},
-        "encoding": {
-            **shared,
-            "y": {**y, "field": "low"},
-            "y2": {"field": "high"},
-            "opacity": vega.unless_hidden(0.15),
-        },
-    }
-    singles = {
-        "name": "runs",
-        "data": {"name": "points"},
-        "transform": [{"filter": "!datum.mean"}],
-        "mark": {"type": "line", "strokeWidth": 1, "clip": True},
-        "encoding": {
-            **shared,
-            "y": y,
-            "detail": {"field": "number"},
-            "opacity": vega.unless_hidden(0.4),
-        },
-    }
-    lines = _lines(section, "points", x, y, is_mean)
-    lines[0]["params"] = [vega.zoom("x", "y"), vega.legend_choice("method")]
-    hover = {"data": {"name": "points"}} | vega.hover_layer(
-        **shared, y=y, tooltip=vega.tooltip(**told)
+    return make_spec(
+        "accuracy",
+        **_looks(section),
+        measure=measure,
+        title=MEASURES[measure],
+        scale=scale,
+        metric=section.metric,
+        metric_scale=_metric_scale(section),
+        has_seeds=any(len(variant.runs) > 1 for variant in section.variants),
     )
-    runs = [singles] if any(len(variant.runs) > 1 for variant in section.variants) else []
-    return vega.spec_of([band, *runs, *lines, hover], labels)
 
 
 def _metric_scale(section: Section) -> Spec:
@@ -350,16 +277,11 @@ def method_traffic_chart(section: Section) -> Chart:
         name="methods",
         title="Bytes of each round, by method",
         caption="Measured bytes of each round, all clients together; open marks are stage 2.",
-        views={(): View(spec=_traffic_spec(section), data=data, figure=("bytes-per-round", ""))},
+        views={
+            (): View(
+                spec=make_spec("methods", **_looks(section)),
+                data=data,
+                figure=("bytes-per-round", ""),
+            )
+        },
     )
-
-
-def _traffic_spec(section: Section) -> Spec:
-    panels = []
-    for way in WAYS:
-        x = vega.rounds_across("round", "round" if way == "down" else None, padding=10)
-        y = vega.quantity("bytes", f"bytes {way}", axis=BYTE_AXIS)
-        y["scale"] = {"type": "log"}
-        panels.append(_lines(section, way, x, y))
-    panels[0][0]["params"] = [vega.legend_choice("method")]
-    return vega.panels_of(panels, [variant.label for variant in section.variants])

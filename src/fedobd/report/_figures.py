@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from fedobd._lookup import not_installed
-from fedobd.report._chart import Chart, Columns, Labels, Spec, View
+from fedobd.report._chart import Chart, Columns, Labels, View
 from fedobd.report._content import charts_of, read_deliveries
 from fedobd.report._curves import method_traffic_chart
 from fedobd.report._gather import Section
+from fedobd.report._templates import Spec
 
 VEGA_LITE = "6.4"
 """The version that is drawn with, of those that vl-convert brings."""

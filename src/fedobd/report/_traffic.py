@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from fedobd.experiments import BYTE_PARTS
-from fedobd.report import _vega as vega
 from fedobd.report._chart import (
     Chart,
-    Spec,
     Switch,
     View,
     block_color,
     block_names,
     byte_column,
-    grid_columns,
-    stage_columns,
+    rounds_view,
     step_note,
-    thin,
 )
 from fedobd.report._gather import Section
 from fedobd.report._run import Run, Values
@@ -32,33 +27,27 @@ PART_COLORS = ("#7a7f87", "#1c7ed6", "#a67c00", "#2b9348", "#ae3ec9", "#d9480f")
 
 WAYS = ("up", "down")
 
-BYTE_AXIS = {"format": "~s", "minExtent": 45, "maxExtent": 45}
-"""Numbers such as 20M; both panels leave them the same room, so that rounds stand above rounds."""
-
 Stack = list[tuple[str, str, Values]]
 """Name, color and bytes of each round, bottom first."""
 
 
-def stack_by_block(run: Run) -> tuple[Stack, Stack]:
+def stack_by_block(run: Run) -> list[Stack]:
     """Return the bytes of blocks up and down."""
     broadcasts = np.array([[played.broadcasts] for played in run.rounds])
-    blocks = run.uplink.num_bytes, run.downlink.num_bytes * broadcasts
-    totals = (
-        [played.uplink_bytes for played in run.rounds],
-        [played.downlink_bytes for played in run.rounds],
-    )
     names = block_names(run.schema)
-    stacks: list[Stack] = []
-    for num_bytes, total in zip(blocks, totals, strict=True):
+    colors = [block_color(number, len(names)) for number in range(len(names))]
+    stacks = []
+    for num_bytes, total in (
+        (run.uplink.num_bytes, [played.uplink_bytes for played in run.rounds]),
+        (run.downlink.num_bytes * broadcasts, [played.downlink_bytes for played in run.rounds]),
+    ):
         rest = np.array(total) - num_bytes.sum(axis=1)
-        stack: Stack = [("all else", PART_COLORS[0], rest)]
-        for number, name in enumerate(names):
-            stack.append((name, block_color(number, len(names)), num_bytes[:, number]))
-        stacks.append(stack)
-    return stacks[0], stacks[1]
+        blocks = zip(names, colors, num_bytes.T, strict=True)
+        stacks.append([("all else", PART_COLORS[0], rest), *blocks])
+    return stacks
 
 
-def stack_by_part(run: Run) -> tuple[Stack, Stack]:
+def stack_by_part(run: Run) -> list[Stack]:
     """Return the bytes up and down by what they are for; parts without any are left out."""
 
     def stack(rounds: Sequence[dict[str, int]]) -> Stack:
@@ -68,20 +57,15 @@ def stack_by_part(run: Run) -> tuple[Stack, Stack]:
         ]
         return [part for part in parts if part[2].any()]
 
-    return (
+    return [
         stack([played.uplink_parts for played in run.rounds]),
         stack([played.downlink_parts for played in run.rounds]),
-    )
+    ]
 
 
 def traffic_chart(section: Section, step: int) -> Chart:
-    """Return the chart of bytes by round, for one run of each variant.
-
-    Args:
-        section: whose runs.
-        step: draw each so many-th round.
-    """
-    kinds = (("block", stack_by_block), ("use", stack_by_part))
+    """Return the chart of bytes by round, each `step`-th one, for one run of each variant."""
+    kinds = {"block": stack_by_block, "use": stack_by_part}
     seeds = ", ".join(dict.fromkeys(f"{v.shown.seed}" for v in section.variants))
     return Chart(
         name="traffic",
@@ -93,55 +77,25 @@ def traffic_chart(section: Section, step: int) -> Chart:
         f"initial payloads, and what was refused or sent again.{step_note(step)}",
         switches=(
             Switch("method", tuple(variant.label for variant in section.variants)),
-            Switch("stacked by", tuple(kind for kind, _ in kinds)),
+            Switch("stacked by", tuple(kinds)),
         ),
         views={
             (number, place): _view(
                 variant.shown, stacks(variant.shown), step, (f"bytes-by-{kind}", variant.label)
             )
             for number, variant in enumerate(section.variants)
-            for place, (kind, stacks) in enumerate(kinds)
+            for place, (kind, stacks) in enumerate(kinds.items())
         },
         height=520,
     )
 
 
-def _view(run: Run, stacks: tuple[Stack, Stack], step: int, figure: tuple[str, str]) -> View:
-    rounds = thin(len(run.rounds), step)
-    stages = stage_columns(run, rounds)
+def _view(run: Run, stacks: Sequence[Stack], step: int, figure: tuple[str, str]) -> View:
     colors = {name: color for stack in stacks for name, color, _ in stack}
-    data = {
-        way: {
-            **grid_columns(run, rounds, [name for name, _, _ in stack]),
-            "bytes": byte_column([values[rounds] for _, _, values in stack]),
-        }
-        for way, stack in zip(WAYS, stacks, strict=True)
-    }
-    panels = [_panel(way, colors, stages) for way in WAYS]
-    return View(
-        spec=vega.panels_of(panels, tuple(colors)), data={**data, "stages": stages}, figure=figure
+    grids = {}
+    for way, stack in zip(WAYS, stacks, strict=True):
+        num_bytes = np.array([values for _, _, values in stack]).reshape(-1, len(run.rounds))
+        grids[way] = [name for name, _, _ in stack], {"bytes": byte_column(num_bytes.T)}
+    return rounds_view(
+        *("traffic", figure, run, step, grids), names=list(colors), colors=list(colors.values())
     )
-
-
-def _panel(way: str, colors: dict[str, str], stages: dict[str, Any]) -> list[Spec]:
-    """Return layers: a rectangle for each name in each round, and where stage 2 begins."""
-    names, title = tuple(colors), "round" if way == "down" else None
-    bars: Spec = {
-        "data": {"name": way},
-        "transform": [{"stack": "bytes", "groupby": ["round"], "as": ["low", "high"]}],
-        "mark": {"type": "rect"},
-        "encoding": {
-            "x": vega.rounds_across("left", title),
-            "x2": {"field": "right"},
-            "y": vega.quantity("low", f"bytes {way}", axis=BYTE_AXIS),
-            "y2": {"field": "high"},
-            "color": vega.category("name", names, list(colors.values()), **vega.legend(names)),
-            "opacity": vega.unless_hidden(1),
-            "tooltip": vega.tooltip(
-                name=("part", ""), bytes=(f"bytes {way}", ",d"), round=("round", "d")
-            ),
-        },
-    }
-    if way == "up":  # a parameter stands in one place and holds in both
-        bars["params"] = [vega.legend_choice("name")]
-    return [bars, *vega.stage_layers(stages, title=title, worded=way == "up")]

@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from fedobd.report import _vega as vega
-from fedobd.report._chart import (
-    Chart,
-    Spec,
-    Switch,
-    View,
-    block_names,
-    grid_columns,
-    stage_columns,
-    step_note,
-    thin,
-)
+from fedobd.report._chart import Chart, Switch, View, block_names, rounds_view, step_note
 from fedobd.report._gather import Section, Variant
 from fedobd.report._run import Run, Values
 from fedobd.tracking import rare_blocks_warning
@@ -30,16 +18,10 @@ def upload_shares(run: Run) -> Values:
     return shares
 
 
-def block_labels(run: Run) -> tuple[str, ...]:
+def block_labels(run: Run) -> list[str]:
     """Return number and short name of each block, and its parameters."""
     named = zip(block_names(run.schema), run.schema.blocks, strict=True)
-    return tuple(f"{name} · {block.num_parameters:,}" for name, block in named)
-
-
-def block_axis(labels: Sequence[str]) -> Spec:
-    """Return the vertical encoding of blocks by label, the input at the bottom."""
-    blocks = vega.category("name", labels[::-1])
-    return {**blocks, "axis": {"grid": False, "labelLimit": 0, "ticks": False}}
+    return [f"{name} · {block.num_parameters:,}" for name, block in named]
 
 
 def map_height(variants: Sequence[Variant]) -> int:
@@ -93,48 +75,18 @@ def drops_blocks(variant: Variant) -> bool:
 
 
 def _view(run: Run, step: int, figure: tuple[str, str] | None) -> View:
-    rounds = thin(len(run.rounds), step)
-    labels, stages = block_labels(run), stage_columns(run, rounds)
-    cells: dict[str, Any] = {
-        **grid_columns(run, rounds, labels),
-        "share": np.round(100 * upload_shares(run)[rounds].T).astype("u1").ravel(),
-        "clients": run.uploads[rounds].T.astype("u2").ravel(),
-    }
-    told = {
-        "name": ("block · parameters", ""),
-        "round": ("round", "d"),
-        "clients": ("clients", "d"),
-        "share": ("% of the clients", "d"),
+    labels, has_differences = block_labels(run), run.differences is not None
+    cells = {
+        "share": np.round(100 * upload_shares(run)).astype("u1"),
+        "clients": run.uploads.astype("u2"),
     }
     if run.differences is not None:
-        cells["difference"] = run.differences[rounds].T.astype("f4").ravel()
-        told["difference"] = ("mean block difference", ".3g")
-    return View(
-        spec=vega.spec_of([_cells(labels, told), *vega.stage_layers(stages, "white", "black")]),
-        data={"cells": cells, "stages": stages},
-        figure=figure,
+        cells["difference"] = run.differences.astype("f4")
+    return rounds_view(
+        *("uploads", figure, run, step, {"cells": (labels, cells)}),
+        labels=labels,
+        has_differences=has_differences,
     )
-
-
-_FILL = "scale('color', datum.share)"
-"""A cell's color, as an expression of Vega."""
-
-
-def _cells(labels: Sequence[str], told: dict[str, tuple[str, str]]) -> Spec:
-    share = vega.quantity("share", "% of the clients")
-    share |= {"scale": {"domain": [0, 100], "scheme": "viridis"}}
-    return {
-        "data": {"name": "cells"},
-        # The line around a cell hides the seam that smoothing leaves between two.
-        "mark": {"type": "rect", "strokeWidth": 0.5, "stroke": {"expr": _FILL}},
-        "encoding": {
-            "x": vega.rounds_across("left"),
-            "x2": {"field": "right"},
-            "y": block_axis(labels),
-            "color": share | {"legend": {"tickCount": 3, "gradientThickness": 10}},
-            "tooltip": vega.tooltip(**told),
-        },
-    }
 
 
 def warning(variant: Variant) -> str | None:

@@ -88,14 +88,7 @@ def content_of(section: Section, deliveries: Deliveries) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Reproduction:
-    """How a variant is run again.
-
-    Args:
-        label: of the variant.
-        hint: what to do where the run's folder is gone.
-        toml: the configuration of the run that is shown of it.
-        commands: for the shell, one a run.
-    """
+    """How a variant is run again: a command for each run, or one by hint and configuration."""
 
     label: str
     hint: str

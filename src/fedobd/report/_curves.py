@@ -52,13 +52,11 @@ def look(number: int) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A metric over the rounds of a run, or its mean over several runs.
+    """A metric over the rounds of a run, or its mean over several runs; points are rounds.
 
     Args:
         sent: what was sent so far by each of `MEASURES`, in MB or rounds, shape (4, points).
         metric: of the server's model, shape (points,).
-        number: the round of each point.
-        stage: its stage.
     """
 
     sent: Values
@@ -87,12 +85,6 @@ def curve_of(run: Run) -> Curve:
         stage=np.array([played.stage for played in run.rounds], np.float64),
     )
     return whole.at(~np.isnan(whole.metric))
-
-
-def tested_curves(runs: Sequence[Run]) -> list[tuple[Run, Curve]]:
-    """Return the runs that were tested, with their curves."""
-    curves = [(run, curve_of(run)) for run in runs]
-    return [(run, curve) for run, curve in curves if curve.metric.size]
 
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[Curve, Values]:
@@ -132,7 +124,7 @@ def accuracy_chart(section: Section) -> Chart | None:
         caption += "; hovering names a line"
     lines = _accuracy_lines(section)
     step = max(1, math.ceil(sum(len(line.spread) for line in lines) / MOST_POINTS))
-    data = _accuracy_data(section, [line.thinned(step) for line in lines])
+    data = {"points": _accuracy_data(section, [line.thinned(step) for line in lines])}
     return Chart(
         name="accuracy",
         title=f"{section.metric.capitalize()} against traffic",
@@ -174,41 +166,52 @@ def _accuracy_lines(section: Section) -> list[_Line]:
     """Return the lines of single runs, where there are several seeds, and of means."""
     lines = []
     for variant in section.variants:
+        curves = [(run, curve_of(run)) for run in variant.runs]
+        tested = [(run, curve) for run, curve in curves if curve.metric.size]
         if len(variant.runs) > 1:
-            for run, curve in tested_curves(variant.runs):
+            for run, curve in tested:
                 name, spread = f"{variant.label}, seed {run.seed}", np.zeros(len(curve.metric))
                 lines.append(_Line(variant, name, curve, spread, is_mean=False))
-        counted = tested_curves(variant.counted)
+        counted = [curve for run, curve in tested if run in variant.counted]
         if counted:
-            mean, spread = mean_curve([curve for _, curve in counted])
-            lines.append(_Line(variant, variant.label, mean, spread, is_mean=True))
+            lines.append(_Line(variant, variant.label, *mean_curve(counted), is_mean=True))
     return lines
 
 
-def _accuracy_data(section: Section, lines: Sequence[_Line]) -> dict[str, Columns]:
+def _accuracy_data(section: Section, lines: Sequence[_Line]) -> Columns:
     """Return the points of the lines, line by line."""
+    curves = [line.curve for line in lines]
     lengths = [len(line.spread) for line in lines]
     numbers = np.repeat(np.arange(len(lines), dtype="u2"), lengths)
-    sent = np.concatenate([line.curve.sent for line in lines], axis=1).astype("f4")
-    metric = np.concatenate([line.curve.metric for line in lines])
+    sent = np.concatenate([curve.sent for curve in curves], axis=1).astype("f4")
+    metric = np.concatenate([curve.metric for curve in curves])
     spread = np.concatenate([line.spread for line in lines])
-    labels = tuple(variant.label for variant in section.variants)
-    methods = np.array([labels.index(line.variant.label) for line in lines], "u2")
-    points: Columns = {
+    return {
         **dict(zip(MEASURES, sent, strict=True)),
         "metric": metric.astype("f4"),
         "low": (metric - spread).astype("f4"),
         "high": (metric + spread).astype("f4"),
-        "round": np.concatenate([line.curve.number for line in lines]).astype("u2"),
-        "stage": np.concatenate([line.curve.stage for line in lines]).astype("u1"),
-        "mark": np.concatenate([_marks(line.curve.stage) for line in lines]).astype("u1"),
-        "dash": np.repeat([np.uint8(ln.variant.number % len(_DASHES)) for ln in lines], lengths),
+        "round": np.concatenate([curve.number for curve in curves]).astype("u2"),
         "mean": np.repeat([np.uint8(line.is_mean) for line in lines], lengths),
-        "method": Labels(labels, np.repeat(methods, lengths)),
         "line": Labels(tuple(line.name for line in lines), numbers),
         "number": numbers,  # two runs of one seed have the same name
+        **_look_columns(section, [(line.variant, line.curve.stage) for line in lines]),
     }
-    return {"points": points}
+
+
+def _look_columns(section: Section, lines: Sequence[tuple[Variant, Values]]) -> Columns:
+    """Return variant, dash, stage and mark of each point of lines with these stages."""
+    labels = tuple(variant.label for variant in section.variants)
+    stages = [stage for _, stage in lines]
+    lengths = list(map(len, stages))
+    methods = np.array([labels.index(variant.label) for variant, _ in lines], "u2")
+    dashes = np.array([variant.number % len(_DASHES) for variant, _ in lines], "u1")
+    return {
+        "method": Labels(labels, np.repeat(methods, lengths)),
+        "dash": np.repeat(dashes, lengths),
+        "stage": np.concatenate(stages).astype("u1"),
+        "mark": np.concatenate(list(map(_marks, stages))).astype("u1"),
+    }
 
 
 def _marks(stage: Values) -> NDArray[np.bool_]:
@@ -253,23 +256,16 @@ def _metric_scale(section: Section) -> Spec:
 
 def method_traffic_chart(section: Section) -> Chart:
     """Return bytes of each round, a line for each variant, for the run that is shown of it."""
-    labels = tuple(variant.label for variant in section.variants)
-    rounds = [variant.shown.rounds for variant in section.variants]
-    lengths = [len(of_variant) for of_variant in rounds]
-    methods = Labels(labels, np.repeat(np.arange(len(labels)), lengths))
-    stages = [np.array([r.stage for r in of_variant], np.float64) for of_variant in rounds]
+    shown = [(variant, variant.shown.rounds) for variant in section.variants]
+    played = [one for _, rounds in shown for one in rounds]
+    stages = [(variant, np.array([one.stage for one in rounds])) for variant, rounds in shown]
+    looks = _look_columns(section, stages)
+    numbers = np.array([one.number for one in played])
     data: dict[str, Columns] = {
         way: {
-            "method": methods,
-            "dash": np.repeat(
-                [variant.number % len(_DASHES) for variant in section.variants], lengths
-            ),
-            "round": np.concatenate([[r.number for r in of_variant] for of_variant in rounds]),
-            "bytes": np.concatenate(
-                [[getattr(r, f"{way}link_bytes") for r in of_variant] for of_variant in rounds]
-            ),
-            "stage": np.concatenate(stages),
-            "mark": np.concatenate([_marks(stage) for stage in stages]),
+            **looks,
+            "round": numbers,
+            "bytes": np.array([getattr(one, f"{way}link_bytes") for one in played]),
         }
         for way in WAYS
     }

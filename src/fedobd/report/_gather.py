@@ -26,7 +26,7 @@ class Variant:
 
     Args:
         label: the method's name, with the options that tell it from others of the section.
-        number: its number in the whole report, the same for the same label.
+        number: in the whole report; the same label has the same.
         runs: one or more, by seed.
     """
 
@@ -65,8 +65,6 @@ class Section:
         title: data and model.
         settings: what tells it from other sections of the same title; empty where none is.
         metric: what was measured on the test set, such as `test accuracy`.
-        variants: what is compared.
-        notes: what has to be known of the runs.
     """
 
     title: str

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from fedobd._errors import UsageError
 from fedobd.blocks import ModelSchema
@@ -87,20 +88,17 @@ class TrafficByBlock:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@checked_dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
     """One round that has ended.
 
     Args:
         number: from 1.
-        stage: 1 or 2.
         cohort: clients that were asked.
         clients: clients whose upload was accepted.
         broadcasts: broadcasts that went down: one a client, and those that were sent again.
-        uplink_bytes: all uploads.
         downlink_bytes: all broadcasts and initial payloads.
-        uplink_parts: the same bytes by what they are for.
-        downlink_parts: the same bytes by what they are for.
+        uplink_parts: bytes by what they are for, as in `downlink_parts`.
         test_metric: of the server's model; None where it was not tested.
         train_s: training time, mean over the clients; None where it was not measured.
     """
@@ -118,15 +116,13 @@ class Round:
     train_s: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@checked_dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
     """What came of a run, or of its rounds so far.
 
     Args:
         final_metric: of the server's model after the last round; None where it was not tested.
         best_metric: the best of all rounds.
-        uplink_bytes: all uploads.
-        downlink_bytes: all broadcasts and initial payloads.
         refusals: clients that were left out, and refused uploads.
         round_s: wall-clock seconds of all rounds.
         stops_on_test: whether the test set decided when to stop.
@@ -146,21 +142,13 @@ class Results:
         return self.uplink_bytes + self.downlink_bytes
 
 
-_ROUND, _RESULTS = TypeAdapter(Round), TypeAdapter(Results)
-"""They look at the types of what files hold."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One run.
 
     Args:
-        folder: where it lies.
         name: what it is called in the report.
-        config: its configuration.
-        toml: the same as it stands in the folder.
-        environment: versions and machine.
-        schema: the model's tensors and blocks.
+        toml: its configuration as it stands in the folder.
         rounds: the rounds that have ended, at least one.
         uploads: how many clients uploaded each block, shape (rounds, blocks).
         rare_blocks: blocks that were never or rarely uploaded in stage 1.
@@ -168,8 +156,6 @@ class Run:
             the method sends none.
         uplink: what each block took in accepted uploads.
         downlink: what each block took in one broadcast.
-        results: what came of it.
-        is_finished: whether the run has ended.
     """
 
     folder: Path
@@ -270,20 +256,22 @@ def _read(stored: RunFolder) -> Run | None:
             raise TypeError("packages: wanted an object")
     with _reading(SUMMARY_FILE if summary else ROUNDS_FILE):
         results = _results(records, summary)
+    config = load_config(str(stored.path / CONFIG_FILE))
     with _reading(ROUNDS_FILE):
+        num_blocks = len(schema.blocks)
         return Run(
             folder=stored.path,
             name=stored.path.name,
-            config=load_config(str(stored.path / CONFIG_FILE)),
+            config=config,
             toml=(stored.path / CONFIG_FILE).read_text(encoding="utf-8"),
             environment=environment,
             schema=schema,
             rounds=tuple(map(_round, records)),
-            uploads=_uploads(records, len(schema.blocks)),
+            uploads=_uploads(records, num_blocks),
             rare_blocks=rare_blocks(records, schema),
-            differences=_differences(records, len(schema.blocks)),
-            uplink=_traffic(records, "uplink_blocks", len(schema.blocks)),
-            downlink=_traffic(records, "broadcast_blocks", len(schema.blocks)),
+            differences=_differences(records, num_blocks),
+            uplink=_traffic(records, "uplink_blocks", num_blocks),
+            downlink=_traffic(records, "broadcast_blocks", num_blocks),
             results=results,
             is_finished=summary is not None,
         )
@@ -300,20 +288,19 @@ def _round(record: Record) -> Round:
     down["initial payloads"] = record["opening_bytes"]
     down["refused or repeated"] = record["downlink_bytes"] - sum(down.values())
     train_s = record["seconds"].get("train")
-    values = {
-        "number": record["round"],
-        "stage": record["stage"],
-        "cohort": len(record["cohort"]),
-        "clients": len(clients),
-        "broadcasts": broadcasts,
-        "uplink_bytes": record["uplink_bytes"],
-        "downlink_bytes": record["downlink_bytes"],
-        "uplink_parts": up,
-        "downlink_parts": down,
-        "test_metric": record["test_metric"],
-        "train_s": None if train_s is None else train_s / len(clients),
-    }
-    return _ROUND.validate_python(values)
+    return Round(
+        number=record["round"],
+        stage=record["stage"],
+        cohort=len(record["cohort"]),
+        clients=len(clients),
+        broadcasts=broadcasts,
+        uplink_bytes=record["uplink_bytes"],
+        downlink_bytes=record["downlink_bytes"],
+        uplink_parts=up,
+        downlink_parts=down,
+        test_metric=record["test_metric"],
+        train_s=None if train_s is None else train_s / len(clients),
+    )
 
 
 def _uploads(records: Sequence[Record], num_blocks: int) -> Values:
@@ -329,33 +316,27 @@ def _differences(records: Sequence[Record], num_blocks: int) -> Values | None:
     if any(values is None for clients in differences for values in clients):
         return None
     means = np.array([np.mean(clients, axis=0) for clients in differences])
-    return _shaped(means, len(records), num_blocks)
+    return _shaped(means, (len(records), num_blocks))
 
 
 def _traffic(records: Sequence[Record], key: str, num_blocks: int) -> TrafficByBlock:
-    def values(name: str) -> Values:
-        rows = [[block[name] for block in record[key]] for record in records]
-        return _shaped(np.array(rows, np.float64), len(records), num_blocks)
-
-    return TrafficByBlock(
-        payloads=values("payloads"),
-        num_bytes=values("num_bytes"),
-        nominal_bits=values("nominal_bits"),
-        levels=values("levels"),
-    )
+    names = [field.name for field in fields(TrafficByBlock)]  # those of the records
+    rows = [[[block[name] for name in names] for block in record[key]] for record in records]
+    values = np.array(rows, np.float64)
+    shape = (len(records), num_blocks, len(names))
+    columns = np.moveaxis(_shaped(values, shape), -1, 0)
+    return TrafficByBlock(**dict(zip(names, columns, strict=True)))
 
 
-def _shaped(values: Values, rounds: int, num_blocks: int) -> Values:
-    if values.shape != (rounds, num_blocks):
-        raise ValueError(f"records name other blocks than the {num_blocks} of schema.json")
+def _shaped(values: Values, shape: tuple[int, ...]) -> Values:
+    if values.shape != shape:
+        raise ValueError(f"records name other blocks than the {shape[1]} of schema.json")
     return values
 
 
 def _results(records: Sequence[Record], summary: Record | None) -> Results:
     if summary is not None:
-        names = ("final_metric", "best_metric", "uplink_bytes", "downlink_bytes", "refusals")
-        values = {name: summary[name] for name in (*names, "stops_on_test")}
-        return _RESULTS.validate_python({**values, "round_s": summary["seconds"]["round"]})
+        return Results(**summary, round_s=summary["seconds"]["round"])
     metrics = [r["test_metric"] for r in records if r["test_metric"] is not None]
     return Results(
         final_metric=metrics[-1] if metrics else None,

@@ -1,11 +1,12 @@
-"""Tables: sections as rows of plain text, for every format of the report."""
+"""Tables: sections as columns of plain text, for every format of the report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 from fedobd._format import format_bytes, format_duration, format_metric, format_share
 from fedobd.methods import FedAvg
@@ -13,53 +14,50 @@ from fedobd.report._delivery import LevelBits
 from fedobd.report._gather import Section, Variant
 from fedobd.report._links import ASSUMPTION, LINKS, run_seconds, train_seconds
 from fedobd.report._run import Results, Run, Values
-from fedobd.report._traffic import PARTS
+from fedobd.report._traffic import PARTS, WAYS
 
 NONE = "–"
 NO_BREAK = "\N{NO-BREAK SPACE}"
-_SENT = 2  # columns before those that compare what was sent
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A cell.
-
-    Args:
-        text: what it shows.
-        is_best: whether it is the best of its column.
-    """
+class Cell(NamedTuple):
+    """What a cell shows, and whether it is the best of its column."""
 
     text: str
     is_best: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Table:
     """A table; the first column names the rows.
 
     Args:
         caption: what it shows, in a sentence.
-        head: names of the columns, in one line or two.
-        rows: as many cells each.
+        columns: cells, or texts of which none is the best, by their heading in one line or two.
         notes: what has to be known to read it.
     """
 
     caption: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    notes: tuple[str, ...] = ()
+    columns: Mapping[str, Sequence[Cell | str]]
+    notes: Sequence[str] = ()
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Headings of the columns."""
+        return tuple(self.columns)
+
+    @property
+    def rows(self) -> list[list[Cell]]:
+        """Rows, of as many cells each."""
+        return [
+            [Cell(cell) if isinstance(cell, str) else cell for cell in row]
+            for row in zip(*self.columns.values(), strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
-    """A column of figures over the seeds.
-
-    Args:
-        name: its head.
-        value: the figure of one run; None where there is none.
-        digits: decimals of a mean.
-        best: picks the best mean of the rows; None where none is better.
-    """
+class _Figure:
+    """A figure of a run, or over seeds: its heading, value, decimals, and what picks the best."""
 
     name: str
     value: Callable[[Results], float | None]
@@ -70,62 +68,73 @@ class _Column:
         """Return the figure of one run."""
         return NONE if value is None else f"{value:,.{self.digits(value)}f}"
 
-    def spread(self, values: Sequence[float]) -> str:
-        """Return mean ± standard deviation of a sample."""
-        if len(values) < 2:
-            return self.text(values[0] if values else None)
-        mean = fmean(values)
-        return f"{self.text(mean)}{NO_BREAK}±{NO_BREAK}{stdev(values):,.{self.digits(mean)}f}"
+    def cells(self, section: Section) -> list[Cell]:
+        """Return a mean ± standard deviation of a sample for each variant."""
+        columns = [[self.value(run.results) for run in v.counted] for v in section.variants]
+        known = [[value for value in values if value is not None] for values in columns]
+        means = [fmean(values) if values else None for values in known]
+        texts = [
+            self.text(mean)
+            if mean is None or len(values) < 2
+            else f"{self.text(mean)}{NO_BREAK}±{NO_BREAK}{stdev(values):,.{self.digits(mean)}f}"
+            for mean, values in zip(means, known, strict=True)
+        ]
+        return _marked(section, texts, means, self.best)
 
 
-def _cells(rows: Iterable[Sequence[str]]) -> tuple[tuple[Cell, ...], ...]:
-    """Return rows of cells of which none is the best."""
-    return tuple(tuple(map(Cell, row)) for row in rows)
+def _marked(
+    section: Section,
+    texts: Iterable[str],
+    values: Iterable[float | None],
+    best: Callable[[Sequence[float]], float] | None,
+) -> list[Cell]:
+    """Return a cell for each variant, the best of several that have ended marked."""
+    rivals = [
+        value if variant.is_finished else None
+        for variant, value in zip(section.variants, values, strict=True)
+    ]
+    known = [value for value in rivals if value is not None]
+    wanted = best(known) if best and known and len(rivals) > 1 else math.nan
+    return [Cell(text, value == wanted) for text, value in zip(texts, rivals, strict=True)]
 
 
-def _columns(metric: str) -> tuple[_Column, ...]:
+def _figures(metric: str) -> tuple[_Figure, ...]:
     def fine(value: float) -> int:
         return 2 if value >= 0.1 else 5
 
     return (
-        _Column(f"{metric}\nfinal", lambda r: r.final_metric, lambda _: 4, max),
-        _Column("sent\ntotal, MB", lambda r: r.total_bytes / 1e6, fine, min),
-        _Column("up, MB", lambda r: r.uplink_bytes / 1e6, fine, min),
-        _Column("down, MB", lambda r: r.downlink_bytes / 1e6, fine, min),
-        _Column(f"{metric}\nbest", lambda r: r.best_metric, lambda _: 4, max),
-        _Column("wall-clock\ntime, s", lambda r: r.round_s, lambda _: 1),
+        _Figure(f"{metric}\nfinal", lambda r: r.final_metric, lambda _: 4, max),
+        _Figure("sent\ntotal, MB", lambda r: r.total_bytes / 1e6, fine, min),
+        _Figure("up, MB", lambda r: r.uplink_bytes / 1e6, fine, min),
+        _Figure("down, MB", lambda r: r.downlink_bytes / 1e6, fine, min),
+        _Figure(f"{metric}\nbest", lambda r: r.best_metric, lambda _: 4, max),
+        _Figure("wall-clock\ntime, s", lambda r: r.round_s, lambda _: 1),
     )
 
 
 def summary_table(section: Section) -> Table:
     """Return a row for each variant: mean ± standard deviation of a sample, over its seeds."""
-    columns = _columns(section.metric)
-    references = _references(section)
-    bests = [_best(section, column) for column in columns]
-    rows = []
-    for variant in section.variants:
-        cells = []
-        for column, best in zip(columns, bests, strict=True):
-            values = _values(variant, column)
-            is_best = variant.is_finished and bool(values) and fmean(values) == best
-            cells.append(Cell(column.spread(values), is_best))
-        cells[_SENT:_SENT] = [Cell(_reduction(variant, other)) for other in references.values()]
-        rows.append(
-            (
-                Cell(variant.label + ("" if variant.is_finished else " †")),
-                *cells,
-                Cell(_range([len(run.rounds) for run in variant.counted])),
-                Cell(_seeds([run.seed for run in variant.counted])),
-            )
-        )
-    names = [column.name for column in columns]
-    names[_SENT:_SENT] = [f"less than\n{name}" for name in references]
-    return Table(
-        caption=_caption(section),
-        head=("method", *names, "rounds", "seeds"),
-        rows=tuple(rows),
-        notes=tuple(_summary_notes(section)),
-    )
+    variants = section.variants
+    figures = {figure.name: figure.cells(section) for figure in _figures(section.metric)}
+    (final, metrics), (total, num_bytes), *others = figures.items()
+    columns: dict[str, Sequence[Cell | str]] = {
+        "method": [v.label + ("" if v.is_finished else " †") for v in variants],
+        final: metrics,
+        total: num_bytes,
+        **{
+            f"less than\n{name}": [_reduction(variant, other) for variant in variants]
+            for name, other in _references(section).items()
+        },
+        **dict(others),
+        "rounds": [_range([len(run.rounds) for run in v.counted]) for v in variants],
+        "seeds": [_seeds([run.seed for run in v.counted]) for v in variants],
+    }
+    caption = f"{section.metric.capitalize()} and measured traffic, initial payloads included"
+    if len({run.seed for variant in variants for run in variant.counted}) > 1:
+        caption += "; mean ± standard deviation over the seeds"
+    if len(variants) > 1:
+        caption += "; the best value of a column is marked"
+    return Table(caption, columns, list(_summary_notes(section)))
 
 
 def _references(section: Section) -> dict[str, Variant]:
@@ -149,16 +158,6 @@ def reference(section: Section) -> Variant | None:
     return fedavg if fedavg is not None and fedavg.is_finished else best_baseline(section)
 
 
-def _caption(section: Section) -> str:
-    seeds = {run.seed for variant in section.variants for run in variant.counted}
-    caption = f"{section.metric.capitalize()} and measured traffic, initial payloads included"
-    if len(seeds) > 1:
-        caption += "; mean ± standard deviation over the seeds"
-    if len(section.variants) > 1:
-        caption += "; the best value of a column is marked"
-    return caption
-
-
 def _summary_notes(section: Section) -> Iterator[str]:
     if not all(variant.is_finished for variant in section.variants):
         yield "† not finished: the figures are those of the rounds so far, and not marked as best."
@@ -178,19 +177,6 @@ def best_baseline(section: Section) -> Variant | None:
     return max((v for v in rivals if mean_final(v) is not None), key=rank, default=None)
 
 
-def _values(variant: Variant, column: _Column) -> list[float]:
-    values = [column.value(run.results) for run in variant.counted]
-    return [value for value in values if value is not None]
-
-
-def _best(section: Section, column: _Column) -> float | None:
-    if column.best is None or len(section.variants) == 1:
-        return None
-    by_variant = [_values(variant, column) for variant in section.variants if variant.is_finished]
-    means = [fmean(values) for values in by_variant if values]
-    return column.best(means) if means else None
-
-
 def _seeds(seeds: Sequence[int]) -> str:
     """Return seeds as text, many in a row by the first and the last."""
     if len(seeds) > 3 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
@@ -205,14 +191,18 @@ def _range(values: Sequence[int]) -> str:
 
 def mean_total(variant: Variant) -> float:
     """Return the bytes of a variant's runs, both directions, a mean over the seeds."""
-    return fmean([run.results.total_bytes for run in variant.counted])
+    return fmean(run.results.total_bytes for run in variant.counted)
 
 
 def mean_final(variant: Variant) -> float | None:
     """Return the final metric of a variant's runs, a mean; None where one was not tested."""
-    finals = [run.results.final_metric for run in variant.counted]
-    tested = [final for final in finals if final is not None]
-    return fmean(tested) if len(tested) == len(finals) else None
+    return _mean_known([run.results.final_metric for run in variant.counted])
+
+
+def _mean_known(values: Sequence[float | None]) -> float | None:
+    """Return the mean, None where a value is missing."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def _reduction(variant: Variant, other: Variant) -> str:
@@ -223,52 +213,56 @@ def _reduction(variant: Variant, other: Variant) -> str:
 
 def run_table(section: Section) -> Table:
     """Return a row for each run."""
-    columns = _columns(section.metric)
-    rows = [
-        (
-            *(variant.label, str(run.seed), f"{len(run.rounds)} of {run.planned_rounds}"),
-            *(column.text(column.value(run.results)) for column in columns),
-            *(str(run.results.refusals), "yes" if run.is_finished else "no", run.name),
-        )
-        for variant in section.variants
-        for run in variant.runs
-    ]
-    head = ("method", "seed", "rounds", *(column.name for column in columns))
+    labels = [variant.label for variant in section.variants for _ in variant.runs]
+    columns = {
+        "method": labels,
+        "seed": [str(run.seed) for run in section.runs],
+        "rounds": [f"{len(run.rounds)} of {run.planned_rounds}" for run in section.runs],
+        **{
+            figure.name: [figure.text(figure.value(run.results)) for run in section.runs]
+            for figure in _figures(section.metric)
+        },
+        "refused or missing": [str(run.results.refusals) for run in section.runs],
+        "finished": ["yes" if run.is_finished else "no" for run in section.runs],
+        "folder": [run.name for run in section.runs],
+    }
     return Table(
-        caption="Every run; a run that leaves a stage early has fewer rounds than planned",
-        head=(*head, "refused or missing", "finished", "folder"),
-        rows=_cells(rows),
+        "Every run; a run that leaves a stage early has fewer rounds than planned", columns
     )
 
 
 def link_table(section: Section) -> Table:
     """Return how long a round and the whole run would take over links of several speeds."""
-    whole = [_mean_seconds(variant) for variant in section.variants]
-    timed = [_is_timed(variant) for variant in section.variants]
-    rivals = [
-        variant.is_finished and (is_timed or not any(timed))
-        for variant, is_timed in zip(section.variants, timed, strict=True)
+    variants = section.variants
+    trained = [_mean_known([train_seconds(run) for run in v.counted]) for v in variants]
+    is_untimed = None in trained
+    are_rivals = [t is not None or not any(t is not None for t in trained) for t in trained]
+    columns: dict[str, Sequence[Cell | str]] = {"method": [v.label for v in variants]}
+    for link, bits_per_s in LINKS.items():
+        name = link.replace(" ", NO_BREAK)
+        times = [[run_seconds(run, bits_per_s) for run in v.counted] for v in variants]
+        columns[f"{name}\na round"] = [
+            format_duration(
+                fmean(t / len(run.rounds) for t, run in zip(ts, v.counted, strict=True))
+            )
+            for v, ts in zip(variants, times, strict=True)
+        ]
+        whole = [fmean(ts) for ts in times]
+        compared = [t if is_rival else None for t, is_rival in zip(whole, are_rivals, strict=True)]
+        columns[f"{name}\nthe run"] = _marked(section, map(format_duration, whole), compared, min)
+    columns["training\na round"] = [
+        "not measured" if t is None else format_duration(t) for t in trained
     ]
-    finished = [times for times, is_rival in zip(whole, rivals, strict=True) if is_rival]
-    bests = [min(times) for times in zip(*finished, strict=True)] if len(whole) > 1 else []
-    rows = []
-    for variant, times, is_rival in zip(section.variants, whole, rivals, strict=True):
-        cells = [Cell(variant.label)]
-        for number, bits_per_s in enumerate(LINKS.values()):
-            runs = variant.counted
-            one = fmean([run_seconds(run, bits_per_s) / len(run.rounds) for run in runs])
-            is_best = bool(bests) and is_rival and times[number] == bests[number]
-            cells += [Cell(format_duration(one)), Cell(format_duration(times[number]), is_best)]
-        rows.append((*cells, *_of_a_round(variant)))
-    names = [name.replace(" ", NO_BREAK) for name in LINKS]
-    links = [f"{name}\n{what}" for name in names for what in ("a round", "the run")]
+    for way in reversed(WAYS):
+        columns[f"{way}\na round"] = [
+            format_bytes(fmean(_client_bytes(run, way) for run in v.counted)) for v in variants
+        ]
     caption = "Time over a link: transfers and training of a mean round, and of the whole run"
-    return Table(
-        caption=caption + ("; the shortest run is marked" if bests else ""),
-        head=("method", *links, "training\na round", "down\na round", "up\na round"),
-        rows=tuple(rows),
-        notes=(ASSUMPTION, *([] if all(timed) else [_UNTIMED])),
-    )
+    if len(variants) > 1 and any(
+        v.is_finished and is_rival for v, is_rival in zip(variants, are_rivals, strict=True)
+    ):
+        caption += "; the shortest run is marked"
+    return Table(caption, columns, (ASSUMPTION, *([_UNTIMED] if is_untimed else [])))
 
 
 _UNTIMED = (
@@ -277,30 +271,9 @@ _UNTIMED = (
 )
 
 
-def _is_timed(variant: Variant) -> bool:
-    """Whether training was measured in all runs."""
-    return all(train_seconds(run) is not None for run in variant.counted)
-
-
-def _mean_seconds(variant: Variant) -> list[float]:
-    """Return the seconds of a run over each of the links, a mean."""
-    return [
-        fmean([run_seconds(run, speed) for run in variant.counted]) for speed in LINKS.values()
-    ]
-
-
-def _of_a_round(variant: Variant) -> Iterator[Cell]:
-    """Yield training time and bytes of a client in a mean round."""
-    trained = [train_seconds(run) for run in variant.counted]
-    known = [spent for spent in trained if spent is not None]
-    yield Cell(format_duration(fmean(known)) if len(known) == len(trained) else "not measured")
-    for direction in ("downlink", "uplink"):
-        yield Cell(format_bytes(fmean([_client_bytes(run, direction) for run in variant.counted])))
-
-
-def _client_bytes(run: Run, direction: str) -> float:
+def _client_bytes(run: Run, way: str) -> float:
     """Return the mean bytes of a client in a round."""
-    return fmean([getattr(played, f"{direction}_bytes") / played.cohort for played in run.rounds])
+    return fmean(getattr(played, f"{way}link_bytes") / played.cohort for played in run.rounds)
 
 
 def block_table(variant: Variant, delivery: LevelBits | None) -> Table:
@@ -334,78 +307,62 @@ def block_table(variant: Variant, delivery: LevelBits | None) -> Table:
         columns["delivery\nreal bits"] = _bits_texts(delivery.real)
         columns["delivery\nnominal bits"] = _bits_texts(delivery.nominal)
         columns["delivery\nentropy"] = _bits_texts(delivery.entropy)
-    return Table(
-        caption=f"Blocks of {variant.label}, seed {run.seed}, the input first; bits are for each "
-        "parameter",
-        head=tuple(columns),
-        rows=_cells(zip(*columns.values(), strict=True)),
+    caption = (
+        f"Blocks of {variant.label}, seed {run.seed}, the input first; bits are for each parameter"
     )
-
-
-def part_table(section: Section) -> Table:
-    """Return what the bytes of each variant were for, up and down, means over its seeds."""
-    parts = [
-        (f"{variant.label}, {way}", _mean_parts(variant, way))
-        for variant in section.variants
-        for way in ("up", "down")
-    ]
-    used = [part for part in PARTS if any(num_bytes[part] for _, num_bytes in parts)]
-    rows = tuple(
-        (Cell(name), *(Cell(format_bytes(num_bytes[part])) for part in used))
-        for name, num_bytes in parts
-    )
-    caption = "Measured bytes of the whole run by what they are for"
-    return Table(caption=caption, head=("method", *used), rows=rows)
-
-
-def _mean_parts(variant: Variant, way: str) -> dict[str, float]:
-    """Return the bytes of a whole run by what they are for, means over the seeds."""
-    totals = []
-    for run in variant.counted:
-        rounds = [r.uplink_parts if way == "up" else r.downlink_parts for r in run.rounds]
-        totals.append(
-            {part: sum(num_bytes.get(part, 0) for num_bytes in rounds) for part in PARTS}
-        )
-    return {part: fmean(total[part] for total in totals) for part in PARTS}
-
-
-def round_table(variant: Variant, metric: str) -> Table:
-    """Return a row for each round of the run that is shown of a variant."""
-    run = variant.shown
-    rows = [
-        (
-            *(str(played.number), str(played.stage), str(played.clients)),
-            format_metric(played.test_metric),
-            *(format_bytes(played.uplink_bytes), format_bytes(played.downlink_bytes)),
-            " ".join(f"{count:.0f}" for count in uploads),
-        )
-        for played, uploads in zip(run.rounds, run.uploads, strict=True)
-    ]
-    return Table(
-        caption=f"Rounds of {variant.label}, seed {run.seed}; the last column counts the clients "
-        "that uploaded each block, the input first",
-        head=("round", "stage", "clients", metric, "up", "down", "uploads by block"),
-        rows=_cells(rows),
-    )
+    return Table(caption, columns)
 
 
 def _bits_texts(values: Values) -> list[str]:
     return [NONE if math.isnan(value) else f"{value:,.2f}" for value in values]
 
 
+def part_table(section: Section) -> Table:
+    """Return what the bytes of each variant were for, up and down, means over its seeds."""
+    rows = [(variant, way) for variant in section.variants for way in WAYS]
+    columns = {"method": [f"{variant.label}, {way}" for variant, way in rows]}
+    for part in PARTS:
+        num_bytes = [
+            fmean(
+                sum(getattr(played, f"{way}link_parts").get(part, 0) for played in run.rounds)
+                for run in variant.counted
+            )
+            for variant, way in rows
+        ]
+        if any(num_bytes):
+            columns[part] = list(map(format_bytes, num_bytes))
+    return Table("Measured bytes of the whole run by what they are for", columns)
+
+
+def round_table(variant: Variant, metric: str) -> Table:
+    """Return a row for each round of the run that is shown of a variant."""
+    run = variant.shown
+    columns = {
+        "round": [str(played.number) for played in run.rounds],
+        "stage": [str(played.stage) for played in run.rounds],
+        "clients": [str(played.clients) for played in run.rounds],
+        metric: [format_metric(played.test_metric) for played in run.rounds],
+        "up": [format_bytes(played.uplink_bytes) for played in run.rounds],
+        "down": [format_bytes(played.downlink_bytes) for played in run.rounds],
+        "uploads by block": [" ".join(f"{count:.0f}" for count in row) for row in run.uploads],
+    }
+    caption = (
+        f"Rounds of {variant.label}, seed {run.seed}; the last column counts the clients that "
+        "uploaded each block, the input first"
+    )
+    return Table(caption, columns)
+
+
 def environment_table(section: Section) -> Table:
     """Return versions and machine of all runs; values that differ stand beside each other."""
-    versions: dict[str, list[str]] = {}
+    versions: dict[str, dict[str, None]] = {}  # texts by name, each once, in their order
     for run in section.runs:
         packages = run.environment.get("packages", {})
         plain = {k: v for k, v in run.environment.items() if k != "packages"}
         for key, value in {**plain, **packages}.items():
-            texts = versions.setdefault(str(key), [])
-            text = NONE if value is None else str(value)
-            if text not in texts:
-                texts.append(text)
-    if "started" in versions:
+            versions.setdefault(key, {})[NONE if value is None else str(value)] = None
+    if len(versions.get("started", ())) > 1:
         first, last = min(versions["started"]), max(versions["started"])
-        versions["started"] = [first] if first == last else [f"{first} to {last}"]
-    rows = _cells((key, ", ".join(texts)) for key, texts in versions.items())
-    return Table(caption="Versions and machine", head=("", "value"), rows=rows)
+        versions["started"] = {f"{first} to {last}": None}
+    columns = {"": list(versions), "value": [", ".join(texts) for texts in versions.values()]}
+    return Table("Versions and machine", columns)

@@ -26,6 +26,7 @@ from fedobd.report._chart import COLORS, Columns, Labels, View, block_color, sho
 from fedobd.report._content import (
     charts_of,
     drawing_step,
+    headline,
     left_out,
     read_deliveries,
     reproductions,
@@ -34,7 +35,6 @@ from fedobd.report._curves import MEASURES, Curve, accuracy_chart, curve_of, loo
 from fedobd.report._delivery import delivery_bits
 from fedobd.report._figures import rows_of
 from fedobd.report._gather import Section, gather
-from fedobd.report._headline import headline
 from fedobd.report._links import round_seconds, run_seconds, train_seconds
 from fedobd.report._page import _typed
 from fedobd.report._run import Run
@@ -543,6 +543,7 @@ def test_the_delivery_is_that_of_the_server(made: Path) -> None:
     (run,) = only(gather([made / "fedobd-seed0"])).runs
     bits = delivery_bits(run)
     assert bits is not None
+    assert bits.entropy is not None
     payload = parsed_delivery(run)
     codes = {(number, segment): code for number, segment, code in payload.codes()}
     total = 0.0

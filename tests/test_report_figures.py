@@ -11,9 +11,9 @@ import pytest
 
 from fedobd import ModelSchema, decompose
 from fedobd.models import build_model
+from fedobd.report._content import headline
 from fedobd.report._curves import curve_of
 from fedobd.report._gather import Section, Variant
-from fedobd.report._headline import headline
 from fedobd.report._links import round_seconds
 from fedobd.report._run import Results, Round, Run, TrafficByBlock
 from fedobd.report._summary_tables import (
@@ -79,8 +79,8 @@ def a_run(method: str, outcome: Results, seed: int = 0, **changes: Any) -> Run:
         "uploads": np.ones((2, 3)),
         "rare_blocks": (),
         "differences": None,
-        "uplink": None,
-        "downlink": None,
+        "uplink": TRAFFIC,
+        "downlink": TRAFFIC,
         "results": outcome,
         "is_finished": True,
     }
@@ -232,6 +232,7 @@ def test_bits_of_a_block_are_means_over_the_payloads_that_held_it() -> None:
     assert [block.num_parameters for block in SCHEMA.blocks] == [48, 520, 36]
     assert bits.real[:2].tolist() == [8 * 144 / (4 * 48), 8 * 1040 / (4 * 520)]
     assert bits.nominal[:2].tolist() == [960 / (4 * 48), 4160 / (4 * 520)]
+    assert bits.levels is not None
     assert bits.levels[:2].tolist() == [3.0, (1 * 10 + 3 * 2) / 4]  # rounds with levels alone
     assert np.isnan([bits.real[2], bits.nominal[2], bits.levels[2]]).all()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -18,13 +18,13 @@ from fedobd.report._chart import (
     step_note,
     thin,
 )
-from fedobd.report._delivery import LevelBits
+from fedobd.report._delivery import bits_by_way
 from fedobd.report._gather import Section, Variant
-from fedobd.report._run import Run, TrafficByBlock, Values
+from fedobd.report._run import BlockBits, Run, TrafficByBlock
 from fedobd.report._templates import make_spec
 from fedobd.report._uploads import block_labels, map_height
 
-Deliveries = Mapping[str, LevelBits | None]
+Deliveries = Mapping[str, BlockBits | None]
 """Bits of the trained model's delivery by the variant's label."""
 
 MEANING = (
@@ -66,21 +66,14 @@ def bits_chart(section: Section, deliveries: Deliveries) -> Chart:
     )
 
 
-def bits_series(run: Run, delivery: LevelBits | None) -> Iterator[tuple[str, str, Values]]:
-    """Yield direction, kind of bits, and bits of each block."""
-    for way, traffic in (("up", run.uplink), ("down", run.downlink)):
-        bits = traffic.bits(run.schema)
-        yield way, "nominal", bits.nominal
-        yield way, "real", bits.real
-    if delivery is not None:
-        yield "delivery", "nominal", delivery.nominal
-        yield "delivery", "real", delivery.real
-        yield "delivery", "entropy", delivery.entropy
-
-
-def _bits_view(variant: Variant, delivery: LevelBits | None) -> View:
+def _bits_view(variant: Variant, delivery: BlockBits | None) -> View:
     labels, ways, kinds = block_labels(variant.shown), tuple(_COLORS), tuple(_KINDS)
-    series = list(bits_series(variant.shown, delivery))
+    series = [
+        (way, kind, values)
+        for way, bits in bits_by_way(variant.shown, delivery).items()
+        for kind in kinds
+        if (values := getattr(bits, kind)) is not None
+    ]
     way_codes = np.array([ways.index(way) for way, _, _ in series], "u1")
     kind_codes = np.array([kinds.index(kind) for _, kind, _ in series], "u1")
     marks: Columns = {

@@ -166,13 +166,12 @@ def _accuracy_lines(section: Section) -> list[_Line]:
     """Return the lines of single runs, where there are several seeds, and of means."""
     lines = []
     for variant in section.variants:
-        curves = [(run, curve_of(run)) for run in variant.runs]
-        tested = [(run, curve) for run, curve in curves if curve.metric.size]
-        if len(variant.runs) > 1:
-            for run, curve in tested:
-                name, spread = f"{variant.label}, seed {run.seed}", np.zeros(len(curve.metric))
+        for run in variant.runs if len(variant.runs) > 1 else ():
+            curve, name = curve_of(run), f"{variant.label}, seed {run.seed}"
+            if curve.metric.size:
+                spread = np.zeros(len(curve.metric))
                 lines.append(_Line(variant, name, curve, spread, is_mean=False))
-        counted = [curve for run, curve in tested if run in variant.counted]
+        counted = [curve for curve in map(curve_of, variant.counted) if curve.metric.size]
         if counted:
             lines.append(_Line(variant, variant.label, *mean_curve(counted), is_mean=True))
     return lines

@@ -7,7 +7,6 @@ delivery is; beside what that takes stands the entropy of its levels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from safetensors import SafetensorError
@@ -17,26 +16,10 @@ from fedobd._errors import UsageError
 from fedobd._seeds import make_generator
 from fedobd.blocks import Block, Role, master_state, segment_of
 from fedobd.codec import Coding, Levels, Unquantized, encode_levels, level_bits
-from fedobd.report._run import Run, Values
+from fedobd.report._run import BlockBits, Run
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LevelBits:
-    """Bits for each quantized parameter of each block; NaN for a block without any.
-
-    Args:
-        real: of the coded level stream, shape (blocks,).
-        nominal: by the papers' formula, ⌈log2(s + 1)⌉ + 1.
-        entropy: of the levels, each tensor by the frequencies of its own levels, taken one by
-            one; the tables of frequencies are not counted.
-    """
-
-    real: Values
-    nominal: Values
-    entropy: Values
-
-
-def delivery_bits(run: Run) -> LevelBits | None:
+def delivery_bits(run: Run) -> BlockBits | None:
     """Return the bits of each block in the delivery of a run's trained model.
 
     Returns:
@@ -67,7 +50,7 @@ def delivery_bits(run: Run) -> LevelBits | None:
         return quantized
 
     rows = np.array([_bits(levels_of(block)) for block in run.schema.blocks])
-    return LevelBits(real=rows[:, 0], nominal=rows[:, 1], entropy=rows[:, 2])
+    return BlockBits(real=rows[:, 0], nominal=rows[:, 1], entropy=rows[:, 2])
 
 
 def _bits(levels: list[Levels]) -> tuple[float, float, float]:
@@ -85,3 +68,9 @@ def _entropy_bits(levels: Levels) -> float:
     counts = np.bincount(levels.symbols)
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / levels.symbols.size)).sum())
+
+
+def bits_by_way(run: Run, delivery: BlockBits | None) -> dict[str, BlockBits]:
+    """Return the bits of each block up, down, and in the delivery where there is one."""
+    ways = {"up": run.uplink.bits(run.schema), "down": run.downlink.bits(run.schema)}
+    return ways if delivery is None else {**ways, "delivery": delivery}

@@ -18,7 +18,7 @@ from fedobd.report._chart import Chart, Columns, Labels, View
 from fedobd.report._content import charts_of, read_deliveries
 from fedobd.report._curves import method_traffic_chart
 from fedobd.report._gather import Section
-from fedobd.report._templates import Spec
+from fedobd.report._templates import Spec, make_spec
 
 VEGA_LITE = "6.4"
 """The version that is drawn with, of those that vl-convert brings."""
@@ -32,35 +32,6 @@ _CHARACTER = 4.0  # points of a letter of a legend, and what its mark and the ga
 _MARK = 22
 
 _IDS = re.compile(r"\b(?:clip|gradient_)\d+\b")
-
-_LOOK: Spec = {
-    "background": "white",
-    "font": "Liberation Serif, Times New Roman, serif",
-    "padding": 2,
-    "view": {"stroke": None},
-    "aria": False,
-    "axis": {
-        "labelFontSize": 8,
-        "titleFontSize": 9,
-        "titleFontWeight": "normal",
-        "gridOpacity": 0.5,
-        "domainColor": "black",
-        "tickColor": "black",
-    },
-    "legend": {
-        "orient": "top",
-        "labelFontSize": 8,
-        "titleFontSize": 8,
-        "labelLimit": 0,
-        "symbolOpacity": 1,
-        "symbolSize": 30,
-        "offset": 6,
-        "rowPadding": 1,
-    },
-    "text": {"fontSize": 8},
-    "line": {"strokeWidth": 1},
-    "point": {"size": 16, "strokeWidth": 1},
-}
 
 
 def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
@@ -134,7 +105,7 @@ def _on_paper(chart: Chart, view: View) -> Spec:
     spec = {
         **view.spec,
         "usermeta": {"width": width},
-        "config": {**_LOOK, "legend": {**_LOOK["legend"], "columns": columns}},
+        "config": make_spec("paper", columns=columns),
         "params": [{"name": "paper", "value": "white"}],
         "datasets": {name: rows_of(columns) for name, columns in view.data.items()},
     }

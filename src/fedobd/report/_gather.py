@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -130,13 +130,12 @@ def _folders(path: Path) -> Iterator[Path]:
 
 
 def _sections(runs: Sequence[Run], empty: Sequence[Path]) -> tuple[Section, ...]:
-    settings = {run.folder: _settings(run) for run in runs}
-    groups = _grouped(runs, lambda run: settings[run.folder])
-    titles = [_title(group[0]) for group in groups]
-    told = _told([(_title(group[0]), settings[group[0].folder]) for group in groups])
+    groups = _grouped(runs, _settings)
+    titles = [_title(group[0]) for _, group in groups]
+    told = _told(titles, [settings for settings, _ in groups])
     numbers = {name: number for number, name in enumerate(METHODS)}  # a color for each method
     sections = []
-    for title, telling, group in zip(titles, told, groups, strict=True):
+    for title, telling, (_, group) in zip(titles, told, groups, strict=True):
         variants = _variants(group, numbers)
         sections.append(
             Section(
@@ -158,10 +157,11 @@ def _title(run: Run) -> str:
 
 
 def _variants(runs: Sequence[Run], numbers: dict[str, int]) -> tuple[Variant, ...]:
-    groups = _grouped(runs, lambda run: {"method": run.method, **_options(run)})
-    groups.sort(key=lambda group: list(METHODS).index(group[0].method))
-    told = _told([(group[0].method, _options(group[0])) for group in groups])
-    names = [group[0].method for group in groups]
+    groups = sorted(
+        _grouped(runs, _options), key=lambda group: list(METHODS).index(group[0]["method"])
+    )
+    names = [options["method"] for options, _ in groups]
+    told = _told(names, [options for options, _ in groups])
     labels = [", ".join(filter(None, pair)) for pair in zip(names, told, strict=True)]
     return tuple(
         Variant(
@@ -169,7 +169,7 @@ def _variants(runs: Sequence[Run], numbers: dict[str, int]) -> tuple[Variant, ..
             number=numbers.setdefault(label, len(numbers)),
             runs=tuple(sorted(group, key=lambda run: (run.seed, run.folder))),
         )
-        for label, group in zip(labels, groups, strict=True)
+        for label, (_, group) in zip(labels, groups, strict=True)
     )
 
 
@@ -183,26 +183,31 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _options(run: Run) -> dict[str, Any]:
-    """Return the options of the run's method, by dotted key."""
-    return flatten(run.config.to_dict()["methods"][run.method], ".")
+    """Return the run's method, and its options by dotted key."""
+    options = run.config.to_dict()["methods"][run.method]
+    return {"method": run.method, **flatten(options, ".")}
 
 
-def _grouped(runs: Iterable[Run], key: Any) -> list[list[Run]]:
-    """Return runs with equal keys together, in the order of the first of each."""
-    groups: dict[str, list[Run]] = {}
+def _grouped(
+    runs: Iterable[Run], key: Callable[[Run], dict[str, Any]]
+) -> list[tuple[dict[str, Any], list[Run]]]:
+    """Return runs with equal keys together, after their key, in the order of the first of each."""
+    groups: dict[str, tuple[dict[str, Any], list[Run]]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(key(run), sort_keys=True, default=str), []).append(run)
+        values = key(run)
+        text = json.dumps(values, sort_keys=True, default=str)
+        groups.setdefault(text, (values, []))[1].append(run)
     return list(groups.values())
 
 
-def _told(named: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+def _told(names: Sequence[str], values: Sequence[dict[str, Any]]) -> list[str]:
     """Return for each name the values that tell it from others of the same name."""
     texts = []
-    for name, values in named:
-        others = [other for same, other in named if same == name]
+    for name, mine in zip(names, values, strict=True):
+        others = [other for same, other in zip(names, values, strict=True) if same == name]
         keys = dict.fromkeys(key for other in others for key in other)
         telling = [k for k in keys if any(o.get(k) != others[0].get(k) for o in others)]
-        texts.append(", ".join(_setting(key, values) for key in telling))
+        texts.append(", ".join(_setting(key, mine) for key in telling))
     return texts
 
 

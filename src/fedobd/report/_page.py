@@ -62,15 +62,10 @@ def make_page(sections: Sequence[Section]) -> str:
 
 @dataclass(slots=True)
 class _Drawings:
-    """What the page's script draws.
-
-    Args:
-        charts: views of each figure, by the figure's id and the options that are chosen.
-        pool: numbers of specifications and columns by their JSON; most occur in many views, and
-            stand in the page once.
-    """
+    """What the page's script draws: views of each figure, by its id and the chosen options."""
 
     charts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Numbers of specifications and columns, which occur in many views and stand in the page once.
     pool: dict[str, int] = field(default_factory=dict)
 
     def add(self, place: str, chart: Chart) -> None:

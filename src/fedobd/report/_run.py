@@ -42,17 +42,20 @@ ENVIRONMENT = "environment.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockBits:
-    """Bits for each parameter of each block, over all payloads; NaN where there are none.
+    """Bits for each parameter of each block, shape (blocks,); NaN where there are none.
 
     Args:
-        real: of the block's frames, shape (blocks,).
+        real: of what was coded.
         nominal: of the same by the papers' formula.
-        levels: mean number of levels s.
+        levels: mean number of levels s, over all payloads.
+        entropy: of levels, each tensor by the frequencies of its own, taken one by one; the
+            tables of frequencies are not counted.
     """
 
     real: Values
     nominal: Values
-    levels: Values
+    levels: Values | None = None
+    entropy: Values | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +259,8 @@ def _read(stored: RunFolder) -> Run | None:
             raise TypeError("packages: wanted an object")
     with _reading(SUMMARY_FILE if summary else ROUNDS_FILE):
         results = _results(records, summary)
-    config = load_config(str(stored.path / CONFIG_FILE))
+    with _reading(CONFIG_FILE):
+        config = load_config(str(stored.path / CONFIG_FILE))
     with _reading(ROUNDS_FILE):
         num_blocks = len(schema.blocks)
         return Run(

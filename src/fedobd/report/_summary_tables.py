@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from fedobd._format import format_bytes, format_duration, format_metric, format_share
 from fedobd.methods import FedAvg
-from fedobd.report._delivery import LevelBits
+from fedobd.report._delivery import bits_by_way
 from fedobd.report._gather import Section, Variant
 from fedobd.report._links import ASSUMPTION, LINKS, run_seconds, train_seconds
-from fedobd.report._run import Results, Run, Values
+from fedobd.report._run import BlockBits, Results, Run, Values
 from fedobd.report._traffic import PARTS, WAYS
 
 NONE = "–"
@@ -276,7 +276,7 @@ def _client_bytes(run: Run, way: str) -> float:
     return fmean(getattr(played, f"{way}link_bytes") / played.cohort for played in run.rounds)
 
 
-def block_table(variant: Variant, delivery: LevelBits | None) -> Table:
+def block_table(variant: Variant, delivery: BlockBits | None) -> Table:
     """Return a row for each block of the run that is shown of a variant.
 
     Args:
@@ -297,16 +297,13 @@ def block_table(variant: Variant, delivery: LevelBits | None) -> Table:
     if run.differences is not None:
         means = run.differences[run.in_stage(1)].mean(axis=0)
         columns["mean block\ndifference"] = [f"{mean:.3g}" for mean in means]
-    for way, traffic in (("up", run.uplink), ("down", run.downlink)):
-        if traffic is not None:
-            bits = traffic.bits(run.schema)
-            columns[f"{way}\nreal bits"] = _bits_texts(bits.real)
-            columns[f"{way}\nnominal bits"] = _bits_texts(bits.nominal)
+    for way, bits in bits_by_way(run, delivery).items():
+        columns[f"{way}\nreal bits"] = _bits_texts(bits.real)
+        columns[f"{way}\nnominal bits"] = _bits_texts(bits.nominal)
+        if bits.levels is not None:
             columns[f"{way}\nlevels s"] = _bits_texts(bits.levels)
-    if delivery is not None:
-        columns["delivery\nreal bits"] = _bits_texts(delivery.real)
-        columns["delivery\nnominal bits"] = _bits_texts(delivery.nominal)
-        columns["delivery\nentropy"] = _bits_texts(delivery.entropy)
+        if bits.entropy is not None:
+            columns[f"{way}\nentropy"] = _bits_texts(bits.entropy)
     caption = (
         f"Blocks of {variant.label}, seed {run.seed}, the input first; bits are for each parameter"
     )

@@ -22,7 +22,7 @@ from fedobd.codec import Coding
 from fedobd.experiments import compare, load_config
 from fedobd.report import _curves, _traffic
 from fedobd.report._bits import levels_chart
-from fedobd.report._chart import COLORS, Columns, Labels, View, block_color, shorten, thin
+from fedobd.report._chart import COLORS, Columns, Labels, View, block_colors, shorten, thin
 from fedobd.report._content import (
     charts_of,
     drawing_step,
@@ -521,11 +521,11 @@ def test_versions_that_differ_stand_beside_each_other(runs: Path) -> None:
 def test_commands_run_it_again(runs: Path) -> None:
     renamed = (runs / "fedobd-seed0").rename(runs / "it's mine")
     (first, *_) = reproductions(only(gather([renamed])))
-    assert first.toml == (renamed / "config.toml").read_text()
-    assert first.commands == (
+    assert first["toml"] == (renamed / "config.toml").read_text()
+    assert first["commands"] == [
         f"fedobd run '{renamed.parent}/it'\"'\"'s mine/config.toml' "
         "--output 'it'\"'\"'s mine-again'",
-    )
+    ]
 
 
 # bits of the delivery
@@ -877,8 +877,7 @@ def luminance(color: str) -> float:
 
 
 def colors() -> Iterator[str]:
-    yield from (*COLORS, *_traffic.PART_COLORS)
-    yield from (block_color(number, 40) for number in range(40))
+    yield from (*COLORS, *_traffic.PART_COLORS, *block_colors(40))
 
 
 @pytest.mark.parametrize("page", ["#ffffff", "#14181d"])

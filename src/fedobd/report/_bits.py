@@ -12,7 +12,7 @@ from fedobd.report._chart import (
     Labels,
     Switch,
     View,
-    block_color,
+    block_colors,
     block_names,
     rounds_view,
     step_note,
@@ -122,6 +122,6 @@ def _levels_view(run: Run, traffic: TrafficByBlock, step: int, figure: tuple[str
     return rounds_view(
         *("levels", figure, run, step, {"points": (names, {"levels": levels})}),
         names=names,
-        colors=[block_color(number, len(names)) for number in range(len(names))],
+        colors=block_colors(len(names)),
         has_marks=len(thin(len(run.rounds), step)) <= _MOST_LEVELS_MARKED,
     )

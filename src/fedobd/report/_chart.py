@@ -89,12 +89,16 @@ def block_names(schema: ModelSchema) -> tuple[str, ...]:
     return tuple(f"{number} {shorten(block.name)}" for number, block in enumerate(schema.blocks))
 
 
-def block_color(number: int, num_blocks: int) -> str:
-    """Return the color of a block, by its place between input and output, as `#rrggbb`."""
-    place = number / max(num_blocks - 1, 1) * (len(DEPTH) - 1)
-    left = min(int(place), len(DEPTH) - 2)
-    parts = np.array(DEPTH[left]) * (left + 1 - place) + np.array(DEPTH[left + 1]) * (place - left)
-    return "#" + "".join(f"{round(part):02x}" for part in parts)
+def block_colors(num_blocks: int) -> list[str]:
+    """Return the color of each block, by its place between input and output, as `#rrggbb`."""
+    places = np.linspace(0, len(DEPTH) - 1, num_blocks)
+    channels = [
+        np.interp(places, range(len(DEPTH)), channel) for channel in zip(*DEPTH, strict=True)
+    ]
+    return [
+        "#" + "".join(f"{round(part):02x}" for part in color)
+        for color in zip(*channels, strict=True)
+    ]
 
 
 def thin(num_rounds: int, step: int) -> list[int]:

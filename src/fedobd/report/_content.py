@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fedobd._format import format_bytes, format_share
@@ -90,32 +89,22 @@ def content_of(section: Section, deliveries: Deliveries) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Reproduction:
-    """How a variant is run again: a command for each run, or one by hint and configuration."""
-
-    label: str
-    hint: str
-    toml: str
-    commands: tuple[str, ...]
-
-
-def reproductions(section: Section) -> tuple[Reproduction, ...]:
-    """Return configuration and commands of each variant."""
-    return tuple(
-        Reproduction(
-            label=variant.label,
-            hint="Without that folder: save the configuration below as config.toml, and "
+def reproductions(section: Section) -> list[dict[str, Any]]:
+    """Return how each variant is run again: a command for each run, or by configuration."""
+    return [
+        {
+            "label": variant.label,
+            "hint": "Without that folder: save the configuration below as config.toml, and "
             f"fedobd run config.toml --seed {variant.shown.seed}.",
-            toml=variant.shown.toml,
-            commands=tuple(
+            "toml": variant.shown.toml,
+            "commands": [
                 f"fedobd run {shlex.quote(str(run.folder / 'config.toml'))} "
                 f"--output {shlex.quote(run.folder.name + '-again')}"
                 for run in variant.runs
-            ),
-        )
+            ],
+        }
         for variant in section.variants
-    )
+    ]
 
 
 def lead(sections: Sequence[Section]) -> str:

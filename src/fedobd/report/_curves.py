@@ -134,7 +134,9 @@ def accuracy_chart(section: Section) -> Chart | None:
             (number, kind): View(
                 spec=_accuracy_spec(section, measure, scale),
                 data=data,
-                figure=None if scale == "log" else (f"accuracy-{_FILES[measure]}", ""),
+                figure=(f"accuracy-{measure.replace('total', 'bytes')}", "")
+                if kind == 0
+                else None,
             )
             for number, measure in enumerate(MEASURES)
             for kind, scale in enumerate(("linear", "log"))
@@ -157,9 +159,6 @@ class _Line:
         """Return the line at each `step`-th point, and the last."""
         drawn = thin(len(self.spread), step)
         return replace(self, curve=self.curve.at(drawn), spread=self.spread[drawn])
-
-
-_FILES = {"total": "bytes", "up": "up", "down": "down", "rounds": "rounds"}
 
 
 def _accuracy_lines(section: Section) -> list[_Line]:

@@ -62,7 +62,10 @@ def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
         for name, spec in _figures(section):
             svg = draw(spec)
             if "vconcat" in spec:  # whose panels have the size that is asked for, without axes
-                wanted, width = spec["usermeta"]["width"], float(_attribute(svg, "width"))
+                wanted, width = (
+                    spec["usermeta"]["width"],
+                    float(re.findall(r'\bwidth="([\d.]+)"', svg)[0]),
+                )
                 for panel in spec["vconcat"]:
                     panel["width"] += wanted - width
                 svg = draw(spec)
@@ -74,13 +77,6 @@ def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
             file.with_name(f"{file.name}.svg").write_text(sized, encoding="utf-8")
             files += [file.with_name(f"{file.name}.{kind}") for kind in ("png", "svg")]
     return tuple(files)
-
-
-def _attribute(svg: str, name: str) -> str:
-    """Return an attribute of an SVG's outermost element."""
-    match = re.search(rf'\b{name}="([\d.]+)"', svg)
-    assert match is not None
-    return match[1]
 
 
 def _figures(section: Section) -> Iterator[tuple[str, Spec]]:
@@ -114,17 +110,12 @@ def _on_paper(chart: Chart, view: View) -> Spec:
         spec["vconcat"] = [{**panel, **sizes} for panel in spec["vconcat"]]
         return spec
     if chart.name in ("uploads", "bits"):  # a line for each block
-        height = min(_POINTS * _TALLEST, 80 + 13 * _num_blocks(view))
+        names = spec["layer"][0]["encoding"]["y"]["scale"]["domain"]
+        height = min(_POINTS * _TALLEST, 80 + 13 * len(names))
     # Nobody hovers over paper, and of many seeds the mean and its band are enough.
     layers = [layer for layer in view.spec["layer"] if layer.get("name") not in ("hover", "runs")]
     spec["autosize"] = {"type": "fit", "contains": "padding"}
     return {**spec, "layer": layers, "width": width, "height": height}
-
-
-def _num_blocks(view: View) -> int:
-    names = next(iter(view.data.values()))["name"]
-    assert isinstance(names, Labels)
-    return len(names.texts)
 
 
 def rows_of(columns: Columns) -> list[dict[str, Any]]:

@@ -76,19 +76,19 @@ class TrafficByBlock:
 
     def bits(self, schema: ModelSchema) -> BlockBits:
         """Return what a parameter of each block took, a mean over the payloads that held it."""
-        payloads = self.payloads.sum(axis=0)
-        elements = payloads * [block.num_parameters for block in schema.blocks]
+        sizes = [block.num_parameters for block in schema.blocks]
+        elements = _or_nan(self.payloads.sum(axis=0) * sizes)
         quantized = np.where(self.levels > 0, self.payloads, 0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            real = 8 * self.num_bytes.sum(axis=0) / elements
-            nominal = self.nominal_bits.sum(axis=0) / elements
-            levels = (self.levels * quantized).sum(axis=0) / quantized.sum(axis=0)
-        empty = elements == 0
         return BlockBits(
-            real=np.where(empty, np.nan, real),
-            nominal=np.where(empty, np.nan, nominal),
-            levels=levels,
+            real=8 * self.num_bytes.sum(axis=0) / elements,
+            nominal=self.nominal_bits.sum(axis=0) / elements,
+            levels=(self.levels * quantized).sum(axis=0) / _or_nan(quantized.sum(axis=0)),
         )
+
+
+def _or_nan(counts: Values) -> Values:
+    """Return counts to divide by, NaN for those of nothing."""
+    return np.where(counts == 0, np.nan, counts)
 
 
 @checked_dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -114,7 +114,7 @@ def _figures(metric: str) -> tuple[_Figure, ...]:
 
 def summary_table(section: Section) -> Table:
     """Return a row for each variant: mean ± standard deviation of a sample, over its seeds."""
-    variants = section.variants
+    variants, references = section.variants, _references(section)
     figures = {figure.name: figure.cells(section) for figure in _figures(section.metric)}
     (final, metrics), (total, num_bytes), *others = figures.items()
     columns: dict[str, Sequence[Cell | str]] = {
@@ -123,7 +123,7 @@ def summary_table(section: Section) -> Table:
         total: num_bytes,
         **{
             f"less than\n{name}": [_reduction(variant, other) for variant in variants]
-            for name, other in _references(section).items()
+            for name, other in references.items()
         },
         **dict(others),
         "rounds": [_range([len(run.rounds) for run in v.counted]) for v in variants],
@@ -134,7 +134,17 @@ def summary_table(section: Section) -> Table:
         caption += "; mean ± standard deviation over the seeds"
     if len(variants) > 1:
         caption += "; the best value of a column is marked"
-    return Table(caption, columns, list(_summary_notes(section)))
+    notes = [
+        f"{name} is the baseline with the best final {section.metric}."
+        for name in references
+        if name != "FedAvg"
+    ]
+    if not all(variant.is_finished for variant in variants):
+        notes.insert(0, _UNFINISHED)
+    return Table(caption, columns, [*notes, *section.notes])
+
+
+_UNFINISHED = "† not finished: the figures are those of the rounds so far, and not marked as best."
 
 
 def _references(section: Section) -> dict[str, Variant]:
@@ -156,15 +166,6 @@ def reference(section: Section) -> Variant | None:
     """Return what a method is measured by: FedAvg, or without its results the best baseline."""
     fedavg = _fedavg(section)
     return fedavg if fedavg is not None and fedavg.is_finished else best_baseline(section)
-
-
-def _summary_notes(section: Section) -> Iterator[str]:
-    if not all(variant.is_finished for variant in section.variants):
-        yield "† not finished: the figures are those of the rounds so far, and not marked as best."
-    for name in _references(section):
-        if name != "FedAvg":
-            yield f"{name} is the baseline with the best final {section.metric}."
-    yield from section.notes
 
 
 def best_baseline(section: Section) -> Variant | None:

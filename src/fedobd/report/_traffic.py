@@ -11,7 +11,7 @@ from fedobd.report._chart import (
     Chart,
     Switch,
     View,
-    block_color,
+    block_colors,
     block_names,
     byte_column,
     rounds_view,
@@ -35,14 +35,13 @@ def stack_by_block(run: Run) -> list[Stack]:
     """Return the bytes of blocks up and down."""
     broadcasts = np.array([[played.broadcasts] for played in run.rounds])
     names = block_names(run.schema)
-    colors = [block_color(number, len(names)) for number in range(len(names))]
     stacks = []
     for num_bytes, total in (
         (run.uplink.num_bytes, [played.uplink_bytes for played in run.rounds]),
         (run.downlink.num_bytes * broadcasts, [played.downlink_bytes for played in run.rounds]),
     ):
         rest = np.array(total) - num_bytes.sum(axis=1)
-        blocks = zip(names, colors, num_bytes.T, strict=True)
+        blocks = zip(names, block_colors(len(names)), num_bytes.T, strict=True)
         stacks.append([("all else", PART_COLORS[0], rest), *blocks])
     return stacks
 

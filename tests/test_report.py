@@ -238,6 +238,7 @@ def test_a_damaged_run_is_refused(runs: Path, name: str, text: str, told: str) -
         ({"test_metric": "x"}, "rounds.jsonl is damaged: test_metric: Input should be a valid n"),
         ({"clients": []}, "rounds.jsonl is damaged: ValueError: round 1 names no clients"),
         ({"cohort": []}, "rounds.jsonl is damaged: ValueError: round 1 names no clients"),
+        ({"seconds": 3}, "rounds.jsonl is damaged: AttributeError: 'int' object has no attribute"),
     ],
 )
 def test_records_that_say_something_else_are_refused(

@@ -92,13 +92,8 @@ def block_names(schema: ModelSchema) -> tuple[str, ...]:
 def block_colors(num_blocks: int) -> list[str]:
     """Return the color of each block, by its place between input and output, as `#rrggbb`."""
     places = np.linspace(0, len(DEPTH) - 1, num_blocks)
-    channels = [
-        np.interp(places, range(len(DEPTH)), channel) for channel in zip(*DEPTH, strict=True)
-    ]
-    return [
-        "#" + "".join(f"{round(part):02x}" for part in color)
-        for color in zip(*channels, strict=True)
-    ]
+    channels = [np.interp(places, range(len(DEPTH)), values) for values in np.transpose(DEPTH)]
+    return ["#" + color.tobytes().hex() for color in np.transpose(channels).round().astype("u1")]
 
 
 def thin(num_rounds: int, step: int) -> list[int]:

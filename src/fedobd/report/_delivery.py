@@ -22,12 +22,7 @@ from fedobd.report._run import BlockBits, Run
 def delivery_bits(run: Run) -> BlockBits | None:
     """Return the bits of each block in the delivery of a run's trained model.
 
-    Returns:
-        The bits, or None where there is no trained model, or the method does not quantize
-        broadcasts.
-
-    Raises:
-        UsageError: the model's file is damaged, or of another model.
+    They are None where there is no such model, or the method does not quantize broadcasts.
     """
     quantizer = run.config.chosen.downlink({}, run.schema).quantizer
     if isinstance(quantizer, Unquantized) or not run.model_file.is_file():

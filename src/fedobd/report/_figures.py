@@ -35,16 +35,7 @@ _IDS = re.compile(r"\b(?:clip|gradient_)\d+\b")
 
 
 def draw_figures(sections: Sequence[Section], folder: Path) -> tuple[Path, ...]:
-    """Draw the figures of all sections and return their files.
-
-    Args:
-        sections: what to draw; of several, each has its number in the names of its files.
-        folder: an existing folder.
-
-    Raises:
-        UsageError: vl-convert is not installed.
-        OSError: a file cannot be written.
-    """
+    """Draw the figures of all sections; of several, file names begin with a section's number."""
     try:
         from vl_convert import svg_to_png, vegalite_to_svg
     except ModuleNotFoundError as error:

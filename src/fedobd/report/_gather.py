@@ -80,15 +80,7 @@ class Section:
 
 
 def gather(paths: Sequence[Path]) -> tuple[Section, ...]:
-    """Read run folders, and folders of them such as a comparison's.
-
-    Args:
-        paths: at least one; a folder that is named twice counts once.
-
-    Raises:
-        UsageError: a path is no folder, holds no run, or a run is damaged; or no round of any of
-            them has ended.
-    """
+    """Read run folders, and folders of them such as a comparison's; each counts once."""
     if not paths:
         raise UsageError("no run was named; wanted at least one run folder")
     folders = list(dict.fromkeys(f.resolve() for path in paths for f in _folders(path)))

@@ -14,11 +14,7 @@ from fedobd.report._templates import templates
 
 
 def make_markdown(sections: Sequence[Section]) -> str:
-    """Return the report as Markdown.
-
-    Raises:
-        UsageError: the model of a run cannot be read.
-    """
+    """Return the report as Markdown."""
     environment = templates().overlay()
     environment.filters = environment.filters | {"plain": _plain, "fenced": _fenced}
     return environment.get_template("report.md.j2").render(

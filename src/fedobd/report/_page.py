@@ -28,11 +28,7 @@ from fedobd.report._templates import read_template, templates
 
 
 def make_page(sections: Sequence[Section]) -> str:
-    """Return the report as HTML.
-
-    Raises:
-        UsageError: vl-convert is not installed, or the model of a run cannot be read.
-    """
+    """Return the report as HTML."""
     library, script = _library(), read_template("script.js")
     step = drawing_step(sections)
     drawings = _Drawings()

@@ -207,14 +207,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> Run | None:
-    """Read a run folder.
-
-    Returns:
-        The run, or None where no round has ended yet.
-
-    Raises:
-        UsageError: a file of it is missing or damaged.
-    """
+    """Read a run folder; None where no round has ended yet."""
     try:
         return _read(RunFolder(folder))
     except UsageError as error:
@@ -233,7 +226,7 @@ def _reading(name: str) -> Iterator[None]:
             f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
         )
         raise UsageError(f"{name} is damaged: {'; '.join(faults)}") from error
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f"{name} is damaged: {type(error).__name__}: {error}") from error
 
 

@@ -13,7 +13,7 @@ from fedobd.methods import FedAvg
 from fedobd.report._delivery import bits_by_way
 from fedobd.report._gather import Section, Variant
 from fedobd.report._links import ASSUMPTION, LINKS, run_seconds, train_seconds
-from fedobd.report._run import BlockBits, Results, Run, Values
+from fedobd.report._run import BlockBits, Results, Values
 from fedobd.report._traffic import PARTS, WAYS
 
 NONE = "–"
@@ -255,9 +255,7 @@ def link_table(section: Section) -> Table:
         "not measured" if t is None else format_duration(t) for t in trained
     ]
     for way in reversed(WAYS):
-        columns[f"{way}\na round"] = [
-            format_bytes(fmean(_client_bytes(run, way) for run in v.counted)) for v in variants
-        ]
+        columns[f"{way}\na round"] = [_client_bytes(variant, way) for variant in variants]
     caption = "Time over a link: transfers and training of a mean round, and of the whole run"
     if len(variants) > 1 and any(
         v.is_finished and is_rival for v, is_rival in zip(variants, are_rivals, strict=True)
@@ -272,18 +270,18 @@ _UNTIMED = (
 )
 
 
-def _client_bytes(run: Run, way: str) -> float:
-    """Return the mean bytes of a client in a round."""
-    return fmean(getattr(played, f"{way}link_bytes") / played.cohort for played in run.rounds)
+def _client_bytes(variant: Variant, way: str) -> str:
+    """Return the mean bytes of a client in a round, a mean over the seeds."""
+    return format_bytes(
+        fmean(
+            fmean(getattr(played, f"{way}link_bytes") / played.cohort for played in run.rounds)
+            for run in variant.counted
+        )
+    )
 
 
 def block_table(variant: Variant, delivery: BlockBits | None) -> Table:
-    """Return a row for each block of the run that is shown of a variant.
-
-    Args:
-        variant: which.
-        delivery: bits of the trained model's delivery; None where there are none.
-    """
+    """Return a row for each block of the run that is shown of a variant, and of its delivery."""
     run, blocks = variant.shown, variant.shown.schema.blocks
     counts = run.uploads[run.in_stage(1)].sum(axis=0)
     asked = sum(played.clients for played in run.rounds if played.stage == 1)

@@ -48,18 +48,20 @@ def stack_by_block(run: Run) -> list[Stack]:
 
 def stack_by_part(run: Run) -> list[Stack]:
     """Return the bytes up and down by what they are for; parts without any are left out."""
-
-    def stack(rounds: Sequence[dict[str, int]]) -> Stack:
-        parts = [
-            (part, color, np.array([num_bytes.get(part, 0) for num_bytes in rounds], np.float64))
-            for part, color in zip(PARTS, PART_COLORS, strict=True)
-        ]
-        return [part for part in parts if part[2].any()]
-
     return [
-        stack([played.uplink_parts for played in run.rounds]),
-        stack([played.downlink_parts for played in run.rounds]),
+        [
+            (part, color, num_bytes)
+            for part, color, num_bytes in zip(PARTS, PART_COLORS, _parts(run, way), strict=True)
+            if num_bytes.any()
+        ]
+        for way in WAYS
     ]
+
+
+def _parts(run: Run, way: str) -> Values:
+    """Return the bytes of each round by what they are for, shape (parts, rounds)."""
+    parts = [getattr(played, f"{way}link_parts") for played in run.rounds]
+    return np.array([[num_bytes.get(part, 0.0) for num_bytes in parts] for part in PARTS])
 
 
 def traffic_chart(section: Section, step: int) -> Chart:

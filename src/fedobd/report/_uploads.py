@@ -31,14 +31,9 @@ def map_height(variants: Sequence[Variant]) -> int:
 
 
 def upload_map(section: Section, step: int) -> Chart | None:
-    """Return the heat map of blocks by rounds, for each run that leaves out blocks.
+    """Return the heat map of blocks by rounds, each `step`-th one, for runs that drop blocks.
 
-    Args:
-        section: whose runs.
-        step: draw each so many-th round.
-
-    Returns:
-        The chart, None where every client uploaded every block.
+    It is None where every client uploaded every block.
     """
     variants = [variant for variant in section.variants if drops_blocks(variant)]
     if not variants:
